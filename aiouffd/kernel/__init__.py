@@ -1,0 +1,1 @@
+"""The uAPI: numbers, calls, pagemap, probe."""
