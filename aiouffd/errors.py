@@ -174,7 +174,6 @@ ERRNO_MEANING: Final[dict[int, str]] = {
     _errno.EINTR: "a fatal signal interrupted it; the process is dying",
     _errno.EBUSY: "the source page is shared or pinned, or the range has another userfaultfd",
     _errno.EIO: "the page is hardware-poisoned",
-    _errno.EHWPOISON: "the page is hardware-poisoned",
     _errno.EPERM: "not permitted (a sealed or read-only mapping, or a missing capability)",
     _errno.EBADF: "the userfaultfd is closed",
 }
