@@ -1,0 +1,44 @@
+"""Compile the C beside these scripts, once per change of its text.
+
+Knows: the compiler's name and where its output goes.
+Must not know: what the programs do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE.parent / "build" / "benchmarks"
+
+
+def compile_c(name: str = "floor.c") -> Path:
+    """Compile one C file of this directory.
+
+    Args:
+        name: The file's name.
+
+    Returns:
+        The program; its name carries a hash of the source, so a stale one is never run.
+
+    Raises:
+        RuntimeError: There is no C compiler.
+    """
+    source = HERE / name
+    stamp = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    program = OUTPUT / f"{source.stem}-{stamp}"
+    if program.exists():
+        return program
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise RuntimeError("The C floor needs a C compiler: apt-get install gcc libc6-dev")
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    partial = program.with_suffix(f".{os.getpid()}")  # two runs may build at once
+    command = [compiler, "-O2", "-Wall", "-Wextra", "-pthread", str(source), "-o", str(partial)]
+    subprocess.run(command, check=True)
+    partial.rename(program)
+    return program
