@@ -152,6 +152,9 @@ class MigrationFailed(UffdError):
     """A migration cannot go on."""
 
 
+#: Linux only, and this file must be importable anywhere.
+_EHWPOISON: Final[int] = getattr(_errno, "EHWPOISON", 133)
+
 #: What an errno of a filling ioctl (or of WRITEPROTECT) means.  The pager's reaction:
 #:
 #: ========= ===============================================================================

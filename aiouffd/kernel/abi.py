@@ -15,7 +15,7 @@ Source: include/uapi/linux/userfaultfd.h and include/uapi/linux/fs.h of Linux 6.
 
 from __future__ import annotations
 
-import platform
+import os
 import struct
 from typing import Final
 
@@ -28,13 +28,15 @@ UNPRIVILEGED_SYSCTL: Final = "/proc/sys/vm/unprivileged_userfaultfd"  # since Li
 
 #: Number of the ``userfaultfd`` system call; asm-generic (arm64, riscv64, loongarch64) is 282.
 SYSCALL_NUMBERS: Final = {"x86_64": 323, "i386": 374, "i686": 374}
-NR_USERFAULTFD: Final = SYSCALL_NUMBERS.get(platform.machine(), 282)
+_MACHINE: Final = os.uname().machine if hasattr(os, "uname") else ""
+NR_USERFAULTFD: Final = SYSCALL_NUMBERS.get(_MACHINE, 282)
 
 UFFD_API: Final = 0xAA
 
 # --- ioctl numbers ---------------------------------------------------------------------
 
 UFFDIO: Final = 0xAA  # the ioctl type; numbers 0x00 to 0x3F belong to userfaultfd
+USERFAULTFD_IOC: Final = 0xAA  # the same on the device
 
 _UFFDIO_REGISTER: Final = 0x00
 _UFFDIO_UNREGISTER: Final = 0x01
@@ -174,6 +176,8 @@ FEATURES: Final[dict[str, int]] = {
     "MOVE": UFFD_FEATURE_MOVE,
 }
 
+UFFD_API_FEATURES: Final = sum(FEATURES.values())  # all of Linux 6.18; newer kernels have more
+
 #: The first release that has each feature; distributions backport, so this only informs.
 FEATURE_SINCE: Final[dict[str, str]] = {
     "PAGEFAULT_FLAG_WP": "5.7",
@@ -206,6 +210,8 @@ REGISTER_MODES: Final[dict[str, int]] = {
     "WP": UFFDIO_REGISTER_MODE_WP,
     "MINOR": UFFDIO_REGISTER_MODE_MINOR,
 }
+
+UFFD_API_REGISTER_MODES: Final = sum(REGISTER_MODES.values())
 
 UFFDIO_COPY_MODE_DONTWAKE: Final = 1 << 0
 UFFDIO_COPY_MODE_WP: Final = 1 << 1

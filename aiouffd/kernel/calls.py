@@ -20,19 +20,26 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 from ..errors import NotSupported
 from . import abi
 
+
+def _not_linux(*_: object) -> NoReturn:
+    raise NotSupported(
+        "userfaultfd exists on Linux only",
+        "Run this on Linux 4.3 or newer; elsewhere aiouffd can be imported but not used.",
+    )
+
+
 try:
-    import fcntl
-except ImportError as error:  # not a Unix: importing works, using raises NotSupported
-    _NO_FCNTL: ImportError | None = error
-else:
-    _NO_FCNTL = None
+    from fcntl import ioctl as _ioctl
+except ImportError:  # not a Unix: importing works, using raises NotSupported
+    _ioctl = _not_linux
 
 PAGE_SIZE: Final = mmap.PAGESIZE
 _EAGAIN: Final = errno.EAGAIN
@@ -53,8 +60,6 @@ _pack_five = abi.UFFDIO_COPY_STRUCT.pack_into
 _pack_four = abi.UFFDIO_ZEROPAGE_STRUCT.pack_into
 _pack_three = abi.UFFDIO_WRITEPROTECT_STRUCT.pack_into
 _pack_two = abi.UFFDIO_RANGE_STRUCT.pack_into
-if _NO_FCNTL is None:
-    _ioctl = fcntl.ioctl
 
 
 def require_linux() -> None:
@@ -63,11 +68,8 @@ def require_linux() -> None:
     Raises:
         NotSupported: This is not Linux.
     """
-    if os.uname().sysname != "Linux" if hasattr(os, "uname") else True:
-        raise NotSupported(
-            "userfaultfd exists on Linux only",
-            "Run this on Linux 4.3 or newer; elsewhere aiouffd can be imported but not used.",
-        )
+    if sys.platform != "linux" or _ioctl is _not_linux:
+        _not_linux()
 
 
 # --- opening ---------------------------------------------------------------------------
@@ -84,7 +86,8 @@ def open_device(flags: int) -> int:
     Returns:
         The new file descriptor.
     """
-    device = os.open(abi.DEVICE_PATH, os.O_RDWR | os.O_CLOEXEC)
+    # Reading is enough for the ioctl, and may be allowed where writing is not.
+    device = os.open(abi.DEVICE_PATH, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return _ioctl(device, abi.USERFAULTFD_IOC_NEW, flags)
     finally:
@@ -154,14 +157,14 @@ def fdinfo(fd: int, pid: int | str = "self") -> FdInfo:
         fd: The descriptor's number in that process.
         pid: A process id, or ``self``.
     """
-    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii") as file:
-        fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    with open(f"/proc/{pid}/fdinfo/{fd}", "rb") as file:
+        fields = dict(line.split(b":", 1) for line in file if b":" in line)
     # "API:  aa:<features, bit 31 set once initialised>:<ioctls>", hexadecimal
-    _, bits, _ = fields["API"].split(":")
+    _, bits, _ = fields[b"API"].split(b":")
     features = int(bits, 16)
     return FdInfo(
-        pending=int(fields["pending"]),
-        total=int(fields["total"]),
+        pending=int(fields[b"pending"]),
+        total=int(fields[b"total"]),
         features=features & ~(1 << 31),
         initialised=bool(features >> 31 & 1),
     )
