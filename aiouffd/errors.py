@@ -78,7 +78,8 @@ class ResolutionRefused(UffdError, OSError):
     def __str__(self) -> str:
         number = self.errno or 0
         name = _errno.errorcode.get(number, str(number))
-        meaning = ERRNO_MEANING.get(number, os.strerror(number))
+        meaning = _MEANING_OF_CALL.get((self.call, number))
+        meaning = meaning or ERRNO_MEANING.get(number, os.strerror(number))
         return (
             f"{self.call} of {self.length} bytes at {self.start:#x} was refused with {name}"
             f" after {self.done} bytes: {meaning}"
@@ -179,6 +180,14 @@ ERRNO_MEANING: Final[dict[int, str]] = {
     _errno.EIO: "the page is hardware-poisoned",
     _errno.EPERM: "not permitted (a sealed or read-only mapping, or a missing capability)",
     _errno.EBADF: "the userfaultfd is closed",
+}
+
+#: Where a call means something else by the same number.
+_MEANING_OF_CALL: Final[dict[tuple[str, int], str]] = {
+    ("PAGEMAP_SCAN", _errno.EINVAL): "an unknown category or flag, or a start within a page",
+    ("PAGEMAP_SCAN", _errno.EPERM): "a page in it is not registered for write-protection with"
+    " feature WP_ASYNC",
+    ("PAGEMAP_SCAN", _errno.EFAULT): "the end lies before the start",
 }
 
 _REFUSALS: Final[dict[int, type[ResolutionRefused]]] = {

@@ -380,3 +380,22 @@ def writeprotect(fd: int, start: int, length: int, mode: int) -> int:
     except OSError as error:
         return -(error.errno or errno.EIO)
     return length
+
+
+# --- page tables -----------------------------------------------------------------------
+
+
+def pagemap_scan(fd: int, argument: bytearray) -> int:
+    """Ask a pagemap for the pages of some categories.
+
+    Kernel: PAGEMAP_SCAN, since Linux 6.7; ENOTTY before.
+
+    Args:
+        fd: ``/proc/PID/pagemap``.
+        argument: A packed ``pm_scan_arg``; ``walk_end`` is written back.
+
+    Returns:
+        How many regions were filled.
+    """
+    found: int = _ioctl(fd, abi.PAGEMAP_SCAN, argument)
+    return found
