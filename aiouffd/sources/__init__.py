@@ -1,0 +1,129 @@
+"""Where the bytes of pages come from: the Source protocol, and the extents of a source.
+
+Knows: offsets and lengths in a source.
+Must not know: addresses, page faults, page sizes; the handlers know those.
+
+The contract of a Source (``tests/sources/conformance.py`` holds every source to it):
+
+* A source never changes: the same offset gives the same bytes for its whole life.  A source
+  that cannot keep that promise raises SourceError from then on, and never mixes.
+* A read lies inside the source and gives exactly what was asked for, never less.
+* ``read_nowait`` never waits.  None means: not at hand, ask ``read``.
+* What lies in no extent reads as zeros; a handler then need not read at all.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from ..errors import SourceError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Bytes with addresses of their own, read at random."""
+
+    @property
+    def size(self) -> int:
+        """Length of the source, in bytes; it does not change."""
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Read exactly ``length`` bytes.
+
+        Args:
+            offset: Where to start, in bytes; not negative.
+            length: How much, in bytes; above zero, and within ``size``.
+
+        Returns:
+            A buffer that the source never changes again.
+
+        Raises:
+            SourceError: The bytes cannot be had, or lie outside of the source.
+            ClosedError: The source is closed.
+
+        Cancellation: nothing is left behind; the same read may be asked for again.
+
+        Sharing: any number of reads at once, all on one event loop.
+        """
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        """Read like ``read``, but only what can be had without waiting.
+
+        Returns:
+            The bytes, or None if they are not at hand.
+        """
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Give the (offset, length) pairs that hold data, in order and disjoint.
+
+        A source that does not know gives one pair that covers it all.
+        """
+
+    async def aclose(self) -> None:
+        """Let go of what the source holds; a second call does nothing.
+
+        Reads in flight end first; later ones raise ClosedError.
+        """
+
+
+def check_read(offset: int, length: int, size: int) -> None:
+    """Refuse a read that does not lie inside a source.
+
+    Raises:
+        SourceError: It does not; the message says where it lies.
+    """
+    if offset < 0 or length <= 0 or offset + length > size:
+        raise SourceError(
+            f"a read of {length} bytes at offset {offset} lies outside of a source of {size} bytes"
+        )
+
+
+class Extents:
+    """Which stretches of a source hold data: two sorted arrays, sixteen bytes per extent."""
+
+    __slots__ = ("_ends", "_starts")
+
+    def __init__(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Collect extents; neighbours that touch become one.
+
+        Args:
+            pairs: (offset, length), in ascending order and disjoint.
+
+        Raises:
+            ValueError: They are not.
+        """
+        self._starts = array("Q")
+        self._ends = array("Q")
+        for offset, length in pairs:
+            last = self._ends[-1] if self._ends else 0
+            if offset < last or length <= 0:
+                raise ValueError(f"extents ascend and are disjoint: {offset}, {length}")
+            if self._ends and offset == last:
+                self._ends[-1] = offset + length
+            else:
+                self._starts.append(offset)
+                self._ends.append(offset + length)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for start, end in zip(self._starts, self._ends, strict=True):
+            yield start, end - start
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Say whether any byte of a stretch lies in an extent."""
+        at = bisect_right(self._starts, offset) - 1
+        if at >= 0 and self._ends[at] > offset:
+            return True
+        return at + 1 < len(self._starts) and self._starts[at + 1] < offset + length
+
+    def cover(self, size: int) -> bool:
+        """Say whether there is no hole in the first ``size`` bytes."""
+        return len(self) == 1 and self._starts[0] == 0 and self._ends[0] >= size

@@ -1,0 +1,262 @@
+"""A source over a regular file, read without a thread where the page cache has it.
+
+Knows: one inode, held by a descriptor; its size, times and holes when it was opened.
+Must not know: page faults; what the file is for.
+
+Laws of this file:
+
+* The inode is held, not the name: deleting or renaming the file strands nobody.
+* Never bytes of two generations.  After each read the inode's size and mtime are compared
+  with those at opening; once they differ, this read and every later one raises SourceError.
+  write(2) and truncate(2) set the times *before* they change a byte, so a look after the
+  read sees every change that could have touched what was read.  From Linux 6.13 on such a
+  change always shows in the mtime (multigrain timestamps on ext4, xfs, btrfs, tmpfs);
+  before, one within the same clock tick (1 to 10 ms) as the opening does not.
+* What no look can see are stores through somebody's shared writable mapping of the file, and
+  an mtime that was set back.  Not writing to an image that is served stays the owner's duty;
+  the shared lock (flock) held meanwhile tells it to those who ask.
+* The loop never waits for a disk: RWF_NOWAIT (Linux 4.14) gives only what is cached, and the
+  rest goes to the loop's executor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from ..errors import ClosedError, SourceError
+from ..fds import OwnedFd
+from . import Extents, check_read
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+with contextlib.suppress(ImportError):  # not a Unix: importing works, opening does not
+    import fcntl
+
+#: Reads at once that had to go to a thread; more of them wait in line.
+READERS: Final = 4
+
+#: File systems whose pages are memory: a plain read of them does not wait for a disk, and
+#: they refuse RWF_NOWAIT (seen with tmpfs and memfd on Linux 6.18).
+_IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
+
+
+#: What a thread brings back: the bytes, and size and mtime of the file after reading them.
+_Read: TypeAlias = tuple[bytearray, tuple[int, int]]
+
+
+class FileSource:
+    """The bytes of a file as it was when it was opened."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open a file, take a shared lock on it, and note where its holes are.
+
+        It waits for the disk: in a coroutine, call it through ``asyncio.to_thread``.
+
+        Args:
+            path: A regular file; symbolic links are followed.
+
+        Raises:
+            SourceError: It is no regular file, or somebody holds an exclusive lock on it.
+            OSError: It cannot be opened.
+        """
+        self.path = os.fspath(path)
+        self._fd = OwnedFd(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        try:
+            self._generation = self._check_openable()
+            self._size = self._generation[0]
+            self._extents = Extents(_data_extents(self._fd.fileno(), self._size))
+            self._inline_flags: int | None = self._find_inline_flags()
+        except BaseException:
+            self._fd.close()
+            raise
+        self._executor: ThreadPoolExecutor | None = None
+        self._reads: set[Future[_Read]] = set()
+        self._closing = False
+        self._changed: str | None = None
+
+    def _check_openable(self) -> tuple[int, int]:
+        if not stat.S_ISREG(os.fstat(self._fd.fileno()).st_mode):
+            raise SourceError(f"{self.path} is no regular file")
+        try:
+            fcntl.flock(self._fd.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                raise SourceError(
+                    f"{self.path} is locked by somebody who writes it (flock, exclusive);"
+                    " serve it when that is done"
+                ) from error
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS):
+                raise  # those three: a file system without locks; the image is served all the same
+        return _generation(self._fd.fileno())
+
+    def _find_inline_flags(self) -> int | None:
+        """Find the flags under which a read does not wait; None if there are none."""
+        fd = self._fd.fileno()
+        try:
+            os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return os.RWF_NOWAIT
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            return 0 if _lies_in_memory(fd) else None
+        return os.RWF_NOWAIT
+
+    @property
+    def size(self) -> int:
+        """Length of the file when it was opened, in bytes."""
+        return self._size
+
+    def extents(self) -> Iterator[tuple[int, int]]:
+        """Give the stretches that are no holes (SEEK_DATA, SEEK_HOLE), as of the opening."""
+        return iter(self._extents)
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        """Read what the page cache has.
+
+        Kernel: preadv2(RWF_NOWAIT), since Linux 4.14.
+
+        Raises:
+            SourceError: The file was changed since it was opened, or the read failed.
+            ClosedError: The source is closed.
+        """
+        if self._closing:
+            raise ClosedError(f"the source over {self.path} is closed")
+        check_read(offset, length, self._size)
+        fd = self._fd.fileno()
+        if self._inline_flags is None:
+            return None
+        data = bytearray(length)
+        try:
+            done = os.preadv(fd, [data], offset, self._inline_flags)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise self._failed(offset, length, error) from error
+        self._check_generation(_generation(fd))
+        # A short read inside an unchanged file: the rest is not in the page cache.
+        return data if done == length else None
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Read on the loop if the page cache has it, else in a thread.
+
+        Raises:
+            SourceError: The file was changed since it was opened, or the read failed.
+            ClosedError: The source is closed.
+
+        Cancellation: the thread finishes its read; nobody waits for it but ``aclose``.
+        """
+        cached = self.read_nowait(offset, length)
+        if cached is not None:
+            return cached
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="aiouffd-file")
+        future = self._executor.submit(_read_all, self._fd.fileno(), offset, length)
+        self._reads.add(future)
+        future.add_done_callback(self._end_read)
+        try:
+            data, generation = await asyncio.wrap_future(future)
+        except OSError as error:
+            raise self._failed(offset, length, error) from error
+        self._check_generation(generation)
+        if len(data) != length:
+            raise SourceError(f"{self.path} gave {len(data)} of {length} bytes at offset {offset}")
+        return data
+
+    async def aclose(self) -> None:
+        """Wait for reads in threads, then close the file and drop its lock.
+
+        Cancellation: the file is closed when the last thread is done with it.
+        """
+        self._closing = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+        reads = [asyncio.wrap_future(read) for read in self._reads.copy()]
+        if reads:
+            await asyncio.wait(reads)
+        if not self._reads:
+            self._fd.close()
+
+    def _end_read(self, read: Future[_Read]) -> None:
+        # In the reading thread.  The number of a closed descriptor is reused at once, and a
+        # thread that still read from it would read somebody else's file: the last one closes.
+        self._reads.discard(read)
+        if self._closing and not self._reads:
+            self._fd.close()
+
+    def _failed(self, offset: int, length: int, error: OSError) -> SourceError:
+        return SourceError(f"{self.path}: {length} bytes at offset {offset} unreadable: {error}")
+
+    def _check_generation(self, now: tuple[int, int]) -> None:
+        """Raise SourceError if the file is not what it was when it was opened."""
+        if self._changed is None:
+            if now == self._generation:
+                return
+            if now[0] != self._generation[0]:
+                self._changed = f"its size went from {self._generation[0]} to {now[0]} bytes"
+            else:
+                self._changed = "it was written to"
+        raise SourceError(
+            f"{self.path} was changed while it was served: {self._changed};"
+            " replace an image by renaming a new file over it"
+        )
+
+
+def _generation(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_all(fd: int, offset: int, length: int) -> _Read:
+    data = bytearray(length)
+    done = 0
+    with memoryview(data) as view:
+        while done < length:
+            got = os.preadv(fd, [view[done:]], offset + done)
+            if not got:
+                break
+            done += got
+    del data[done:]
+    return data, _generation(fd)
+
+
+def _data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Walk the data of a file; a file system without SEEK_DATA says that all is data."""
+    offset = 0
+    while offset < size:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+                return
+            if error.errno == errno.EINVAL:
+                yield offset, size - offset
+                return
+            raise
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        if end <= start:
+            return
+        yield start, end - start
+        offset = end
+
+
+def _lies_in_memory(fd: int) -> bool:
+    """Say whether a file's pages are memory anyway, so that reading it inline is right."""
+    if os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:"):
+        return True
+    number = os.fstat(fd).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        for line in mounts:
+            fields = line.split()
+            if fields[2] == device:
+                return fields[fields.index("-") + 1] in _IN_MEMORY
+    return False
