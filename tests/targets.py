@@ -335,7 +335,7 @@ class Process:
         """Fork.  The answer is the child, commanded like its parent; await its ``ready``."""
         return self.tell(thread, "fork", convert=self._on_fork)
 
-    def _on_fork(self, answer: tuple[int, int]) -> Process:
+    def _on_fork(self, answer: Any) -> Process:
         pid, fd = answer if isinstance(answer, tuple) else (answer, -1)
         if pid < 0:
             raise OSError(-pid, os.strerror(-pid), "fork")

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from aiouffd.kernel import abi, calls
-
-from . import targets
-from .targets import MADV_PAGEOUT, MINOR, MISSING, PAGE, Process, Signal, Target, TargetDied
+from tests import targets
+from tests.targets import MADV_PAGEOUT, MINOR, MISSING, PAGE, Process, Signal, Target, TargetDied
 
 
 def fill(target: Target, page: int, byte: int) -> int:
@@ -98,7 +97,7 @@ def test_bulk_commands_read_and_write_ranges() -> None:
         target.start_fill(target.at(2), 2 * PAGE, 0).result()
         storm = target.start_storm(seed=1, count=1000).result()
         assert storm.right + storm.zero == 1000
-        assert 0 < storm.zero
+        assert storm.zero > 0
         everything = target.memory(target.base, target.length)
         assert target.start_crc32(target.base, target.length).result() == zlib.crc32(everything)
         assert target.start_poke64(target.base, 2**63 + 5).result() == 2**63 + 5
