@@ -110,7 +110,7 @@ def read_circumstances() -> Circumstances:
     )
 
 
-def _device_remedy(number: int, at: Circumstances) -> str:
+def _device_remedy(number: int) -> str:
     if number == errno.ENOENT:
         return (
             f"{DEVICE} is missing: in a container start it with `--device {DEVICE}`;"
@@ -165,7 +165,7 @@ def remedy(attempt: Attempt, at: Circumstances) -> str:
         at: The circumstances under which it happened.
     """
     if attempt.gate == DEVICE:
-        return _device_remedy(attempt.errno, at)
+        return _device_remedy(attempt.errno)
     return _syscall_remedy(attempt.errno, attempt.user_mode_only, at)
 
 
