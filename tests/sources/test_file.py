@@ -1,0 +1,287 @@
+"""FileSource: the contract on disk and in memory, and what happens when the file changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from aiouffd.errors import ClosedError, SourceError
+from aiouffd.fds import OwnedFd
+from aiouffd.sources import Source
+from aiouffd.sources.file import FileSource
+from tests.sources.conformance import PAGE, SourceContract, as_bytes, image
+
+
+class TestFileSource(SourceContract):
+    """A file on whatever file system temporary files have."""
+
+    @contextlib.asynccontextmanager
+    async def source_of(self, data: bytes) -> AsyncIterator[Source]:
+        """Write the bytes to a file."""
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            source = FileSource(file.name)
+            try:
+                yield source
+            finally:
+                await source.aclose()
+
+
+class TestFileSourceInMemory(SourceContract):
+    """A memfd: its file system refuses RWF_NOWAIT, and its pages need no waiting."""
+
+    @contextlib.asynccontextmanager
+    async def source_of(self, data: bytes) -> AsyncIterator[Source]:
+        """Write the bytes to a memfd."""
+        with OwnedFd(os.memfd_create("image")) as file:
+            os.pwrite(file.fileno(), data, 0)
+            source = FileSource(f"/proc/self/fd/{file.fileno()}")
+            try:
+                assert not data or source.read_nowait(0, 1) is not None
+                yield source
+            finally:
+                await source.aclose()
+
+
+class TestFileSourceByThread(SourceContract):
+    """A file of which nothing is ever at hand: each read goes to a thread."""
+
+    @contextlib.asynccontextmanager
+    async def source_of(self, data: bytes) -> AsyncIterator[Source]:
+        """Write the bytes to a file and drop it from the page cache before each read."""
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            source = _NeverAtHand(file.name)
+            try:
+                yield source
+            finally:
+                await source.aclose()
+
+
+class _NeverAtHand(FileSource):
+    """What a file system without RWF_NOWAIT gives."""
+
+    def _find_inline_flags(self) -> int | None:
+        return None
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a file of eight pages."""
+    file = tmp_path / "image"
+    file.write_bytes(image(8 * PAGE))
+    return file
+
+
+@contextlib.asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[FileSource]:
+    """Open a file and close it again."""
+    source = FileSource(path)
+    try:
+        yield source
+    finally:
+        await source.aclose()
+
+
+def write_sparse(path: Path, *, pages: int, held: Sequence[int]) -> None:
+    """Make a file with data in the held pages and holes elsewhere."""
+    with open(path, "wb") as file:
+        file.truncate(pages * PAGE)
+        for page in held:
+            os.pwrite(file.fileno(), image(PAGE, seed=page), page * PAGE)
+
+
+async def test_what_the_page_cache_has_needs_no_thread(path: Path) -> None:
+    """A file that was just written is at hand."""
+    async with opened(path) as source:
+        assert as_bytes(await source.read(PAGE, PAGE)) == image(8 * PAGE)[PAGE : 2 * PAGE]
+        assert source.read_nowait(0, PAGE) is not None
+
+
+async def test_what_only_the_disk_has_is_read_in_a_thread(path: Path) -> None:
+    """After the page cache dropped the file, nothing is at hand and a read brings it."""
+    async with opened(path) as source:
+        with OwnedFd(os.open(path, os.O_RDONLY)) as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            at_hand = source.read_nowait(4 * PAGE, PAGE)
+        if at_hand is not None:
+            pytest.skip("this file system keeps dropped pages; use a TMPDIR on a disk")
+        assert as_bytes(await source.read(4 * PAGE, PAGE)) == path.read_bytes()[4 * PAGE :][:PAGE]
+        assert source.read_nowait(4 * PAGE, PAGE) is not None
+
+
+async def test_holes_are_no_extents(tmp_path: Path) -> None:
+    """A sparse file has extents only where something was written."""
+    file = tmp_path / "sparse"
+    write_sparse(file, pages=64, held=(3, 4, 40))
+    async with opened(file) as source:
+        extents = list(source.extents())
+        held = [
+            page
+            for page in range(64)
+            if any(
+                start < (page + 1) * PAGE and page * PAGE < start + length
+                for start, length in extents
+            )
+        ]
+        assert {3, 4, 40} <= set(held)
+        if held == list(range(64)):
+            pytest.skip("this file system knows no holes; use a TMPDIR on ext4, xfs or tmpfs")
+        assert held == [3, 4, 40]
+
+
+async def test_a_file_of_nothing_but_a_hole_has_no_extents(tmp_path: Path) -> None:
+    """A truncated-up file is one hole and reads as zeros."""
+    file = tmp_path / "hole"
+    file.touch()
+    os.truncate(file, 4 * PAGE)
+    async with opened(file) as source:
+        assert list(source.extents()) == []
+        assert as_bytes(await source.read(0, 4 * PAGE)) == bytes(4 * PAGE)
+
+
+def _write_in_place(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.write(b"new")
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, 4 * PAGE)
+
+
+def _grow(path: Path) -> None:
+    os.truncate(path, 9 * PAGE)
+
+
+def _truncate_and_rewrite(path: Path) -> None:
+    path.write_bytes(image(8 * PAGE, seed=1))
+
+
+def _punch(path: Path) -> None:
+    with open(path, "r+b") as file:
+        os.ftruncate(file.fileno(), 0)
+        os.ftruncate(file.fileno(), 8 * PAGE)
+
+
+@pytest.mark.parametrize("kind", [FileSource, _NeverAtHand])
+@pytest.mark.parametrize(
+    "change", [_write_in_place, _truncate, _grow, _truncate_and_rewrite, _punch]
+)
+async def test_a_file_that_changes_is_refused_for_good(
+    path: Path, change: object, kind: type[FileSource]
+) -> None:
+    """Scenario 22a, 23: after any change in place, every read raises, on both sides of it."""
+    assert callable(change)
+    source = kind(path)
+    try:
+        await source.read(0, PAGE)
+        change(path)
+        for page in (0, 3, 4, 7, 0):
+            with pytest.raises(SourceError, match="changed while it was served"):
+                await source.read(page * PAGE, PAGE)
+            if kind is FileSource:
+                with pytest.raises(SourceError, match="changed while it was served"):
+                    source.read_nowait(page * PAGE, PAGE)
+    finally:
+        await source.aclose()
+
+
+async def test_a_change_right_after_the_opening_is_seen(path: Path) -> None:
+    """However soon a write follows the opening, no new byte is served."""
+    for turn in range(200):
+        async with opened(path) as source:
+            with OwnedFd(os.open(path, os.O_WRONLY)) as file:
+                os.write(file.fileno(), turn.to_bytes(4, "little"))
+            with pytest.raises(SourceError):
+                await source.read(0, PAGE)
+
+
+async def test_the_inode_is_held_and_not_the_name(path: Path) -> None:
+    """Scenario 22b, 23: a file renamed over it, or its deletion, changes nothing."""
+    old = path.read_bytes()
+    async with opened(path) as source:
+        new = path.with_name("new")
+        new.write_bytes(image(8 * PAGE, seed=1))
+        os.link(path, path.with_name("second name"))
+        new.rename(path)
+        assert as_bytes(await source.read(0, 8 * PAGE)) == old
+        path.with_name("second name").unlink()
+        assert as_bytes(await source.read(0, 8 * PAGE)) == old
+    async with opened(path) as source:
+        assert as_bytes(await source.read(0, 8 * PAGE)) == image(8 * PAGE, seed=1)
+
+
+@pytest.fixture
+def other(path: Path) -> Iterator[int]:
+    """Open the file as a stranger who wants to write it."""
+    fd = os.open(path, os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+async def test_the_shared_lock_keeps_an_exclusive_locker_out(path: Path, other: int) -> None:
+    """Scenario 23: who asks for the lock before writing is held back until the last close."""
+    async with opened(path):
+        async with opened(path):
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+async def test_a_file_that_is_being_written_is_refused(path: Path, other: int) -> None:
+    """An image whose writer holds the lock is not opened."""
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(SourceError, match="locked"):
+        FileSource(path)
+
+
+async def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A directory, a device or a pipe is refused at once, and waits for nobody."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, Path("/dev/zero"), tmp_path / "pipe"):
+        with pytest.raises(SourceError, match="no regular file"):
+            FileSource(path)
+    with pytest.raises(OSError) as missing:
+        FileSource(tmp_path / "nothing")
+    assert missing.value.errno == errno.ENOENT
+
+
+async def test_closing_waits_for_the_threads_that_read(path: Path) -> None:
+    """The descriptor's number is not reused while a thread still reads from it."""
+    source = _NeverAtHand(path)
+    reads = [asyncio.ensure_future(source.read(0, 8 * PAGE)) for _ in range(8)]
+    await asyncio.sleep(0)
+    await source.aclose()
+    for data in await asyncio.gather(*reads):
+        assert as_bytes(data) == path.read_bytes()
+    with pytest.raises(ClosedError):
+        source.read_nowait(0, 1)
+
+
+async def test_closing_midway_through_a_cancelled_close_leaks_nothing(path: Path) -> None:
+    """A close that is cancelled leaves the closing to the last reading thread."""
+    source = _NeverAtHand(path)
+    reads = [asyncio.ensure_future(source.read(0, 8 * PAGE)) for _ in range(8)]
+    await asyncio.sleep(0)
+    closing = asyncio.ensure_future(source.aclose())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await asyncio.gather(*reads)
+    with contextlib.suppress(asyncio.CancelledError):
+        await closing
+    await source.aclose()
+    assert source._fd.closed
