@@ -1,0 +1,101 @@
+"""The ``aiouffd`` command: which commands there are, and how they end.
+
+Knows: the commands' names and modules; exit statuses.
+Must not know: what a command does.
+
+Laws of this file:
+
+* A command's module is imported when that command is asked for, and no other: help and a
+  mistyped option cost no event loop.  Each module has ``add_parser(subparsers)``, which
+  returns its parser, and ``run(args)``, which returns the exit status.
+* Errors that say what to do (UffdError, OSError) are one line on stderr and status 1; what
+  argparse refuses is 2, Ctrl-C 130, a closed pipe 141.  ``python -X dev`` shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from .. import __version__
+from ..errors import UffdError
+
+#: Every command and what it does, in the order of the help.
+COMMANDS: Final[dict[str, str]] = {
+    "info": "say what this kernel, user and container allow, and how to get the rest",
+    "serve": "serve the memory of other processes from an image file",
+    "demo": "see a process run on lazily served memory, checked against the file",
+}
+
+_DESCRIPTION: Final = "Page faults as coroutines: serve the memory of processes from user space."
+
+_EPILOG: Final = """\
+start here:
+  aiouffd info                           what works on this machine
+  aiouffd demo                           watch memory arrive page by page
+  aiouffd serve IMAGE --socket PATH      a lazy-memory server (Firecracker's protocol)
+
+`aiouffd COMMAND --help` explains a command.
+"""
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """Make the parser; only the chosen command's module is imported."""
+    parser = argparse.ArgumentParser(
+        prog="aiouffd",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"aiouffd {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        if name == command:
+            importlib.import_module(f"{__package__}.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
+
+
+def _quiet_stdout() -> None:
+    """Let the interpreter flush at exit into nothing: the reader of our output has gone."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name; by default those of this process.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # The first word that is no option: the program itself has only options without a value.
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    parser = _parser(command)
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        status: int = importlib.import_module(f"{__package__}.{args.command}").run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _quiet_stdout()
+        return 141
+    except (UffdError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"aiouffd: {error}", file=sys.stderr)
+        return 1
+    return status
