@@ -32,9 +32,11 @@ class RawFault(NamedTuple):
     thread_id: int  #: with THREAD_ID, in the faulting task's own pid namespace; else 0
 
 
-@dataclass(slots=True, frozen=True)
-class PageFault:
+class PageFault(NamedTuple):
     """A thread touched a page and waits.
+
+    A named tuple, not a frozen dataclass like the events below: one is made for every fault,
+    and a frozen dataclass of six fields costs 0.9 microseconds against 0.3.
 
     Attributes:
         address: The page's address in the target, aligned to the range's page size.

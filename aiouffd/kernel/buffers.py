@@ -25,7 +25,7 @@ ZEROS_BYTES: Final = 2 * 1024 * 1024
 
 
 class _PyBuffer(ctypes.Structure):
-    """``Py_buffer``, stable since Python 3.11 (PEP 688 era; the limited API has it)."""
+    """``Py_buffer``: part of the stable ABI since Python 3.11."""
 
     _fields_ = (
         ("buf", ctypes.c_void_p),
@@ -97,13 +97,16 @@ def staged(data: Buffer, length: int) -> int:
         data: At most STAGING_BYTES bytes.
         length: Its length, in bytes.
     """
-    _staging.memory[:length] = data  # type: ignore[assignment]  # any buffer will do
+    _staging.memory[:length] = data
     return _staging.address
 
 
-def zeros_address() -> int:
-    """Give the address of ZEROS_BYTES zeros that nobody writes to."""
-    if not _zeros:
-        memory = mmap.mmap(-1, ZEROS_BYTES)
+def zeros_address(length: int) -> int:
+    """Give the address of at least ``length`` zeros that nobody writes to.
+
+    They are never touched here, so they cost address space, not memory.
+    """
+    if not _zeros or len(_zeros[-1][0]) < length:
+        memory = mmap.mmap(-1, max(length, ZEROS_BYTES))
         _zeros.append((memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))))
-    return _zeros[0][1]
+    return _zeros[-1][1]

@@ -1,0 +1,231 @@
+"""Who serves which address of a target now, which pages were removed, what is in flight.
+
+Knows: registered ranges (as placements), removed pages, pages in flight; what fork, remap,
+remove and unmap do to all three.
+Must not know: the kernel, the event loop, what a handler is.
+
+Laws of this file:
+
+* A place in the source (offset) belongs to memory, not to an address: a remap carries both
+  the placement and the removed pages along, and offsets do not change.
+* A removed page reads zero until its memory is unmapped or registered anew; nothing else
+  takes it out of the set.
+* What an event puts out of date is handed back to the caller, never dropped here.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from .ranges import PAGE_SIZE, PageSet, Range, RangeMap, align_down, align_up
+
+R = TypeVar("R")  # what serves: the pager's Region
+F = TypeVar("F")  # what is in flight: the pager's Flight
+
+
+
+class PageState(enum.Enum):
+    """What is known of one page; whether it is present only the kernel knows."""
+
+    UNREGISTERED = "unregistered"
+    SERVED = "served"  #: a registered range holds it; it may be present or absent
+    IN_FLIGHT = "in flight"
+    REMOVED = "removed"  #: reads zero
+
+
+@dataclass(frozen=True, slots=True)
+class Placement(Generic[R]):
+    """One stretch of addresses and who serves it.
+
+    Attributes:
+        region: Who serves.
+        delta: Offset in the source minus address; a remap changes it.
+        page_size: Of the memory, in bytes.
+        mask: ``-page_size``: and'ed with an address it gives the page.
+    """
+
+    region: R
+    delta: int
+    page_size: int
+    mask: int
+
+
+class AddressSpace(Generic[R, F]):
+    """The books of one userfaultfd.
+
+    Sharing: one thread.
+    """
+
+    def __init__(self) -> None:
+        self.placements: RangeMap[Placement[R]] = RangeMap()
+        self.removed = PageSet()
+        self.in_flight: dict[int, F] = {}  # by page address, oldest first
+        self.epoch = 0  # grows with every change of the layout
+
+    # --- registration ------------------------------------------------------------------
+
+    def register(self, where: Range, region: R, offset: int, page_size: int) -> None:
+        """Let a region serve a range; what was known of the range is forgotten.
+
+        Args:
+            where: Aligned to the page size.
+            region: Who serves.
+            offset: Where the range begins in the region's source, in bytes.
+            page_size: Of the memory, in bytes.
+        """
+        self.epoch += 1
+        self.placements.set(where, Placement(region, offset - where.start, page_size, -page_size))
+        self.removed.discard(where)
+
+    def drop(self, where: Range) -> list[F]:
+        """Forget a range.
+
+        Returns:
+            What was in flight there; it is taken out.
+        """
+        self.epoch += 1
+        self.placements.cut(where)
+        self.removed.discard(_whole_pages(where))
+        return self._take(where)
+
+    # --- looking up --------------------------------------------------------------------
+
+    def find(self, address: int) -> tuple[int, int, Placement[R]] | None:
+        """Give (start, end, placement) of the stretch that holds an address, or None."""
+        return self.placements.find(address)
+
+    def state(self, address: int) -> PageState:
+        """Say what is known of the page at an address."""
+        found = self.placements.find(address)
+        if found is None:
+            return PageState.UNREGISTERED
+        page = address & found[2].mask
+        if page in self.in_flight:
+            return PageState.IN_FLIGHT
+        return PageState.REMOVED if page in self.removed else PageState.SERVED
+
+    def ranges_of(self, region: R) -> list[tuple[Range, int]]:
+        """Give every stretch that a region serves now, with its offset in the source."""
+        return [
+            (where, where.start + placement.delta)
+            for where, placement in self.placements
+            if placement.region is region
+        ]
+
+    def addresses(self, region: R, offset: int, length: int, hint: int) -> list[Range]:
+        """Give where a stretch of a region's source lies in the target now, in order.
+
+        Args:
+            region: Who serves.
+            offset: In the source, in bytes.
+            length: In bytes.
+            hint: Address minus offset when the region was registered: the usual answer.
+        """
+        wanted = Range(offset, length)
+        found = self.placements.find(offset + hint)
+        if (
+            found is not None
+            and found[2].region is region
+            and found[2].delta == -hint
+            and wanted.end + hint <= found[1]
+        ):
+            return [wanted.moved(hint)]
+        result = []
+        for where, start in self.ranges_of(region):
+            part = Range(start, where.length).intersection(wanted)
+            if part is not None:
+                result.append(part.moved(where.start - start))
+        return result
+
+    # --- events ------------------------------------------------------------------------
+
+    def remove(self, where: Range) -> list[F]:
+        """Note that the target freed pages: they read zero from now on.
+
+        Returns:
+            What was in flight there; it stays in flight, since its threads still wait.
+        """
+        where = _whole_pages(where)
+        for part, _ in self.placements.overlapping(where):
+            self.removed.add(part)
+        return self._affected(where)
+
+    def unmap(self, where: Range) -> list[F]:
+        """Note that the target unmapped a range, registered or not.
+
+        Returns:
+            What was in flight there; it is taken out.
+        """
+        return self.drop(where)
+
+    def remap(self, start: int, to: int, length: int) -> list[F]:
+        """Note that the target moved memory; offsets and removed pages move along.
+
+        The old range stays, as removed: with MREMAP_DONTUNMAP it is empty memory that is
+        registered still; otherwise an unmap of it follows.
+
+        Returns:
+            What was in flight at either place; it is taken out, to fault again.
+        """
+        self.epoch += 1
+        old, new = Range(start, length), Range(to, length)
+        taken = self._take(old)
+        taken += self._take(new)
+        distance = to - start
+        moving = self.placements.overlapping(old)
+        self.placements.cut(new)
+        for part, placement in moving:
+            moved = replace(placement, delta=placement.delta - distance)
+            self.placements.set(part.moved(distance), moved)
+        self.removed.move(old, to)
+        for part, _ in self.placements.overlapping(old):
+            self.removed.add(part)
+        return taken
+
+    def grow(self, address: int) -> bool:
+        """Let the stretch before an address reach up to it, as memory that reads zero.
+
+        A growing mremap tells nothing of the new tail: only a fault there does.
+
+        Returns:
+            Whether there was a stretch to grow.
+        """
+        before: tuple[int, int, Placement[R]] | None = None
+        for where, placement in self.placements:
+            if where.start > address:
+                break
+            before = where.start, where.end, placement
+        if before is None or address < before[1]:
+            return False
+        end = (address & before[2].mask) + before[2].page_size
+        tail = Range.between(before[1], end)
+        self.epoch += 1
+        self.placements.set(tail, before[2])
+        self.removed.add(tail)
+        return True
+
+    def fork(self) -> AddressSpace[R, F]:
+        """Give the child's books: the same ranges and removed pages, nothing in flight."""
+        child: AddressSpace[R, F] = AddressSpace()
+        child.placements = self.placements.copy()
+        child.removed = self.removed.copy()
+        return child
+
+    # --- in flight ---------------------------------------------------------------------
+
+    def _affected(self, where: Range) -> list[F]:
+        flights = self.in_flight
+        return [flight for page, flight in flights.items() if page in where]
+
+    def _take(self, where: Range) -> list[F]:
+        flights = self.in_flight
+        pages = [page for page in flights if page in where]
+        return [flights.pop(page) for page in pages]
+
+
+def _whole_pages(where: Range) -> Range:
+    """Round outwards to whole pages; the kernel's events are aligned anyway."""
+    start = align_down(where.start, PAGE_SIZE)
+    return Range.between(start, align_up(where.end, PAGE_SIZE))

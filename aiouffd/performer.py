@@ -1,0 +1,205 @@
+"""Carry out one resolution on one stretch of memory, with one bounded ioctl.
+
+Knows: which ioctl each resolution is, and how to walk a long range piece by piece.
+Must not know: flights, handlers, event loops.
+
+A new ioctl is one dataclass in ``resolutions``, one ``match`` arm here, one call in
+``kernel.calls``; ``assert_never`` finds what was forgotten.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import Final, assert_never
+
+from .errors import HandlerError
+from .events import PageFault
+from .kernel import abi, buffers, calls
+from .ranges import PAGE_SIZE, Range, is_aligned
+from .resolutions import (
+    Answer,
+    Continue,
+    Copy,
+    Move,
+    Poison,
+    Resolution,
+    Unprotect,
+    Wake,
+    Zero,
+)
+
+#: The longest stretch one ioctl is given: some 0.1 to 0.3 ms of the loop's time.
+PIECE_BYTES: Final = 512 * 1024
+
+_WAKE: Final = Wake()
+
+_OUTCOMES: Final[dict[type, str]] = {
+    Copy: "copy",
+    Zero: "zero",
+    Continue: "continue",
+    Move: "move",
+    Unprotect: "unprotect",
+    Poison: "poison",
+    Wake: "wake",
+}
+
+
+def outcome_of(resolution: Resolution) -> str:
+    """Name what a resolution does, as observers are told."""
+    return _OUTCOMES[type(resolution)]
+
+
+def resolution_of(answer: Answer, fault: PageFault) -> Resolution:
+    """Turn what a handler returned into a resolution that fits the fault.
+
+    Raises:
+        HandlerError: It is nothing that answers a fault, is not whole pages, or leaves the
+            faulting page out.
+    """
+    if answer is None:
+        return _WAKE
+    if type(answer) in _OUTCOMES:
+        resolution: Resolution = answer  # type: ignore[assignment]
+    else:
+        resolution = Copy(answer)  # type: ignore[arg-type]
+    if type(resolution) is not Wake:
+        span_of(resolution, fault)
+    return resolution
+
+
+def span_of(resolution: Resolution, fault: PageFault) -> Range:
+    """Give the addresses that a resolution covers.
+
+    Raises:
+        HandlerError: They are not whole pages, or leave the faulting page out.
+    """
+    page, size = fault.address, fault.length
+    if isinstance(resolution, Wake):
+        return Range(page, size)
+    if isinstance(resolution, Copy):
+        try:
+            length = memoryview(resolution.data).nbytes
+        except TypeError:
+            raise HandlerError(
+                f"the handler returned {type(resolution.data).__name__}; a resolution, a"
+                " bytes-like object or None was expected",
+                page,
+            ) from None
+    else:
+        length = size if resolution.length is None else resolution.length
+    start = page if resolution.address is None else resolution.address
+    if not (length > 0 and is_aligned(start, size) and is_aligned(length, size)):
+        raise HandlerError(
+            f"the handler answered the fault at {page:#x} with {length} bytes at {start:#x};"
+            f" whole pages of {size} bytes were expected",
+            page,
+        )
+    if not start <= page < start + length:
+        raise HandlerError(
+            f"the handler answered the fault at {page:#x} with {length} bytes at {start:#x},"
+            " which leaves the faulting page out",
+            page,
+        )
+    return Range(start, length)
+
+
+def perform(
+    fd: int, resolution: Resolution, base: int, start: int, length: int, page_size: int
+) -> int:
+    """Do the part of a resolution that lies in ``[start, start + length)``, in one ioctl.
+
+    Args:
+        fd: The userfaultfd.
+        resolution: What to do.
+        base: Where the resolution as a whole begins.
+        start: Where this part begins.
+        length: Of this part, in bytes; at most PIECE_BYTES, or one page.
+        page_size: Of the memory, in bytes.
+
+    Returns:
+        Bytes done if above zero, else minus the errno.
+    """
+    match resolution:
+        case Copy(data, _, protect):
+            mode = abi.UFFDIO_COPY_MODE_WP if protect else 0
+            part = memoryview(data).cast("B")[start - base : start - base + length]
+            if length <= buffers.STAGING_BYTES:
+                return calls.copy(fd, start, buffers.staged(part, length), length, mode)
+            with buffers.PinnedBuffer(part) as pinned:
+                return calls.copy(fd, start, pinned.address, length, mode)
+        case Zero():
+            if page_size == PAGE_SIZE:
+                return calls.zeropage(fd, start, length)
+            # hugetlb memory has no ZEROPAGE
+            length = min(length, max(buffers.ZEROS_BYTES, page_size))
+            return calls.copy(fd, start, buffers.zeros_address(page_size), length)
+        case Continue(_, _, protect):
+            mode = abi.UFFDIO_CONTINUE_MODE_WP if protect else 0
+            return calls.continue_(fd, start, length, mode)
+        case Move(source, _, _, allow_holes):
+            mode = abi.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES if allow_holes else 0
+            return calls.move(fd, start, source + start - base, length, mode)
+        case Unprotect():
+            return calls.writeprotect(fd, start, length, 0)
+        case Poison():
+            return calls.poison(fd, start, length)
+        case Wake():
+            calls.wake(fd, start, length)
+            return length
+        case _:
+            assert_never(resolution)
+
+
+class Walk:
+    """A long range, done one bounded ioctl at a time; the caller yields in between.
+
+    It steps over pages that are there and over holes in the mapping.  On EAGAIN it stays
+    where it is: let the reader run, then step again.
+
+    Attributes:
+        at: The next address; everything before it is settled.
+        end: Where the range ends.
+        done: Bytes done so far.
+    """
+
+    __slots__ = ("_page_size", "_piece", "_piece_max", "at", "done", "end")
+
+    def __init__(self, where: Range, page_size: int, piece: int = PIECE_BYTES) -> None:
+        self.at = where.start
+        self.end = where.end
+        self.done = 0
+        self._page_size = page_size
+        self._piece_max = self._piece = max(piece, page_size)
+
+    def __bool__(self) -> bool:
+        return self.at < self.end
+
+    def step(self, fill: Callable[[int, int], int], wake: Callable[[int, int], None]) -> int:
+        """Do one ioctl.
+
+        Args:
+            fill: Takes (start, length), gives bytes done or minus the errno.
+            wake: Takes (start, length): called for a page that was there already, since
+                EEXIST wakes nobody.
+
+        Returns:
+            What ``fill`` gave.
+        """
+        size = self._page_size
+        length = min(self._piece, self.end - self.at)
+        done = fill(self.at, length)
+        if done > 0:
+            self.at += done
+            self.done += done
+            self._piece = min(self._piece * 2, self._piece_max)
+        elif done == -errno.EEXIST:
+            wake(self.at, size)
+            self.at += size
+        elif done == -errno.ENOENT:
+            # The mapping ends, or another begins, within the piece: narrow down to where.
+            if length > size:
+                self._piece = max(length // 2 & -size, size)
+            else:
+                self.at += size
+        return done
