@@ -1,0 +1,350 @@
+"""Unix stream sockets that carry descriptors: connections, and where a server listens.
+
+Knows: sockets, SCM_RIGHTS, a socket's name in the file system.
+Must not know: what the bytes mean, what the descriptors are for.
+
+Laws of this file:
+
+* Every descriptor that arrives is in an OwnedFd before anything else can fail, is
+  close-on-exec, and is closed if the message that carried it is refused.
+* A socket is created 0600 in a directory that belongs to the server, and appears under its
+  name with a rename: there is no moment with other rights or without a listener.
+* Only the server's own socket is unlinked: a newer server's on the same path stays.
+* Leave the loop, then close: descriptor numbers are reused at once.
+
+A stream socket keeps no message borders.  A descriptor comes with the read that covers the
+byte it was sent with, and no read goes on past bytes that carried one (seen on Linux 6.18).
+asyncio's streams cannot carry descriptors, hence the plain loop calls here.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from .errors import ClosedError, PeerError
+from .fds import OwnedFd
+
+#: Descriptors that one read can bring; a sender of more is refused (the kernel drops the rest).
+MAX_FDS: Final = 16
+
+_CONTROL_BYTES: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+
+
+class Connection:
+    """A Unix stream socket on the event loop that carries bytes and descriptors.
+
+    Sharing: one task receives, one task sends.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over a connected socket.
+
+        Args:
+            sock: A Unix stream socket; it becomes non-blocking.
+        """
+        sock.setblocking(False)
+        self._socket = sock
+        self._waiters: dict[str, asyncio.Future[None]] = {}
+
+    @classmethod
+    async def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Connect to a listening socket.
+
+        Raises:
+            OSError: Nobody listens there, or we may not connect.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, os.fspath(path))
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, for its options."""
+        return self._socket
+
+    async def receive(self, limit: int = 65536) -> tuple[bytes, list[OwnedFd]]:
+        """Receive what has come, with the descriptors that came with it.
+
+        Args:
+            limit: At most so many bytes.
+
+        Returns:
+            Bytes and descriptors; no bytes at all at the end of the stream.  The caller
+            owns the descriptors.
+
+        Raises:
+            PeerError: More than MAX_FDS descriptors came at once, or ours ran out.
+            ClosedError: ``close`` was called meanwhile.
+
+        Cancellation: nothing is lost; what comes is there for the next call.
+        """
+        while True:
+            try:
+                data, control, flags, _ = self._socket.recvmsg(
+                    limit, _CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                await self._wait("reader")
+                continue
+            except ConnectionResetError:  # it closed with unread bytes of ours: the end, too
+                return b"", []
+            fds = _descriptors(control)
+            if flags & socket.MSG_CTRUNC:
+                for fd in fds:
+                    fd.close()
+                raise PeerError(
+                    f"sent more than {MAX_FDS} descriptors at once,"
+                    " or this process has no free descriptor left"
+                )
+            return data, fds
+
+    async def send(self, data: bytes, fds: Sequence[OwnedFd | int] = ()) -> None:
+        """Send bytes, and descriptors with the first of them.
+
+        Args:
+            data: At least one byte if there are descriptors.
+            fds: Descriptors; they stay the caller's.
+
+        Raises:
+            ValueError: There are descriptors, but no byte to carry them.
+            OSError: The peer is gone.
+            ClosedError: ``close`` was called meanwhile.
+
+        Cancellation: a part may have been sent; close the connection.
+        """
+        if fds and not data:
+            raise ValueError("descriptors travel with a byte; there is none")
+        numbers = array.array("i", [fd if isinstance(fd, int) else fd.fileno() for fd in fds])
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, numbers)] if fds else []
+        view = memoryview(data)
+        while view:
+            try:
+                done = self._socket.sendmsg([view], control, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                await self._wait("writer")
+                continue
+            view = view[done:]
+            control = []
+
+    async def _wait(self, side: str) -> None:
+        """Wait until the socket is ready on one side, with one waiter per side."""
+        if self._socket.fileno() < 0:
+            raise ClosedError("this connection is closed")
+        if side in self._waiters:
+            raise RuntimeError(f"another task is the {side} of this connection")
+        loop = asyncio.get_running_loop()
+        waiter = self._waiters[side] = loop.create_future()
+        add = loop.add_reader if side == "reader" else loop.add_writer
+        remove = loop.remove_reader if side == "reader" else loop.remove_writer
+        number = self._socket.fileno()
+        add(number, _resolve, waiter)
+        try:
+            await waiter
+        finally:
+            if self._waiters.pop(side, None) is not None:  # else close() has removed it
+                remove(number)
+
+    def close(self) -> None:
+        """Close the socket; who waits on it gets ClosedError.  A second call does nothing."""
+        # The number is reused at once: leave the loop before it is closed.
+        waiters, self._waiters = self._waiters, {}
+        for side, waiter in waiters.items():
+            loop = waiter.get_loop()
+            remove = loop.remove_reader if side == "reader" else loop.remove_writer
+            remove(self._socket.fileno())
+            if not waiter.done():
+                waiter.set_exception(ClosedError("this connection was closed"))
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _descriptors(control: Sequence[tuple[int, int, bytes]]) -> list[OwnedFd]:
+    """Take the descriptors out of a message's ancillary data; other records hold none."""
+    fds: list[OwnedFd] = []
+    for level, kind, data in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            # A cut record may end in the middle of a number.
+            numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
+            fds.extend(OwnedFd(number) for number in numbers)
+    return fds
+
+
+class Listener:
+    """A listening Unix socket under a name in the file system."""
+
+    def __init__(self, sock: socket.socket, directory: OwnedFd, name: str, path: str) -> None:
+        """Use ``bind`` instead."""
+        self._socket = sock
+        self._directory = directory
+        self._name = name
+        self._identity = self._identify()
+        self.path = path
+
+    @classmethod
+    def bind(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        mode: int = 0o600,
+        replace: bool = False,
+        any_directory: bool = False,
+        backlog: int = 128,
+    ) -> Self:
+        """Listen under a path; a socket that a dead server left there is replaced.
+
+        Args:
+            path: The socket's name; its directory is created (0700) if there is none.
+            mode: Rights of the socket; who may write to it may connect.
+            replace: Take the name over from a server that still listens there.
+            any_directory: Put it into a directory that others own or may write to.
+            backlog: Connections that the kernel holds until they are accepted.
+
+        Raises:
+            PermissionError: The directory belongs to somebody else, or others may write to it.
+            OSError: EADDRINUSE: a server listens there; EEXIST: no socket has this name.
+        """
+        path = os.path.abspath(path)
+        parent, name = os.path.split(path)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(parent, 0o700)
+        directory = OwnedFd(os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            if not any_directory:
+                _check_directory(directory, parent)
+            # Through the descriptor: no length limit (108 bytes), no directory put in its place.
+            place = f"/proc/self/fd/{directory.fileno()}"
+            _check_name(f"{place}/{name}", path, replace=replace)
+            new = f".{os.getpid():x}.{os.urandom(4).hex()}"
+            os.fchmod(sock.fileno(), mode)  # before bind: the name is born with these rights
+            sock.bind(f"{place}/{new}")
+            try:
+                if mode & 0o066:  # the umask has taken these
+                    os.chmod(f"{place}/{new}", mode)
+                sock.listen(backlog)
+                os.rename(f"{place}/{new}", f"{place}/{name}")
+            except BaseException:
+                os.unlink(f"{place}/{new}")
+                raise
+            return cls(sock, directory, name, path)
+        except BaseException:
+            sock.close()
+            directory.close()
+            raise
+
+    def fileno(self) -> int:
+        """Give the listening descriptor's number.
+
+        Raises:
+            ClosedError: It is closed.
+        """
+        if self._socket.fileno() < 0:
+            raise ClosedError(f"the socket {self.path} is closed")
+        return self._socket.fileno()
+
+    def accept(self) -> Connection | None:
+        """Take the next connection, without waiting.
+
+        Returns:
+            The connection, or None if nobody waits.
+
+        Raises:
+            OSError: EMFILE, ENFILE and the like: try again later.
+        """
+        try:
+            sock, _ = self._socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        return Connection(sock)
+
+    def _identify(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self._name, dir_fd=self._directory.fileno(), follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def close(self) -> None:
+        """Stop listening; unlink the name if it is still ours.  A second call does nothing."""
+        if self._directory.closed:
+            return
+        # While our socket is open its inode number cannot come to mean another socket.
+        if self._identity is not None and self._identify() == self._identity:
+            os.unlink(self._name, dir_fd=self._directory.fileno())
+        self._socket.close()
+        self._directory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _check_directory(directory: OwnedFd, path: str) -> None:
+    status = os.fstat(directory.fileno())
+    if status.st_uid != os.geteuid():
+        raise PermissionError(
+            errno.EPERM,
+            f"the socket's directory belongs to uid {status.st_uid}, who could put another"
+            f" socket in its place; use one of uid {os.geteuid()}, or any_directory",
+            path,
+        )
+    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+        raise PermissionError(
+            errno.EPERM,
+            f"others may write to the socket's directory ({stat.filemode(status.st_mode)})"
+            " and put another socket in its place; chmod go-w, or any_directory",
+            path,
+        )
+
+
+def _check_name(place: str, path: str, *, replace: bool) -> None:
+    """Refuse a name that is taken by anything but a socket without a listener."""
+    try:
+        status = os.lstat(place)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise FileExistsError(errno.EEXIST, "something that is no socket has this name", path)
+    if replace:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        if probe.connect_ex(place) in (errno.ECONNREFUSED, errno.ENOENT):
+            return
+    raise OSError(errno.EADDRINUSE, "a server listens there; stop it, or take the name over", path)
