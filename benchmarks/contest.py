@@ -16,7 +16,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 from .build import HERE, compile_c
 from .figures import Sample, Settings
@@ -117,10 +118,18 @@ def _sample(process: subprocess.Popen[str]) -> Sample:
 
 
 def target_command(
-    settings: Settings, *, ranges: int = 1, uffds: int = 1, threads: int = 1
+    settings: Settings, *, ranges: int = 1, uffds: int = 1, threads: int = 1, blocks: bool = False
 ) -> list[str]:
-    """Make the command of a target that faults."""
-    counts = [settings.faults, ranges, uffds, threads]
+    """Make the command of a target that faults.
+
+    Args:
+        settings: How many faults, and where.
+        ranges: Into how many ranges the pages are cut.
+        uffds: To how many userfaultfds the ranges belong, in turn.
+        threads: How many threads fault.
+        blocks: Touch one range to its end before the next; else each fault is in another.
+    """
+    counts = [settings.faults, ranges, uffds, threads, int(blocks)]
     return [str(compile_c()), "target", "SOCKET", str(settings.cpu), *map(str, counts)]
 
 
@@ -140,3 +149,22 @@ def python_command(settings: Settings, kind: str, *options: str) -> list[str]:
         f"--cpu={settings.cpu}",
         *options,
     ]
+
+
+def faulting(
+    settings: Settings,
+    handler: Sequence[str],
+    *,
+    ranges: int = 1,
+    uffds: int = 1,
+    threads: int = 1,
+    blocks: bool = False,
+) -> Callable[[], Sample]:
+    """Make a contestant: what the faulting threads saw of this handler."""
+    target = target_command(settings, ranges=ranges, uffds=uffds, threads=threads, blocks=blocks)
+    return lambda: run(target, handler, settings.seconds)[0]
+
+
+def loops() -> list[str]:
+    """List the event loops that can be measured here."""
+    return ["asyncio", *(["uvloop"] if find_spec("uvloop") else [])]

@@ -45,6 +45,7 @@ class Figure:
     floor: str  #: with its unit; empty if there is none
     met: bool
     note: str = ""
+    remedy: str = ""  #: what it would take, if the target is missed
 
     @classmethod
     def compare(
@@ -57,6 +58,7 @@ class Figure:
         at_most: float | None = None,
         at_least: float | None = None,
         note: str = "",
+        remedy: str = "",
     ) -> Figure:
         """Make the figure of two contestants that ran in the same rounds.
 
@@ -68,6 +70,7 @@ class Figure:
             at_most: The target, where less is better.
             at_least: The target, where more is better.
             note: Anything to add.
+            remedy: What it would take, shown if the target is missed.
         """
         ratios = [a / b for a, b in zip(ours, floor, strict=True)]
         ratio = statistics.median(ratios)
@@ -86,6 +89,7 @@ class Figure:
             floor=unit(statistics.median(floor)),
             met=(at_most is None or ratio <= at_most) and (at_least is None or ratio >= at_least),
             note=note,
+            remedy=remedy,
         )
 
     @classmethod
@@ -97,6 +101,7 @@ class Figure:
         unit: Callable[[float], str],
         at_most: float | None = None,
         note: str = "",
+        remedy: str = "",
     ) -> Figure:
         """Make a figure that has no floor: the ratio is the value itself.
 
@@ -106,6 +111,7 @@ class Figure:
             unit: Writes a value with its unit.
             at_most: The target.
             note: Anything to add.
+            remedy: What it would take, shown if the target is missed.
         """
         value = statistics.median(values)
         return cls(
@@ -118,6 +124,7 @@ class Figure:
             floor="",
             met=at_most is None or value <= at_most,
             note=note,
+            remedy=remedy,
         )
 
 
@@ -177,14 +184,12 @@ def interleave(
 
 def environment() -> dict[str, str]:
     """Say on what the figures were measured."""
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in open("/proc/cpuinfo", encoding="utf-8")
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
+    model = platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
     return {
         "kernel": platform.release(),
         "machine": f"{model}, {os.cpu_count()} CPUs",
@@ -211,13 +216,18 @@ def verdict(figure: Figure) -> str:
     return f"missed by {abs(figure.ratio / limit - 1):.0%}"
 
 
+def remarks(figure: Figure) -> list[str]:
+    """List what there is to say about a figure: its note and, if it is missed, the remedy."""
+    return [text for text in (figure.note, "" if figure.met else figure.remedy) if text]
+
+
 def table(figures: Sequence[Figure]) -> str:
     """Lay figures out for a terminal."""
     rows = [("case", "target", "ratio (spread)", "ours", "floor", "")]
     rows += [(f.case, f.target, shown_ratio(f), f.ours, f.floor, verdict(f)) for f in figures]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-    notes = [f"{f.case}: {f.note}" for f in figures if f.note]
+    notes = [f"{f.case}: {text}" for f in figures for text in remarks(f)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
 

@@ -4,7 +4,7 @@
  * Knows: how to fault, how to take the time of a fault, and the shortest C that serves one.
  * Must not know: who serves; a target cannot tell the C floor from Python.
  *
- *   floor target  SOCKET CPU PAGES RANGES UFFDS THREADS   fault; prints a JSON line
+ *   floor target  SOCKET CPU PAGES RANGES UFFDS THREADS BLOCKS   fault; prints JSON
  *   floor handler SOCKET CPU WHOLE                        poll, read, UFFDIO_COPY
  *   floor idle    SOCKET BYTES                            map, hand over, wait for the end
  *   floor bulk    SOCKET CPU PIECE                        UFFDIO_COPY in pieces; prints JSON
@@ -176,24 +176,28 @@ static struct layout hand_over(int socket, struct layout layout)
 
 struct touching {
     struct layout layout;
-    uint64_t pages, thread, threads, wrong;
+    uint64_t pages, thread, threads, blocks, wrong;
     uint32_t *took_ns;
     pthread_t id;
 };
 
 static pthread_barrier_t barrier;
 
-/* Thread t touches every threads-th page, going round the ranges: range 0, 1, 2, ... */
+/*
+ * Thread t touches every threads-th page: going round the ranges, so that each fault is in
+ * another one, or (blocks) a range to its end before the next.
+ */
 static void *touch(void *argument)
 {
     struct touching *t = argument;
     const struct layout *l = &t->layout;
-    uint64_t count = t->pages / t->threads;
+    uint64_t count = t->pages / t->threads, per_range = l->range_length / PAGE;
     pthread_barrier_wait(&barrier);
     for (uint64_t i = 0; i < count; i++) {
         uint64_t n = i * t->threads + t->thread;
         volatile unsigned char *p = (volatile unsigned char *)(uintptr_t)(
-            l->start + n % l->ranges * l->stride + n / l->ranges * PAGE);
+            t->blocks ? l->start + n / per_range * l->stride + n % per_range * PAGE
+                      : l->start + n % l->ranges * l->stride + n / l->ranges * PAGE);
         uint64_t before = now();
         unsigned char byte = *p;
         t->took_ns[i] = (uint32_t)(now() - before);
@@ -210,12 +214,13 @@ static int ascending(const void *a, const void *b)
 
 static int target(int argc, char **argv)
 {
-    if (argc != 8)
+    if (argc != 9)
         return 2;
     int socket = atoi(argv[2]);
     pin(atoi(argv[3]));
     uint64_t pages = strtoull(argv[4], NULL, 10), ranges = strtoull(argv[5], NULL, 10);
     uint64_t uffds = strtoull(argv[6], NULL, 10), threads = strtoull(argv[7], NULL, 10);
+    uint64_t blocks = strtoull(argv[8], NULL, 10);
     uint64_t per_thread = pages / threads, per_range = (pages + ranges - 1) / ranges;
     struct layout layout = {.ranges = ranges, .range_length = per_range * PAGE,
                             .stride = (per_range + (ranges > 1)) * PAGE, .uffds = uffds};
@@ -228,7 +233,8 @@ static int target(int argc, char **argv)
     pthread_barrier_init(&barrier, NULL, (unsigned)threads + 1);
     for (uint64_t i = 0; i < threads; i++) {
         all[i] = (struct touching){.layout = layout, .pages = pages, .thread = i,
-                                   .threads = threads, .took_ns = took_ns + i * per_thread};
+                                   .threads = threads, .blocks = blocks,
+                                   .took_ns = took_ns + i * per_thread};
         if (pthread_create(&all[i].id, NULL, touch, &all[i]))
             die("pthread_create");
     }

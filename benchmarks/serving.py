@@ -121,13 +121,13 @@ def handler_of(kind: str) -> Serve:
 
     page = bytes([MARK]) * PAGE
 
-    async def at_once(fault: aiouffd.PageFault) -> aiouffd.Resolution:
+    async def at_once(_fault: aiouffd.PageFault) -> aiouffd.Resolution:
         return aiouffd.Copy(page)
 
-    async def buffer(fault: aiouffd.PageFault) -> bytes:
+    async def buffer(_fault: aiouffd.PageFault) -> bytes:
         return page
 
-    async def suspends(fault: aiouffd.PageFault) -> aiouffd.Resolution:
+    async def suspends(_fault: aiouffd.PageFault) -> aiouffd.Resolution:
         await asyncio.sleep(0)
         return aiouffd.Copy(page)
 
@@ -157,7 +157,7 @@ async def serve_pager(target: Target, options: argparse.Namespace) -> None:
 # --- without faults --------------------------------------------------------------------
 
 
-async def register(target: Target, options: argparse.Namespace) -> None:
+async def register(target: Target, _options: argparse.Namespace) -> None:
     """Register one range and print how long it took and how much memory it needed."""
     import aiouffd
 
@@ -179,7 +179,7 @@ async def register(target: Target, options: argparse.Namespace) -> None:
     print(json.dumps(sample))
 
 
-async def fill(target: Target, options: argparse.Namespace) -> None:
+async def fill(target: Target, _options: argparse.Namespace) -> None:
     """Fill one range and print how long it took."""
     import aiouffd
 
