@@ -197,8 +197,8 @@ _INTRODUCTION: Final = """\
 
 <!-- Made by `python -m aiouffd.kernel.history`; change aiouffd/kernel/history.py instead. -->
 
-The first userfaultfd header with an ioctl interface was posted in May 2015, half a year before
-the system call was merged into Linux 4.3.
+The patches of May 2015, half a year before userfaultfd was merged into Linux 4.3, began with
+this header.
 Its numbers are still those of today; its 8-byte message is not.
 This table gives every name of that header: what it was, what it is in Linux 6.18, and where it
 lives in aiouffd.
