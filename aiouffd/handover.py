@@ -63,7 +63,7 @@ class Handover:
 
     Attributes:
         fd: The userfaultfd, whose regions the peer has registered.
-        regions: The memory, in order of address.
+        regions: The memory; disjoint.
         others: Further descriptors, such as a memfd with the guest's memory.
         acknowledge: What the peer waits for once it is served; empty if it waits for nothing.
         dialect: Which protocol, and which flavour of it, the peer spoke.

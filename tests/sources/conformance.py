@@ -101,7 +101,7 @@ class SourceContract(ABC):
             rebuilt = bytearray(size)
             last = 0
             for offset, length in source.extents():
-                assert last <= offset and length > 0 and offset + length <= size
+                assert last <= offset < offset + length <= size
                 last = offset + length
                 rebuilt[offset:last] = data[offset:last]
             assert rebuilt == data

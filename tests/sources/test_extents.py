@@ -55,5 +55,5 @@ def test_disorder_is_refused(pairs: list[tuple[int, int]]) -> None:
 def test_check_read_names_the_place() -> None:
     """The refusal says what was asked for and how large the source is."""
     check_read(0, 10, 10)
-    with pytest.raises(SourceError, match="2 bytes at offset 9 .* source of 10 bytes"):
+    with pytest.raises(SourceError, match=r"2 bytes at offset 9 .* source of 10 bytes"):
         check_read(9, 2, 10)

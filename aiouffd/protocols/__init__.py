@@ -1,0 +1,1 @@
+"""Other programs' hand-over protocols: sans-IO parsers under thin asyncio parts."""
