@@ -51,6 +51,10 @@ class Placement(Generic[R]):
     page_size: int
     mask: int
 
+    def served_by(self, region: R) -> Placement[R]:
+        """Give the same placement with another region."""
+        return replace(self, region=region)
+
 
 class AddressSpace(Generic[R, F]):
     """The books of one userfaultfd.
@@ -184,27 +188,26 @@ class AddressSpace(Generic[R, F]):
             self.removed.add(part)
         return taken
 
-    def grow(self, address: int) -> bool:
-        """Let the stretch before an address reach up to it, as memory that reads zero.
+    def growth(self, address: int) -> R | None:
+        """Give the region whose memory an address in no known range would be the growth of.
 
-        A growing mremap tells nothing of the new tail: only a fault there does.
-
-        Returns:
-            Whether there was a stretch to grow.
+        A growing mremap tells nothing of the new tail: only a fault there shows it.
         """
-        before: tuple[int, int, Placement[R]] | None = None
-        for where, placement in self.placements:
-            if where.start > address:
-                break
-            before = where.start, where.end, placement
-        if before is None or address < before[1]:
-            return False
-        end = (address & before[2].mask) + before[2].page_size
-        tail = Range.between(before[1], end)
+        before = self.placements.before(address)
+        if before is None or self.placements.find(address) is not None:
+            return None
+        return before[1].region
+
+    def grow(self, address: int) -> None:
+        """Let the stretch before an address reach up to it, as memory that reads zero."""
+        before = self.placements.before(address)
+        if before is None:
+            raise ValueError(f"there is nothing before {address:#x} that could grow")
+        where, placement = before
+        tail = Range.between(where.end, (address & placement.mask) + placement.page_size)
         self.epoch += 1
-        self.placements.set(tail, before[2])
+        self.placements.set(tail, placement)
         self.removed.add(tail)
-        return True
 
     def fork(self) -> AddressSpace[R, F]:
         """Give the child's books: the same ranges and removed pages, nothing in flight."""

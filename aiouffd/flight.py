@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import os
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from . import eager
 from .events import PageFault
 from .resolutions import Resolution
 
 if TYPE_CHECKING:
     from .region import Region
+
+
+_NOT_THE_USERS: Final = (os.path.dirname(asyncio.__file__) + os.sep, str(eager.__file__))
 
 
 class Stage(enum.Enum):
@@ -101,9 +106,10 @@ def where_it_waits(task: asyncio.Task[Any]) -> str:
         )
         if isinstance(frame, types.FrameType):
             code = frame.f_code
-            if code.co_name != "_resume":  # eager's: it hides the handler in its locals
+            # The user's own line, not asyncio's below it nor eager's above it.
+            if not code.co_filename.startswith(_NOT_THE_USERS):
                 found = f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}"
-            hidden = frame.f_locals.get("coro") if code.co_name == "_resume" else None
+            hidden = frame.f_locals.get("coro") if code.co_filename == eager.__file__ else None
             if hidden is not None:
                 coro = hidden
                 continue

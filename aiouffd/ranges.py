@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -178,6 +178,17 @@ class RangeMap(Generic[V]):
         self._ends.insert(index, where.end)
         self._values.insert(index, value)
         return taken
+
+    def replace_values(self, change: Callable[[V], V]) -> None:
+        """Put another value in each value's place."""
+        self._values = [change(value) for value in self._values]
+
+    def before(self, address: int) -> tuple[Range, V] | None:
+        """Give the last range that ends at or before an address, or None."""
+        index = bisect_right(self._ends, address) - 1
+        if index < 0:
+            return None
+        return Range.between(self._starts[index], self._ends[index]), self._values[index]
 
     def copy(self) -> RangeMap[V]:
         """Give an independent map of the same values."""

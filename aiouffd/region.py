@@ -1,0 +1,230 @@
+"""One registered range: who serves it, and how to fill it ahead of demand.
+
+Knows: its place in the pager's books, its handler, its modes.
+Must not know: how faults are read or dispatched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING
+
+from .errors import refusal
+from .failure import Action
+from .kernel import abi, calls
+from .kernel.buffers import PinnedBuffer
+from .performer import PIECE_BYTES, Walk
+from .ranges import Range, is_aligned
+from .resolutions import Handler
+from .uffd import Mode
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from .pager import Pager
+
+
+class Region:
+    """A range of a pager, made by Pager.register.
+
+    Attributes:
+        handler: Who answers its faults; may be assigned at any time, for faults from then on.
+        start: Where it was registered; the target may have moved it since, see ``ranges``.
+        length: In bytes, as registered.
+        offset: Where it begins in its source, in bytes.
+        page_size: Of its memory, in bytes.
+        modes: Which faults are asked for.
+        ioctls: The mask that UFFDIO_REGISTER gave; 0 if the peer registered.
+        grows: The target may grow it with mremap; the new tail reads zero.
+        name: For messages to people.
+
+    Sharing: the loop's thread.
+    """
+
+    __slots__ = (
+        "_pager",
+        "grows",
+        "handler",
+        "ioctls",
+        "length",
+        "modes",
+        "name",
+        "offset",
+        "page_size",
+        "start",
+    )
+
+    def __init__(
+        self,
+        pager: Pager,
+        where: Range,
+        handler: Handler,
+        *,
+        modes: Mode,
+        page_size: int,
+        offset: int,
+        name: str,
+        grows: bool,
+        ioctls: int,
+    ) -> None:
+        self._pager = pager
+        self.start = where.start
+        self.length = where.length
+        self.handler = handler
+        self.modes = modes
+        self.page_size = page_size
+        self.offset = offset
+        self.name = name
+        self.grows = grows
+        self.ioctls = ioctls
+
+    def __repr__(self) -> str:
+        name = f" {self.name!r}" if self.name else ""
+        return f"<Region{name} {Range(self.start, self.length)} {self.modes!r}>"
+
+    def clone_for(self, pager: Pager) -> Region:
+        """Make the same region for a forked child's pager."""
+        return Region(
+            pager,
+            Range(self.start, self.length),
+            self.handler,
+            modes=self.modes,
+            page_size=self.page_size,
+            offset=self.offset,
+            name=self.name,
+            grows=self.grows,
+            ioctls=self.ioctls,
+        )
+
+    @property
+    def ranges(self) -> list[tuple[Range, int]]:
+        """Where it lies in the target now: addresses, each with its offset in the source."""
+        return self._pager.space.ranges_of(self)
+
+    def change(self, *, handler: Handler | None = None, modes: int | None = None) -> None:
+        """Serve by another handler, or ask for other faults.
+
+        Kernel: UFFDIO_REGISTER replaces the modes of a range, but ignores a subset of what
+        is there: so write protection is dropped by unprotecting, and MISSING by
+        UFFDIO_UNREGISTER, after which missing pages are zeros.
+
+        Args:
+            handler: For faults from now on; those in flight keep theirs.
+            modes: The full set wanted.
+
+        Raises:
+            ResolutionRefused: The kernel refuses the modes on this memory.
+        """
+        if handler is not None:
+            self.handler = handler
+        if modes is None:
+            return
+        if not modes:
+            raise ValueError("a range is registered for at least one mode; see drop()")
+        uffd = self._pager.uffd
+        fd = uffd.fileno()
+        dropped = self.modes & ~modes
+        for where, _ in self.ranges:
+            if dropped & Mode.WP:
+                done = calls.writeprotect(fd, where.start, where.length, 0)
+                if done < 0:
+                    raise refusal("UFFDIO_WRITEPROTECT", -done, where.start, where.length)
+            if dropped & Mode.MISSING and not modes & ~self.modes:
+                uffd.unregister(where.start, where.length)
+            self.ioctls = uffd.register(where.start, where.length, modes)
+            calls.wake(fd, where.start, where.length)
+        self.modes = Mode(modes)
+
+    async def drop(self, then: Action | None = None) -> None:
+        """Stop serving: settle what is missing, unregister, wake.
+
+        Args:
+            then: What becomes of missing pages: Action.POISON, or ZERO, which is what the
+                kernel does by itself.  None is the pager's ``on_close``; KILL, HANG and
+                RAISE count as POISON here.
+
+        Cancellation: the range stays registered and served; pages settled so far stay so.
+        """
+        action = self._pager.on_close if then is None else then
+        if action is not Action.ZERO:
+            await self._pager.poison_region(self)
+        self._pager.forget(self)
+
+    async def fill(self, offset: int, data: Buffer, *, protect: bool = False) -> int:
+        """Install bytes ahead of demand, in pieces between which faults are served.
+
+        Pages that the target removed stay removed; pages that are there stay as they are.
+
+        Kernel: UFFDIO_COPY, since Linux 4.3.
+
+        Args:
+            offset: In the source, in bytes; whole pages.
+            data: Any contiguous buffer, whole pages; held until done.
+            protect: Leave the pages write-protected (needs Mode.WP).
+
+        Returns:
+            Bytes installed.
+
+        Raises:
+            ValueError: Not whole pages.
+            TargetGone: The target is gone.
+            LayoutChanging: The target's events went unread for the pager's deadline.
+            ResolutionRefused: The kernel refused for a reason that time does not cure.
+            ClosedError: The pager was closed meanwhile.
+
+        Cancellation: pieces before the cancellation are installed.
+        """
+        pager = self._pager
+        mode = abi.UFFDIO_COPY_MODE_WP if protect else 0
+        total = 0
+        with PinnedBuffer(data) as pinned:
+            end = offset + pinned.length
+            if not (is_aligned(offset, self.page_size) and is_aligned(end, self.page_size)):
+                raise ValueError(
+                    f"{pinned.length} bytes at offset {offset:#x} are no whole pages of"
+                    f" {self.page_size} bytes"
+                )
+            at = offset
+            while at < end:
+                length = min(max(PIECE_BYTES, self.page_size), end - at)
+                patience = pager.patience()
+                while (done := self._fill_piece(at, length, pinned.address - offset, mode)) is None:
+                    await patience.wait()
+                total += done
+                at += length
+                await asyncio.sleep(0)
+        return total
+
+    def _fill_piece(self, offset: int, length: int, source: int, mode: int) -> int | None:
+        """Install one piece of the source, wherever it lies now.
+
+        Returns:
+            Bytes installed; None if the layout is changing: what is there then is stepped
+            over by the next try.
+        """
+        pager = self._pager
+        pager.check_serving()
+        space, fd = pager.space, pager.fd
+        total = 0
+        for where in space.addresses(self, offset, length, self.start - self.offset):
+            found = space.find(where.start)
+            assert found is not None  # addresses() has just found it there
+            to_source = source + found[2].delta
+
+            def fill(start: int, length: int, to_source: int = to_source) -> int:
+                return calls.copy(fd, start, start + to_source, length, mode)
+
+            # The removed set is asked right before the ioctl: removal beats filling.
+            for run in space.removed.gaps(where) if space.removed else (where,):
+                walk = Walk(run, self.page_size)
+                while walk:
+                    at = walk.at
+                    done = walk.step(fill, pager.wake)
+                    if done == -errno.EAGAIN:
+                        return None
+                    if done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
+                        raise pager.refused("UFFDIO_COPY", done, at, run.end - at)
+                total += walk.done
+        pager.counters.filled_bytes += total
+        return total
