@@ -57,6 +57,7 @@ KINDS: Final = ("anon", "shmem", "shmem-private", "hugetlb", "hugetlb-private")
 SMALL_KINDS: Final = ("anon", "shmem", "shmem-private")
 
 # linux/mman.h, where the mmap module has no name for it
+MAP_FIXED: Final = 0x10
 MAP_HUGETLB: Final = 0x40000
 MFD_HUGETLB: Final = 4
 MADV_PAGEOUT: Final = 21
@@ -64,6 +65,7 @@ MADV_COLLAPSE: Final = 25
 MREMAP_MAYMOVE: Final = 1
 MREMAP_FIXED: Final = 2
 MREMAP_DONTUNMAP: Final = 4
+_NO_ACCESS: Final = 0
 _READ_WRITE: Final = mmap.PROT_READ | mmap.PROT_WRITE
 
 
@@ -579,15 +581,27 @@ class Target(Process):
 
     def map(self, length: int, memfd: int = -1, offset: int = 0, *, align: int = 0) -> int:
         """Map more memory of the target's kind, and return its address."""
-        flags = mmap.MAP_SHARED if self.kind in ("shmem", "hugetlb") else mmap.MAP_PRIVATE
+        flags = mmap.MAP_SHARED if self.kind in {"shmem", "hugetlb"} else mmap.MAP_PRIVATE
         if memfd < 0:
             flags |= mmap.MAP_ANONYMOUS
         if self.kind == "hugetlb-private":
             flags |= MAP_HUGETLB
-        address = self.call("mmap", 0, length + align, _READ_WRITE, flags, memfd, offset).result()
+        at = 0
+        if align:
+            at = -(-self.reserve(length + align) // align) * align
+            flags |= MAP_FIXED
+        address = self.call("mmap", at, length, _READ_WRITE, flags, memfd, offset).result()
         if -4096 < address < 0:
             raise OSError(-address, os.strerror(-address), f"mmap of {self.kind} memory")
-        return -(-address // align) * align if align else address
+        return address
+
+    def reserve(self, length: int) -> int:
+        """Keep a piece of address space free of everything else, for mremap to move into."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        address = self.call("mmap", 0, length, _NO_ACCESS, flags, -1, 0).result()
+        if -4096 < address < 0:
+            raise OSError(-address, os.strerror(-address), "mmap of address space")
+        return address
 
     @property
     def length(self) -> int:
