@@ -18,6 +18,11 @@ import pytest
 from aiouffd.kernel import abi, calls, gates
 from tests.kernel import header
 
+SCAN_FIELDS = (
+    "size flags start end walk_end vec vec_len max_pages"
+    " category_inverted category_mask category_anyof_mask return_mask"
+)
+
 #: C struct: (macro that says the header has it, our layout, C fields with output ones last).
 STRUCTS = {
     "struct uffdio_api": ("UFFDIO_API", abi.UFFDIO_API_STRUCT, "api features ioctls"),
@@ -52,8 +57,7 @@ STRUCTS = {
     "struct pm_scan_arg": (
         "PAGEMAP_SCAN",
         abi.PM_SCAN_ARG_STRUCT,
-        "size flags start end walk_end vec vec_len max_pages"
-        + " category_inverted category_mask category_anyof_mask return_mask",
+        SCAN_FIELDS,
     ),
     "struct page_region": ("PAGEMAP_SCAN", abi.PAGE_REGION_STRUCT, "start end categories"),
 }
