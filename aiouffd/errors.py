@@ -17,6 +17,7 @@ The tree::
     │   ├── SourceError       the bytes of a page could not be had
     │   ├── DeadlineExceeded  nothing answered within the deadline
     │   ├── NoHandler         the address lies in no registered range
+    │   ├── LoopThreadTouch   the loop's own thread touched a page that only the loop can bring
     │   └── StuckPage         the same page faults again and again though the kernel has it
     ├── PeerError             the other side of a hand-over broke its protocol
     └── MigrationFailed       a migration cannot go on
@@ -124,6 +125,10 @@ class DeadlineExceeded(FaultError):
 
 class NoHandler(FaultError):
     """The fault's address lies in no registered range."""
+
+
+class LoopThreadTouch(FaultError):
+    """The event loop's own thread touched lazy memory and would have waited for itself."""
 
 
 class StuckPage(FaultError):
