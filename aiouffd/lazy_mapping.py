@@ -1,0 +1,354 @@
+"""A mapping of this process whose missing pages raise SIGBUS, and every operation on its pages.
+
+Knows: mmap, the userfaultfd over it, the pagemap; what is there, missing or protected.
+Must not know: threads that wait, handlers, loops.
+
+Laws of this file:
+
+* USER_MODE_ONLY and SIGBUS, no events: unprivileged, and nothing in the process can ever be
+  parked by the kernel.  Reading an event would take the GIL that ``os.fork`` holds.
+* MADV_DONTFORK: a child's touch is a clear SIGSEGV, not a silent zero.
+* Fills are for holes: a page that is there is stepped over (EEXIST), never overwritten.
+* Who holds a view of the memory keeps it mapped.  The last view may outlive this object.
+* Calls may nest: a Python signal handler can run between any two lines and touch a missing
+  page.  So bytes are passed by their own address, not through a buffer of the thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from .errors import ClosedError, NotSupported, refusal
+from .fds import OwnedFd
+from .kernel import abi, calls, pagemap
+from .kernel.buffers import PinnedBuffer
+from .ranges import PAGE_SIZE, align_up
+from .uffd import Feature, Mode, Userfaultfd
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_MAP_NORESERVE: Final = 0x4000  # mmap.MAP_NORESERVE came with Python 3.13
+_BYTES_HEADER: Final = bytes.__basicsize__ - 1  # CPython: where a bytes object's bytes begin
+_RETRIES: Final = 100
+_PAGEMAP_PIECE: Final = 1 << 28  # bytes of memory looked up by one read of the classic pagemap
+_THERE: Final = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
+
+#: Views that a forked child keeps for good: unmapping there would hit what has been mapped at
+#: these addresses since.
+_kept_in_child: list[memoryview] = []
+
+
+class LazyMapping:
+    """Anonymous memory, registered and empty.
+
+    Attributes:
+        start: Its first address.
+        end: One past its last; whole pages of ``page_size``.
+        length: What was asked for, in bytes.
+        page_size: What one fault brings, in bytes.
+        shared: Whether it is shared memory (MAP_SHARED).
+        write_protect: Whether filled pages start write-protected.
+
+    Sharing: any thread, except for closing.
+    """
+
+    def __init__(
+        self, length: int, *, shared: bool, read_only: bool, page_size: int, write_protect: bool
+    ) -> None:
+        """Map and register.
+
+        Args:
+            length: In bytes, above zero.
+            shared: Map it MAP_SHARED.
+            read_only: Map it without the right to write; fills work all the same.
+            page_size: A power of two, at least the machine's page size.
+            write_protect: Have the first write to each page fault as well.
+
+        Raises:
+            NotSupported: There is no userfaultfd to be had, or it lacks a feature.
+            OSError: The memory cannot be mapped.
+        """
+        self.length: Final = length
+        self.page_size: Final = page_size
+        self.shared: Final = shared
+        self.read_only: Final = read_only
+        self.write_protect: Final = write_protect
+        self._size = align_up(length, page_size)
+        self._fill_mode = abi.UFFDIO_COPY_MODE_DONTWAKE  # with SIGBUS nobody ever sleeps
+        features = Feature.SIGBUS
+        if write_protect:
+            self._fill_mode |= abi.UFFDIO_COPY_MODE_WP
+            features |= Feature.PAGEFAULT_FLAG_WP
+            if shared:
+                features |= Feature.WP_HUGETLBFS_SHMEM
+        with contextlib.ExitStack() as undo:
+            uffd = undo.enter_context(Userfaultfd.open(features, user_mode_only=True))
+            pages = undo.enter_context(OwnedFd(pagemap.open_pagemap()))
+            memory = mmap.mmap(
+                -1,
+                self._size,
+                flags=(mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+                | mmap.MAP_ANONYMOUS
+                | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | (0 if read_only else mmap.PROT_WRITE),
+            )
+            undo.callback(memory.close)
+            memory.madvise(mmap.MADV_DONTFORK)
+            self.start: Final = _address_of(memory)
+            self.end: Final = self.start + self._size
+            uffd.register(self.start, self._size, Mode.MISSING | (Mode.WP if write_protect else 0))
+            undo.pop_all()
+        self._uffd = uffd
+        self._pagemap = pages
+        self._fd = uffd.fileno()
+        self.pagemap_fd = pages.fileno()
+        self._scan_works = True
+        #: Held for the memory's life: while it is, no ``close`` or ``resize`` unmaps what a
+        #: thread may be in the middle of touching.
+        self._view: memoryview | None = memoryview(memory)[:length]
+        self._memory: mmap.mmap | None = memory
+        self._weak = weakref.ref(memory)
+
+    @property
+    def view(self) -> memoryview:
+        """The memory itself, without the tail of the last page.
+
+        Raises:
+            ClosedError: It was closed.
+        """
+        if self._view is None:
+            raise ClosedError("this lazy memory is closed")
+        return self._view
+
+    # --- filling -----------------------------------------------------------------------
+
+    def fill(self, address: int, data: bytes) -> int:
+        """Fill holes with bytes; pages that are there are left alone.
+
+        Args:
+            address: Page-aligned.
+            data: Whole pages of the machine.
+
+        Returns:
+            Bytes filled.
+        """
+        source = id(data) + _BYTES_HEADER
+        length = len(data)
+        filled = done = 0
+        busy = 0
+        while done < length:
+            result = calls.copy(
+                self._fd, address + done, source + done, length - done, self._fill_mode
+            )
+            if result > 0:
+                filled += result
+                done += result
+            elif result == -errno.EEXIST:
+                done += PAGE_SIZE
+            elif result == -errno.EAGAIN and busy < _RETRIES:
+                busy += 1  # no event is ever pending here: it passes by itself
+            else:
+                raise refusal("UFFDIO_COPY", -result, address, length, done)
+        return filled
+
+    def fill_zeros(self, address: int, length: int) -> int:
+        """Fill holes with zeros, as ``fill`` does."""
+        if self.write_protect:  # ZEROPAGE cannot protect
+            return self.fill(address, bytes(length))
+        filled = done = 0
+        while done < length:
+            result = calls.zeropage(
+                self._fd, address + done, length - done, abi.UFFDIO_ZEROPAGE_MODE_DONTWAKE
+            )
+            if result > 0:
+                filled += result
+                done += result
+            elif result == -errno.EEXIST:
+                done += PAGE_SIZE
+            else:
+                raise refusal("UFFDIO_ZEROPAGE", -result, address, length, done)
+        return filled
+
+    def protect(self, address: int, length: int) -> None:
+        """Write-protect the pages of a range that are there.
+
+        Kernel: UFFDIO_WRITEPROTECT, since Linux 5.7.
+        """
+        self._writeprotect(address, length, abi.UFFDIO_WRITEPROTECT_MODE_WP)
+
+    def unprotect(self, address: int, length: int) -> None:
+        """Let the pages of a range be written to."""
+        self._writeprotect(address, length, 0)
+
+    def _writeprotect(self, address: int, length: int, mode: int) -> None:
+        result = -errno.EAGAIN
+        for _ in range(_RETRIES):
+            result = calls.writeprotect(self._fd, address, length, mode)
+            if result != -errno.EAGAIN:
+                break
+        if result < 0:
+            raise refusal("UFFDIO_WRITEPROTECT", -result, address, length)
+
+    def drop(self, address: int, length: int) -> None:
+        """Make pages missing again; what they held is lost.  Nothing if it is unmapped."""
+        memory = self._weak()
+        if memory is None:
+            return
+        # A shared page stays in the page cache after DONTNEED, and a later fill says EEXIST.
+        advice = mmap.MADV_REMOVE if self.shared else mmap.MADV_DONTNEED
+        with contextlib.suppress(ValueError):  # closed between the lines
+            memory.madvise(advice, address - self.start, length)
+
+    def poison(self) -> int:
+        """Mark every hole as lost, for good: touching one is SIGBUS even without us.
+
+        Kernel: UFFDIO_POISON, since Linux 6.6.
+
+        Returns:
+            Bytes marked.
+
+        Raises:
+            NotSupported: The kernel is older.
+        """
+        marked = 0
+        for start, end in list(self.holes(self.start, self.end)):
+            done = 0
+            while start + done < end:
+                result = calls.poison(
+                    self._fd, start + done, end - start - done, abi.UFFDIO_POISON_MODE_DONTWAKE
+                )
+                if result == -errno.EINVAL:
+                    raise NotSupported("this kernel cannot poison pages", "It takes Linux 6.6.")
+                if result < 0 and result != -errno.EEXIST:
+                    raise refusal("UFFDIO_POISON", -result, start, end - start, done)
+                marked += max(result, 0)
+                done += result if result > 0 else PAGE_SIZE
+        return marked
+
+    # --- looking ------------------------------------------------------------------------
+
+    def entry(self, address: int) -> int:
+        """Read the pagemap's word of one page (PM_* bits)."""
+        return int.from_bytes(os.pread(self.pagemap_fd, 8, address // PAGE_SIZE * 8), sys.byteorder)
+
+    def is_missing(self, entry: int) -> bool:
+        """Say whether a pagemap word is that of a hole."""
+        # On shared memory SWAP without PRESENT is a marker that outlived its page.
+        return not entry & (abi.PM_PRESENT if self.shared else abi.PM_PRESENT | abi.PM_SWAP)
+
+    def holes(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Find the runs of missing pages within a range, in order.
+
+        On shared memory a page that the kernel has pushed out to swap counts as missing.
+
+        Kernel: PAGEMAP_SCAN (6.7), else the classic pagemap.
+        """
+        mask = abi.PAGE_IS_PRESENT if self.shared else _THERE
+        return self._runs(start, end, mask, mask, self.is_missing)
+
+    def protected(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Find the runs of pages that are there and write-protected."""
+        for at in range(start, end, _PAGEMAP_PIECE):
+            yield from self._runs_by_entry(
+                at, min(end, at + _PAGEMAP_PIECE), lambda entry: bool(entry & abi.PM_UFFD_WP)
+            )
+
+    def filled_bytes(self) -> int:
+        """Count the bytes of the pages that are there."""
+        holes = sum(end - start for start, end in self.holes(self.start, self.end))
+        return self._size - holes
+
+    def _runs(
+        self, start: int, end: int, required: int, inverted: int, wanted: Callable[[int], bool]
+    ) -> Iterator[tuple[int, int]]:
+        if self._scan_works:
+            try:
+                for found in pagemap.regions(
+                    self.pagemap_fd, start, end, required=required, inverted=inverted
+                ):
+                    yield found.start, found.end
+                return
+            except NotSupported:
+                self._scan_works = False
+        for at in range(start, end, _PAGEMAP_PIECE):
+            yield from self._runs_by_entry(at, min(end, at + _PAGEMAP_PIECE), wanted)
+
+    def _runs_by_entry(
+        self, start: int, end: int, wanted: Callable[[int], bool]
+    ) -> Iterator[tuple[int, int]]:
+        first: int | None = None
+        address = start
+        for entry in pagemap.entries(self.pagemap_fd, start, end - start):
+            if wanted(entry):
+                if first is None:
+                    first = address
+            elif first is not None:
+                yield first, address
+                first = None
+            address += PAGE_SIZE
+        if first is not None:
+            yield first, address
+
+    # --- the end ------------------------------------------------------------------------
+
+    def unmap(self) -> bool:
+        """Unmap the memory unless somebody holds a view of it.
+
+        A thread in the middle of an access has the view on its stack, so it counts too.
+
+        Returns:
+            Whether it is gone.  If not, everything is as before.
+        """
+        if self._memory is None:
+            return True
+        length, self._view = self.length, None
+        try:
+            self._memory.close()
+        except BufferError:
+            self._view = memoryview(self._memory)[:length]
+            return False
+        self._memory = None
+        return True
+
+    def let_go(self, then: Callable[[], object]) -> None:
+        """Leave the memory to those who hold views of it.
+
+        Args:
+            then: Called when the last of them is gone and the memory unmapped.
+        """
+        memory, self._memory, self._view = self._memory, None, None
+        if memory is None:
+            then()
+        else:
+            weakref.finalize(memory, then).atexit = False
+
+    def close_fds(self) -> None:
+        """Close the userfaultfd and the pagemap.  Holes read as zeros from here on."""
+        self._uffd.close()
+        self._pagemap.close()
+
+    def forked(self) -> None:
+        """Give up in a forked child, where the memory does not exist."""
+        memory = self._weak()
+        if memory is not None:
+            _kept_in_child.append(memoryview(memory))
+        self.close_fds()
+
+
+def as_bytes(data: Buffer) -> bytes:
+    """Give a buffer's bytes as an object whose address does not change."""
+    return data if type(data) is bytes else bytes(memoryview(data))
+
+
+def _address_of(memory: mmap.mmap) -> int:
+    """Find where a mapping lies, read-only ones too, without touching it."""
+    with PinnedBuffer(memory) as pinned:
+        return pinned.address
