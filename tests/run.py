@@ -1,0 +1,201 @@
+"""What ``make`` does: a virtual environment per interpreter, and the project's checks inside it.
+
+    python3 -m tests.run test|lint|types|docs|bench|interop|check [arguments for the tool]
+
+Knows: where interpreters are, how to make ``.venv/<version>`` in the checkout, what each check is.
+Must not know: pytest, aiouffd; it runs before either is installed, on any Python 3.8 and newer.
+
+Laws of this file:
+
+* Nothing outside the checkout is touched, with two exceptions that are printed before they
+  happen: Debian keeps Python's venv module in a package of its own, and ``interop`` is there to
+  fetch foreign programs.  Both need root and apt-get; without them it says what to type.
+* Every interpreter found is used, each under its heading; if one fails, the whole fails.
+
+Settings from the environment: PYTHONS ("3.12 3.13") restricts ``test`` to some versions;
+AIOUFFD_SOAK_SECONDS is the length of the soak test (60 on the first interpreter, else 10).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from tests.interpreters import Interpreter, find_all
+
+ROOT = Path(__file__).resolve().parent.parent
+VENVS = ROOT / ".venv"
+
+NO_TESTS_COLLECTED = 5  # pytest's exit status
+
+#: Debian packages that have the programs of tests/interop, by program.
+FOREIGN_PROGRAMS = {"strace": "strace", "dd": "coreutils", "gdb": "gdb"}
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def stop(text: str) -> NoReturn:
+    say(text)
+    raise SystemExit(1)
+
+
+def run(*command: str | Path, env: dict[str, str] | None = None) -> int:
+    """Run a command in the checkout and return its exit status."""
+    say("+ " + shlex.join(map(str, command)))
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **(env or {})}, check=False
+    ).returncode
+
+
+# --- the system ------------------------------------------------------------------------
+
+
+def get_packages(*packages: str, why: str) -> None:
+    """Install Debian packages if we may; else say what to type, and stop."""
+    command = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        stop(f"{why}\nType:  sudo {shlex.join(command)}\n(or what your distribution has instead)")
+    say(why)
+    quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+    run("apt-get", "update", "-qq", env=quiet)  # a fresh machine has no lists; stale ones may do
+    if run(*command, env=quiet) != 0:
+        stop(f"Could not get {' '.join(packages)}.")
+
+
+# --- virtual environments --------------------------------------------------------------
+
+
+def environment(python: Interpreter, *extras: str) -> Path:
+    """Make ``.venv/<version>`` with the package and some of its extras; return its Python."""
+    folder = VENVS / python.version
+    inside = folder / "bin" / "python"
+    project = (ROOT / "pyproject.toml").read_bytes()
+    state = hashlib.sha256(project + python.path.encode()).hexdigest()
+    stamps = [folder / f"installed-{extra}" for extra in extras]
+    if all(stamp.exists() and stamp.read_text() == state for stamp in stamps):
+        return inside
+    if not inside.exists():
+        if not python.has_ensurepip:
+            package = f"python{python.version}-venv"
+            get_packages(package, why=f"{python.path} has no ensurepip, which venv needs.")
+        if run(python.path, "-m", "venv", "--clear", folder) != 0:
+            stop(f"Could not make {folder} with {python.path}.")
+    pip = {
+        "PIP_CACHE_DIR": str(VENVS / "cache"),
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_ROOT_USER_ACTION": "ignore",
+    }
+    wanted = f".[{','.join(extras)}]"
+    if run(inside, "-m", "pip", "install", "--quiet", "--editable", wanted, env=pip) != 0:
+        stop(f"pip could not install {wanted} into {folder}; its message is above.")
+    for stamp in stamps:
+        stamp.write_text(state)
+    return inside
+
+
+def pythons() -> list[Interpreter]:
+    """List the interpreters to use, the oldest that we support first."""
+    found = find_all()
+    if not found:
+        stop("No Python 3.11 or newer found on PATH or in ~/.pyenv/versions.")
+    chosen = os.environ.get("PYTHONS", "").split()
+    missing = set(chosen) - {python.version for python in found}
+    if missing:
+        stop(f"PYTHONS asks for {' '.join(sorted(missing))}, which was not found here.")
+    return [python for python in found if not chosen or python.version in chosen]
+
+
+# --- the checks ------------------------------------------------------------------------
+
+
+def test(arguments: list[str]) -> int:
+    """Run the whole suite on every interpreter."""
+    results: list[str] = []
+    failed = False
+    for number, python in enumerate(pythons()):
+        say(f"\n===== Python {python.version} ({python.path}) =====")
+        inside = environment(python, "test")
+        soak = os.environ.get("AIOUFFD_SOAK_SECONDS", "60" if number == 0 else "10")
+        start = time.monotonic()
+        status = run(inside, "-m", "pytest", *arguments, env={"AIOUFFD_SOAK_SECONDS": soak})
+        failed = failed or status != 0
+        outcome = "passed" if status == 0 else f"FAILED (exit status {status})"
+        results.append(f"Python {python.version}: {outcome} in {time.monotonic() - start:.0f} s")
+    say("\n" + "\n".join(results))
+    return int(failed)
+
+
+def lint(arguments: list[str]) -> int:
+    """Check style and format."""
+    inside = environment(pythons()[0], "lint")
+    checked = run(inside, "-m", "ruff", "check", *arguments)
+    return run(inside, "-m", "ruff", "format", "--check", *arguments) or checked
+
+
+def types(arguments: list[str]) -> int:
+    """Check types, strictly, over package, tests, examples and benchmarks."""
+    return run(environment(pythons()[0], "test", "lint"), "-m", "mypy", *arguments)
+
+
+def docs(arguments: list[str]) -> int:
+    """Build the pages into docs/_build; a warning is an error."""
+    inside = environment(pythons()[0], "docs")
+    build = (inside, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet")
+    status = run(*build, *arguments, "docs", "docs/_build")
+    if status == 0:
+        say("The pages are in docs/_build/index.html.")
+    return status
+
+
+def bench(arguments: list[str]) -> int:
+    """Measure every figure that the project quotes."""
+    return run(environment(pythons()[0], "test"), "-m", "benchmarks", *arguments)
+
+
+def interop(arguments: list[str]) -> int:
+    """Fetch programs that nobody here wrote, and run them against us."""
+    missing = sorted(
+        {package for program, package in FOREIGN_PROGRAMS.items() if shutil.which(program) is None}
+    )
+    if missing:
+        get_packages(*missing, why="The interop tests run foreign programs that are missing.")
+    status = run(environment(pythons()[0], "test"), "-m", "pytest", "tests/interop", *arguments)
+    return 0 if status == NO_TESTS_COLLECTED else status
+
+
+def check(arguments: list[str]) -> int:
+    """Check what takes seconds: style, types, and the tests that need no kernel."""
+    status = lint([]) or types([])
+    inside = environment(pythons()[0], "test")
+    return run(inside, "-m", "pytest", "-q", *PURE_TESTS, *arguments) or status
+
+
+#: Tests of values and pure logic: no loop, no system call.
+PURE_TESTS = (
+    "tests/test_floors.py",
+    "tests/test_ranges.py",
+    "tests/test_events.py",
+    "tests/test_resolutions.py",
+    "tests/test_address_space.py",
+)
+
+CHECKS = {each.__name__: each for each in (test, lint, types, docs, bench, interop, check)}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in CHECKS:
+        stop(f"usage: python3 -m tests.run {'|'.join(CHECKS)} [arguments for the tool]")
+    return CHECKS[arguments[0]](arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
