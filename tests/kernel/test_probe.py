@@ -1,0 +1,127 @@
+"""The probe on the running kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from aiouffd.kernel import abi, calls, gates
+from aiouffd.kernel.capabilities import NAMES
+from aiouffd.kernel.probe import observe, probe
+
+
+def test_a_probe_leaves_nothing_behind() -> None:
+    """Every descriptor is closed, every mapping gone; twice gives the same."""
+    probe()  # what is imported and opened once for all
+    fds, maps = os.listdir("/proc/self/fd"), len(Path("/proc/self/maps").read_bytes().splitlines())
+    first, second = probe(), probe()
+    assert os.listdir("/proc/self/fd") == fds
+    assert len(Path("/proc/self/maps").read_bytes().splitlines()) <= maps + 1
+    assert first.capabilities == second.capabilities
+
+
+def test_the_report_agrees_with_the_kernel() -> None:
+    """Each feature is available exactly if the kernel's own answer has its bit."""
+    report = probe()
+    fd = gates.open_userfaultfd(allow_user_mode_only=True)
+    try:
+        available, ioctls = calls.api(fd, 0)
+    finally:
+        os.close(fd)
+    assert report.seen.features == available
+    assert report.seen.ioctls == ioctls
+    assert report.seen.range_ioctls & abi.UFFD_API_RANGE_IOCTLS == abi.UFFD_API_RANGE_IOCTLS
+    assert tuple(one.name for one in report.capabilities)[: len(NAMES)] == NAMES
+    for name, bit in abi.FEATURES.items():
+        if name != "EVENT_FORK":
+            assert report[name].available == bool(available & bit)
+
+
+@pytest.mark.root
+def test_this_machine_has_everything() -> None:
+    """Linux 6.18 as root lacks nothing but, at times, free huge pages."""
+    if tuple(int(part) for part in os.uname().release.split(".")[:2]) < (6, 16):
+        pytest.skip("needs Linux 6.16 or newer for PAGE_IS_GUARD")
+    lacking = [one.name for one in probe().capabilities if not one.available]
+    assert set(lacking) <= {"hugetlb"}
+
+
+def test_looking_a_capability_up() -> None:
+    """By any spelling; bits that are not there are known to be missing; the rest is a KeyError."""
+    report = probe()
+    assert report["MOVE"] is report["move"]
+    assert not report["bit-40"].available
+    with pytest.raises(KeyError):
+        report["teleport"]
+
+
+def test_huge_pages_are_counted(huge_pages: object) -> None:
+    """A pool with free pages makes hugetlb available."""
+    assert callable(huge_pages)
+    huge_pages(1)
+    report = probe()
+    assert report["hugetlb"].available
+    assert report.seen.huge_pages >= 1
+
+
+def _refuse(number: int) -> gates.Gate:
+    def gate(flags: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return (gates.DEVICE, gate)
+
+
+def test_every_gate_is_tried_in_both_forms() -> None:
+    """A refusal by one gate is recorded, and the next is used."""
+    seen = observe((_refuse(errno.EACCES), (gates.SYSCALL, calls.open_syscall)))
+    assert [(one.gate, one.user_mode_only) for one in seen.attempts] == [
+        (gates.DEVICE, False),
+        (gates.SYSCALL, False),
+        (gates.DEVICE, True),
+        (gates.SYSCALL, True),
+    ]
+    assert [one.errno for one in seen.attempts if one.gate == gates.DEVICE] == [errno.EACCES] * 2
+    assert seen.features
+
+
+def test_without_any_gate_the_rest_is_still_probed() -> None:
+    """Features are unknown, the pagemap is not."""
+    report = probe((_refuse(errno.ENOENT),))
+    assert report.seen.features is None
+    assert not report["move"].available
+    assert report["pagemap-scan"].available
+    assert not report["userfaultfd"].available
+    assert "--device" in report["userfaultfd"].remedy
+
+
+def test_a_gate_that_closes_midway() -> None:
+    """Descriptors that run out between two questions leave answers out, and raise nothing."""
+    granted = 0
+
+    def gate(flags: int) -> int:
+        nonlocal granted
+        granted += 1
+        if granted > 2:  # both forms were tried
+            raise OSError(errno.EMFILE, "none left")
+        return calls.open_syscall(flags)
+
+    report = probe(((gates.SYSCALL, gate),))
+    assert report.seen.features is None
+    assert report.seen.tried["event-fork"] == errno.EMFILE
+    assert not report["event-fork"].available
+
+
+def test_a_gate_to_something_else() -> None:
+    """A descriptor that is no userfaultfd answers nothing; what was tried on it says why."""
+
+    def gate(flags: int) -> int:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    report = probe((("wrong", gate),))
+    assert report.seen.features is None
+    assert report.seen.tried["continue-wp"] == errno.ENOTTY
+    assert report["userfaultfd"].available  # as far as the gate goes
+    assert not report["move"].available
