@@ -25,7 +25,6 @@ R = TypeVar("R")  # what serves: the pager's Region
 F = TypeVar("F")  # what is in flight: the pager's Flight
 
 
-
 class PageState(enum.Enum):
     """What is known of one page; whether it is present only the kernel knows."""
 

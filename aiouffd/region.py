@@ -148,7 +148,7 @@ class Region:
         """
         action = self._pager.on_close if then is None else then
         if action is not Action.ZERO:
-            await self._pager.poison_region(self)
+            await self._pager.poison(self)
         self._pager.forget(self)
 
     async def fill(self, offset: int, data: Buffer, *, protect: bool = False) -> int:
@@ -205,7 +205,7 @@ class Region:
         """
         pager = self._pager
         pager.check_serving()
-        space, fd = pager.space, pager.fd
+        space, fd = pager.space, pager.uffd.fileno()
         total = 0
         for where in space.addresses(self, offset, length, self.start - self.offset):
             found = space.find(where.start)
@@ -220,7 +220,7 @@ class Region:
                 walk = Walk(run, self.page_size)
                 while walk:
                     at = walk.at
-                    done = walk.step(fill, pager.wake)
+                    done = walk.step(fill, pager.uffd.wake)
                     if done == -errno.EAGAIN:
                         return None
                     if done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):

@@ -1,0 +1,434 @@
+"""Dispatcher: one fault, one handler, one resolution.
+
+Knows: the way of a fault from its message to its end.
+Must not know: how messages are read, resolutions carried out, or pagers opened and closed.
+
+Laws of this file:
+
+* One handler per page; a later fault on it joins.  Threads, signals and kernel-mode retries
+  (which repeat their message in a loop until resolved) all send duplicates.
+* What the books call present is still resolved: books can be stale.  Only a message that was
+  read before its page's wake is dropped, for that wake was its own.
+* A removed page reads zero, whatever its handler would say.
+* A handler is started at once; one that suspends becomes a task that is awaited to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from . import eager
+from .address_space import AddressSpace, Placement
+from .errors import HandlerError, NoHandler, ResolutionRefused, refusal
+from .events import PageFault, RawFault
+from .failure import Action, FailurePolicy
+from .fds import OwnedFd
+from .flight import Flight, Stage
+from .kernel import abi, buffers, calls
+from .metrics import Counters, Observer
+from .parking import Parking
+from .performer import resolution_of
+from .ranges import PAGE_SIZE
+from .reader import Reader
+from .recovery import Recovery
+from .resolutions import Answer, Copy, Zero
+from .resolver import Resolver
+from .timers import Timers
+from .uffd import Userfaultfd
+from .watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from .region import Region
+
+log: Final = logging.getLogger("aiouffd")
+
+_LOST_PATIENCE: Final = 0.25  # seconds for an event to explain an unknown address
+
+_NOWHERE: Final = (0, 0, None)
+
+
+class Dispatcher:
+    """Serves the faults of one userfaultfd; Pager is its public face.
+
+    Attributes:
+        over: Set when nothing is served any more.
+        error: Why the pager failed, if it did.
+        closing: What becomes of faults while the pager closes; None as long as it serves.
+        target_gone: The target has exited or called exec.
+        tasks: Suspended handlers and long fills: awaited when the pager closes.
+
+    Sharing: the loop's thread.
+    """
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        *,
+        policy: FailurePolicy,
+        deadline: float | None,
+        warn_after: float | None,
+        max_in_flight: int,
+        observers: Sequence[Observer],
+        target: OwnedFd | None,
+        on_child: Callable[[OwnedFd], None],
+        on_gone: Callable[[], None],
+    ) -> None:
+        self.uffd = uffd
+        self.fd = uffd.fileno()
+        self.space: AddressSpace[Region, Flight] = AddressSpace()
+        self.counters = Counters()
+        self.observers = tuple(observers)
+        self.target = target
+        self.over = asyncio.Event()
+        self.error: BaseException | None = None
+        self.closing: Action | None = None
+        self.target_gone = False
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.reader = Reader(self, on_child)
+        self.parking = Parking(self)
+        self.resolver = Resolver(self)
+        self.recovery = Recovery(self, policy)
+        self.watchdog = Watchdog(self, deadline, warn_after)
+        self.max_in_flight = max_in_flight
+        self._on_gone = on_gone
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timers: Timers | None = None
+        self._hot: tuple[int, int, Placement[Region] | None] = _NOWHERE
+        self._served: set[int] | None = None  # pages ended within this batch of faults
+        self._asked = 0  # flights whose handler is suspended
+        self._queue: deque[Flight] = deque()
+
+    # --- life --------------------------------------------------------------------------
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that it was started on.
+
+        Raises:
+            RuntimeError: It was not started.
+        """
+        if self._loop is None:
+            raise RuntimeError("this pager was not started; use `async with pager:`")
+        return self._loop
+
+    @property
+    def timers(self) -> Timers:
+        """Its timers; see ``loop``."""
+        if self._timers is None:
+            raise RuntimeError("this pager was not started; use `async with pager:`")
+        return self._timers
+
+    @property
+    def started(self) -> bool:
+        """Whether it was started."""
+        return self._loop is not None
+
+    def start(self) -> None:
+        """Begin to serve, on the running loop."""
+        self.uffd.claim_reader()
+        self._loop = asyncio.get_running_loop()
+        self._timers = Timers(self._loop)
+        self.reader.start()
+        if self.target is not None:
+            self._loop.add_reader(self.target.fileno(), self.target_is_gone)
+        self.watchdog.start()
+
+    def stop(self) -> None:
+        """Leave the loop; before any descriptor is closed."""
+        self.reader.stop()
+        if self.target is not None and not self.target.closed:
+            self.loop.remove_reader(self.target.fileno())
+        self.timers.cancel_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the waiters of the pager that it failed; faults are served on until it closes."""
+        if self.error is None:
+            self.error = error
+        self.over.set()
+
+    def crash(self, error: Exception) -> None:
+        """An error where none may be: stop reading and fail."""
+        log.critical("the reader of %r failed", self.uffd, exc_info=error)
+        self.stop()
+        self.fail(error)
+
+    def target_is_gone(self) -> None:
+        """Note that the target has exited or called exec, and stop serving."""
+        if self.target_gone:
+            return
+        self.target_gone = True
+        self.stop()
+        self.end_all("gone")
+        self.over.set()
+        self._on_gone()
+
+    def end_all(self, outcome: str) -> None:
+        """Cancel and end every fault that is in flight."""
+        self._queue.clear()
+        self.parking.clear()
+        for flight in tuple(self.space.in_flight.values()):
+            flight.cancel()
+            self.end(flight, outcome)
+
+    def refused(self, call: str, done: int, start: int, length: int) -> ResolutionRefused:
+        """Make the error for a signed result below zero, and note a target that is gone."""
+        if done == -errno.ESRCH:
+            self.target_is_gone()
+        return refusal(call, -done, start, length)
+
+    def wake(self, start: int, length: int) -> None:
+        """Let threads that wait in a range try again."""
+        calls.wake(self.fd, start, length)
+
+    def poison(self, start: int, length: int) -> int:
+        """Poison missing pages.
+
+        Returns:
+            Bytes done if above zero, else minus the errno.
+        """
+        return calls.poison(self.fd, start, length)
+
+    def layout_changed(self) -> None:
+        """An event came, or a region: forget where the last fault was served."""
+        self._hot = _NOWHERE
+
+    # --- taking up ---------------------------------------------------------------------
+
+    def serve(self, faults: Iterable[RawFault]) -> None:
+        """Take up the faults of one batch, whose events have been applied."""
+        self._served = set()
+        try:
+            for fault in faults:
+                self.fault(*fault)
+        finally:
+            self._served = None
+
+    def fault(self, flags: int, address: int, thread_id: int) -> None:
+        """Take up one fault: join, answer zero, queue, or ask its handler."""
+        counters = self.counters
+        counters.faults += 1
+        space = self.space
+        start, end, placement = self._hot
+        if placement is None or not start <= address < end:
+            found = space.find(address)
+            if found is None:
+                self._lost(flags, address, thread_id)
+                return
+            self._hot = found
+            placement = found[2]
+        page = address & placement.mask
+        if page in space.in_flight or (self._served is not None and page in self._served):
+            # In flight: its end wakes all who wait.  Served in this batch: this message was
+            # read before that wake, so its thread is awake already.
+            counters.joined += 1
+            return
+        fault = PageFault(
+            page, page + placement.delta, placement.page_size, flags, thread_id, address
+        )
+        region = placement.region
+        started_ns = self._begin(fault) if self.observers else 0
+        if self.closing is not None:
+            self.recovery.last_action(self._board(fault, region, started_ns), self.closing)
+        elif space.removed and page in space.removed and fault.missing:
+            counters.removed += 1
+            self.resolver.carry_out(self._board(fault, region, started_ns), Zero())
+        elif self._asked >= self.max_in_flight:
+            counters.queued += 1
+            flight = self._board(fault, region, started_ns)
+            flight.stage = Stage.QUEUED
+            self._queue.append(flight)
+        else:
+            self._ask(fault, region, started_ns)
+
+    def _begin(self, fault: PageFault) -> int:
+        started_ns = time.perf_counter_ns()
+        for observer in self.observers:
+            observer.begin(fault)
+        return started_ns
+
+    def _board(self, fault: PageFault, region: Region | None, started_ns: int) -> Flight:
+        """Enter a fault in the books as in flight."""
+        flight = Flight(fault, region, self.loop.time(), started_ns)
+        self.space.in_flight[fault.address] = flight
+        self.watchdog.watch()
+        return flight
+
+    def _ask(self, fault: PageFault, region: Region, started_ns: int) -> None:
+        """Ask a handler; carry its answer out at once if it has one."""
+        try:
+            task, answer = eager.start(self.loop, region.handler(fault))
+        except (Exception, asyncio.CancelledError) as error:
+            self.recovery.handler_failed(self._board(fault, region, started_ns), error)
+            return
+        if task is not None:
+            self.await_handler(self._board(fault, region, started_ns), task)
+            return
+        data: Buffer | None = None
+        mode = 0
+        if type(answer) is Copy and answer.address is None:
+            data = answer.data
+            mode = abi.UFFDIO_COPY_MODE_WP if answer.protect else 0
+        elif type(answer) is bytes:
+            data = answer
+        page, size = fault.address, fault.length
+        if (
+            type(data) is bytes
+            and len(data) == size
+            and size <= buffers.STAGING_BYTES
+            # The shortest way: one page of bytes, no flight, no match.
+            and calls.copy(self.fd, page, buffers.staged(data, size), size, mode) == size
+        ):
+            self.counters.copied_bytes += size
+            if self.resolver.again:
+                self.resolver.again.pop(page, None)
+            self._ended(fault, "copy", started_ns)
+            return
+        self._answered(self._board(fault, region, started_ns), answer)
+
+    # --- handlers that wait ------------------------------------------------------------
+
+    def await_handler(self, flight: Flight, task: asyncio.Task[Any]) -> None:
+        """Own a suspended handler until it ends."""
+        flight.task = task
+        flight.stage = Stage.ASKED
+        self._asked += 1
+        self.tasks.add(task)
+        task.add_done_callback(lambda done: self._handler_done(flight, done))
+
+    def _handler_done(self, flight: Flight, task: asyncio.Task[Any]) -> None:
+        self._asked -= 1
+        self.tasks.discard(task)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        try:
+            if flight.task is not task:
+                if error is not None and not task.cancelled():
+                    log.debug("a handler that nobody waited for any more failed", exc_info=error)
+                return
+            flight.task = None
+            if self.closing is not None:
+                return
+            if error is not None:
+                self.recovery.handler_failed(flight, error)
+            else:
+                self._answered(flight, task.result())
+        except Exception as failure:
+            self.crash(failure)
+        finally:
+            self._ask_queued()
+
+    def _ask_queued(self) -> None:
+        """Let queued faults have the places that became free, in order."""
+        while self._queue and self._asked < self.max_in_flight and self.closing is None:
+            flight = self._queue.popleft()
+            if flight.stage is not Stage.QUEUED or flight.region is None:
+                continue  # it ended while it waited
+            flight.stage = Stage.ASKED
+            try:
+                task, answer = eager.start(self.loop, flight.region.handler(flight.fault))
+            except (Exception, asyncio.CancelledError) as error:
+                self.recovery.handler_failed(flight, error)
+                continue
+            if task is not None:
+                self.await_handler(flight, task)
+            else:
+                self._answered(flight, answer)
+
+    def _answered(self, flight: Flight, answer: Answer) -> None:
+        try:
+            resolution = resolution_of(answer, flight.fault)
+        except HandlerError as error:
+            self.recovery.handler_failed(flight, error)
+            return
+        self.resolver.carry_out(flight, resolution)
+
+    # --- ending ------------------------------------------------------------------------
+
+    def end(self, flight: Flight, outcome: str) -> None:
+        """Take a fault out of the books."""
+        flight.stage = Stage.ENDED
+        self.parking.discard(flight)
+        page = flight.fault.address
+        if self.space.in_flight.get(page) is flight:
+            del self.space.in_flight[page]
+        self._ended(flight.fault, outcome, flight.started_ns)
+
+    def _ended(self, fault: PageFault, outcome: str, started_ns: int) -> None:
+        self.counters.ended += 1
+        if self._served is not None:
+            self._served.add(fault.address)
+        if self.observers:
+            elapsed_ns = time.perf_counter_ns() - started_ns
+            for observer in self.observers:
+                observer.end(fault, outcome, elapsed_ns)
+
+    def drop(self, flight: Flight) -> None:
+        """End a fault whose memory went away: its threads find out by themselves."""
+        flight.cancel()
+        self.counters.gone += 1
+        self.wake(flight.fault.address, flight.fault.length)
+        self.end(flight, "gone")
+
+    def removed_in_flight(self, flight: Flight) -> None:
+        """The target removed a page whose fault is in flight: it reads zero now."""
+        flight.cancel()
+        if flight.fault.missing:
+            self.counters.removed += 1
+            self.resolver.carry_out(flight, Zero())
+        else:
+            self.wake(flight.fault.address, flight.fault.length)
+            self.end(flight, "wake")
+
+    # --- parked and lost faults --------------------------------------------------------
+
+    def retry_parked(self, flight: Flight) -> bool:
+        """Try a parked fault again, classified anew.
+
+        Returns:
+            Whether it is worth trying others: an EAGAIN holds up the whole userfaultfd.
+        """
+        if flight.stage is Stage.LOST:
+            self._find_lost(flight)
+            return True
+        fault, resolution = flight.fault, flight.resolution
+        removed = fault.missing and not flight.final and fault.address in self.space.removed
+        if resolution is None or removed:
+            resolution = Zero()
+        self.resolver.carry_out(flight, resolution)
+        return flight.stage is not Stage.PARKED
+
+    def _lost(self, flags: int, address: int, thread_id: int) -> None:
+        """A fault in no known range: an event not yet read may explain it, or growth."""
+        page = address & -PAGE_SIZE
+        if page in self.space.in_flight:
+            self.counters.joined += 1
+            return
+        fault = PageFault(page, 0, PAGE_SIZE, flags, thread_id, address)
+        started_ns = self._begin(fault) if self.observers else 0
+        self.parking.add(self._board(fault, None, started_ns), Stage.LOST)
+
+    def _find_lost(self, flight: Flight) -> None:
+        """See whether the events since have explained a lost fault."""
+        address = flight.fault.reported
+        space = self.space
+        found = space.find(address)
+        grown = space.growth(address)
+        if grown is not None and grown.grows:
+            space.grow(address)
+            found = space.find(address)
+        if found is not None:
+            # It faults anew, under the right page size and handler.
+            self.wake(address & found[2].mask, found[2].page_size)
+            self.end(flight, "wake")
+        elif self.loop.time() - flight.started >= _LOST_PATIENCE:
+            error = NoHandler(
+                f"a fault at {address:#x}, which lies in no registered range", flight.fault.address
+            )
+            self.recovery.give_up(flight, error)

@@ -1,0 +1,142 @@
+"""Reader: from the descriptor to the books and the dispatcher, and nothing in between.
+
+Knows: how messages are read, and in which order they count.
+Must not know: handlers and resolutions.
+
+Laws of this file:
+
+* Every wake-up reads until nothing is pending (bounded), applies every event of the batch,
+  and only then serves faults: page faults are delivered before older events, so a fault read
+  first may be about memory that an event behind it has moved or removed.
+* No await, no lock and no source stands between the descriptor and its reader.
+* The callback never raises: an error ends the pager, and its waiters are told.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from .events import (
+    MESSAGE_SIZE,
+    PAGEFAULT,
+    Event,
+    Forked,
+    RawFault,
+    Remapped,
+    Removed,
+    Unmapped,
+    decode,
+)
+from .fds import OwnedFd
+from .kernel import abi, calls
+
+if TYPE_CHECKING:
+    from .dispatcher import Dispatcher
+
+log: Final = logging.getLogger("aiouffd")
+
+_BATCH: Final = 64  # messages per read
+_ROUNDS: Final = 64  # reads per wake-up: other work of the loop must run too
+_FD_SHORTAGE_PAUSE: Final = 0.05  # seconds without reading while no descriptor is to be had
+
+_unpack_fault = abi.UFFD_MSG_PAGEFAULT.unpack_from
+
+
+class Reader:
+    """The one reader of a userfaultfd.
+
+    Sharing: the loop's thread.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, on_child: Callable[[OwnedFd], None]) -> None:
+        """Prepare; nothing is read before ``start``.
+
+        Args:
+            dispatcher: Takes the faults, and owns the books.
+            on_child: Takes the userfaultfd of each forked child.
+        """
+        self._dispatcher = dispatcher
+        self._on_child = on_child
+        self._buffer = bytearray(_BATCH * MESSAGE_SIZE)
+        self._view = memoryview(self._buffer)
+        self._buffers = (self._buffer,)
+
+    def start(self) -> None:
+        """Begin to read whenever there is something."""
+        dispatcher = self._dispatcher
+        dispatcher.loop.add_reader(dispatcher.fd, self.read_all)
+
+    def stop(self) -> None:
+        """Leave the loop: always before the descriptor is closed, for numbers are reused."""
+        dispatcher = self._dispatcher
+        dispatcher.loop.remove_reader(dispatcher.fd)
+
+    def read_all(self) -> None:
+        """Read until nothing is pending, apply events, serve faults; never raises."""
+        try:
+            self._drain()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                self._dispatcher.crash(error)
+                return
+            # No descriptor for a forked child: its event stays queued and the fd readable,
+            # so that going on to listen would spin.
+            log.exception("a fork event waits for a file descriptor")
+            self.stop()
+            self._dispatcher.timers.set("fds", _FD_SHORTAGE_PAUSE, self.start)
+        except Exception as error:
+            self._dispatcher.crash(error)
+
+    def _drain(self) -> None:
+        dispatcher = self._dispatcher
+        fd, buffer, buffers, read = dispatcher.fd, self._buffer, self._buffers, calls.read_messages
+        for _ in range(_ROUNDS):
+            count = read(fd, buffers)
+            if count == MESSAGE_SIZE and buffer[0] == PAGEFAULT:
+                # A short read means that nothing else was pending: the common case.
+                _, flags, address, thread_id = _unpack_fault(buffer)
+                dispatcher.fault(flags, address, thread_id)
+            elif count:
+                self._batch(count)
+            else:
+                return
+            if dispatcher.target_gone:
+                return
+
+    def _batch(self, count: int) -> None:
+        faults: list[RawFault] = []
+        for _ in range(_ROUNDS):
+            for message in decode(self._view[:count]):
+                if isinstance(message, RawFault):
+                    faults.append(message)
+                else:
+                    self._apply(message)
+            if count < len(self._buffer):
+                break
+            count = calls.read_messages(self._dispatcher.fd, self._buffers)
+        self._dispatcher.serve(faults)
+
+    def _apply(self, event: Event) -> None:
+        """Bring the books up to date, and what was in flight with them."""
+        dispatcher = self._dispatcher
+        space = dispatcher.space
+        dispatcher.layout_changed()
+        match event:
+            case Removed(where):
+                for flight in space.remove(where):
+                    dispatcher.removed_in_flight(flight)
+            case Unmapped(where):
+                for flight in space.unmap(where):
+                    dispatcher.drop(flight)
+            case Remapped(start, to, length):
+                for flight in space.remap(start, to, length):
+                    dispatcher.drop(flight)
+            case Forked(fd):
+                self._on_child(fd)
+            case _:
+                log.warning("an event that this version does not know: %r", event)
+        for observer in dispatcher.observers:
+            observer.event(event)

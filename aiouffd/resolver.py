@@ -1,0 +1,163 @@
+"""Resolver: carries a resolution out, and knows what the kernel's answers mean.
+
+Knows: which answer of an ioctl ends a fault, parks it or fails it.
+Must not know: where the resolution came from.
+
+Laws of this file:
+
+* EEXIST wakes nobody: wake.  The same page over and over is an error.
+* EAGAIN has done nothing: park.
+* No more than one bounded ioctl at a time: the faulting page first, then the rest.
+* The rest of a long answer never touches a removed page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING, Final
+
+from .errors import StuckPage, refusal
+from .events import PageFault
+from .flight import Flight
+from .performer import PIECE_BYTES, Walk, outcome_of, perform, span_of
+from .ranges import Range
+from .resolutions import Continue, Copy, Resolution, Wake
+
+if TYPE_CHECKING:
+    from .dispatcher import Dispatcher
+
+_STUCK_AFTER: Final = 1000  # answers in a row that left the same page faulting
+_STUCK_PAGES: Final = 4096  # pages for which those are counted
+_NOMEM_TRIES: Final = 8
+_INLINE_REST: Final = 256 * 1024  # bytes of a long answer done at once behind its page
+
+
+class Resolver:
+    """Carries out the resolutions of one pager.
+
+    Attributes:
+        again: Answers in a row that did not settle a page, by address.
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self.again: dict[int, int] = {}
+
+    def carry_out(self, flight: Flight, resolution: Resolution) -> None:
+        """Perform a resolution on the faulting page; then what else it covers."""
+        fault = flight.fault
+        page, size = fault.address, fault.length
+        flight.resolution = resolution
+        whole = span_of(resolution, fault)
+        done = perform(self._dispatcher.fd, resolution, whole.start, page, size, size)
+        if done != size:
+            self._refused(flight, resolution, done)
+            return
+        if type(resolution) is Wake:
+            if self._is_stuck(flight):
+                return
+        else:
+            self.again.pop(page, None)
+        if type(resolution) is Copy:
+            self._dispatcher.counters.copied_bytes += size
+        self._dispatcher.end(flight, outcome_of(resolution))
+        if whole.length > size:
+            self._rest(fault, resolution, whole)
+
+    def _refused(self, flight: Flight, resolution: Resolution, done: int) -> None:
+        """React to what the kernel said instead of doing it; see errors.ERRNO_MEANING."""
+        page, size = flight.fault.address, flight.fault.length
+        match -done:
+            case errno.EAGAIN:
+                self._dispatcher.parking.add(flight)
+            case errno.EEXIST:
+                self._dispatcher.counters.already += 1
+                self._wake_and_end(flight, "already")
+            case errno.ENOENT:
+                self._dispatcher.counters.gone += 1
+                self._wake_and_end(flight, "gone")
+            case errno.EFAULT if type(resolution) is Continue:
+                # The page has left the page cache meanwhile: let the thread fault anew.
+                self._wake_and_end(flight, "wake")
+            case errno.ESRCH:
+                self._dispatcher.target_is_gone()
+            case errno.ENOMEM if flight.tries < _NOMEM_TRIES:
+                flight.tries += 1
+                self._dispatcher.parking.add(flight)
+            case number:
+                call = f"the answer {outcome_of(resolution)!r}"
+                self._dispatcher.recovery.give_up(flight, refusal(call, number, page, size))
+
+    def _wake_and_end(self, flight: Flight, outcome: str) -> None:
+        self._dispatcher.wake(flight.fault.address, flight.fault.length)
+        if not self._is_stuck(flight):
+            self._dispatcher.end(flight, outcome)
+
+    def _is_stuck(self, flight: Flight) -> bool:
+        """Count an answer that may leave the page faulting; give up after very many in a row.
+
+        Threads that fault on one page together make some of these harmlessly; an exhausted
+        pool of huge pages makes them for ever.
+        """
+        page = flight.fault.address
+        if len(self.again) > _STUCK_PAGES:
+            self.again.clear()  # forgetting only delays the verdict
+        count = self.again[page] = self.again.get(page, 0) + 1
+        if count < _STUCK_AFTER or flight.final:
+            return False
+        del self.again[page]
+        error = StuckPage(
+            f"the page at {page:#x} was answered {count} times and faults on; on hugetlb memory"
+            " the pool of huge pages is empty (see /proc/sys/vm/nr_hugepages)",
+            page,
+        )
+        self._dispatcher.recovery.give_up(flight, error)
+        return True
+
+    def _rest(self, fault: PageFault, resolution: Resolution, whole: Range) -> None:
+        """Do the rest of a long answer, behind the page that was asked for."""
+        page, size = fault.address, fault.length
+        parts = [Range.between(whole.start, page), Range.between(page + size, whole.end)]
+        if whole.length <= _INLINE_REST:
+            for part in parts:
+                self._speculate(resolution, whole, part, size)
+            return
+        task = self._dispatcher.loop.create_task(
+            self._speculate_slowly(resolution, whole, parts, size)
+        )
+        self._dispatcher.tasks.add(task)
+        task.add_done_callback(self._dispatcher.tasks.discard)
+
+    async def _speculate_slowly(
+        self, resolution: Resolution, whole: Range, parts: list[Range], size: int
+    ) -> None:
+        for part in parts:
+            for piece in part.pieces(max(PIECE_BYTES, size)):
+                await asyncio.sleep(0)
+                if self._dispatcher.target_gone or not self._speculate(
+                    resolution, whole, piece, size
+                ):
+                    return
+
+    def _speculate(self, resolution: Resolution, whole: Range, part: Range, size: int) -> bool:
+        """Do a part that nobody waits for; what the kernel refuses is simply left out.
+
+        Returns:
+            Whether it is worth going on.
+        """
+        space = self._dispatcher.space
+
+        def fill(start: int, length: int) -> int:
+            return perform(self._dispatcher.fd, resolution, whole.start, start, length, size)
+
+        for where, _ in space.placements.overlapping(part):
+            for run in space.removed.gaps(where) if space.removed else (where,):
+                walk = Walk(run, size)
+                while walk:
+                    done = walk.step(fill, self._dispatcher.wake)
+                    if done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
+                        return False
+                if type(resolution) is Copy:
+                    self._dispatcher.counters.filled_bytes += walk.done
+        return True
