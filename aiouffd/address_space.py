@@ -99,6 +99,17 @@ class AddressSpace(Generic[R, F]):
         """Give (start, end, placement) of the stretch that holds an address, or None."""
         return self.placements.find(address)
 
+    def delta(self, address: int) -> int:
+        """Give offset minus address where something is placed.
+
+        Raises:
+            LookupError: Nothing is placed there.
+        """
+        found = self.placements.find(address)
+        if found is None:
+            raise LookupError(f"no region holds {address:#x}")
+        return found[2].delta
+
     def state(self, address: int) -> PageState:
         """Say what is known of the page at an address."""
         found = self.placements.find(address)

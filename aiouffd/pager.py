@@ -221,10 +221,9 @@ class Pager:
         dispatcher = self._dispatcher
         for child in tuple(self.children):
             await child.aclose(action)
-        for task in dispatcher.tasks:
+        tasks = tuple(dispatcher.tasks)
+        for task in tasks:
             task.cancel()
-        while dispatcher.tasks:
-            await asyncio.wait(tuple(dispatcher.tasks))
         settled = False
         try:
             settled = self.target_gone or await self._settle(action)
@@ -233,6 +232,8 @@ class Pager:
                 dispatcher.stop()
             dispatcher.end_all(_OUTCOME_AT_CLOSE[action])
             self._release(close=settled)
+            if tasks:  # last: a handler that will not be cancelled holds up no thread
+                await asyncio.wait(tasks)
 
     async def _settle(self, action: Action) -> bool:
         """Do what ``aclose`` promises for missing pages.

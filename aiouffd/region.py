@@ -208,9 +208,7 @@ class Region:
         space, fd = pager.space, pager.uffd.fileno()
         total = 0
         for where in space.addresses(self, offset, length, self.start - self.offset):
-            found = space.find(where.start)
-            assert found is not None  # addresses() has just found it there
-            to_source = source + found[2].delta
+            to_source = source + space.delta(where.start)
 
             def fill(start: int, length: int, to_source: int = to_source) -> int:
                 return calls.copy(fd, start, start + to_source, length, mode)

@@ -123,13 +123,12 @@ class Resolver:
             for part in parts:
                 self._speculate(resolution, whole, part, size)
             return
-        task = self._dispatcher.loop.create_task(
-            self._speculate_slowly(resolution, whole, parts, size)
-        )
-        self._dispatcher.tasks.add(task)
-        task.add_done_callback(self._dispatcher.tasks.discard)
+        dispatcher = self._dispatcher
+        task = dispatcher.loop.create_task(self._rest_slowly(resolution, whole, parts, size))
+        dispatcher.tasks.add(task)
+        task.add_done_callback(dispatcher.tasks.discard)
 
-    async def _speculate_slowly(
+    async def _rest_slowly(
         self, resolution: Resolution, whole: Range, parts: list[Range], size: int
     ) -> None:
         for part in parts:

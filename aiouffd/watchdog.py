@@ -65,7 +65,7 @@ class Watchdog:
         now = dispatcher.loop.time()
         next_look: float | None = None
         for flight in tuple(dispatcher.space.in_flight.values()):  # oldest first
-            if flight.stage is Stage.HANGING or flight.final:
+            if flight.final or flight.stage in (Stage.HANGING, Stage.ENDED):
                 continue
             age = now - flight.started
             if self.deadline is not None and age >= self.deadline:
@@ -82,7 +82,7 @@ class Watchdog:
             for limit in limits:
                 left = limit - age
                 next_look = left if next_look is None else min(next_look, left)
-        if next_look is not None:
+        if next_look is not None and not dispatcher.target_gone:
             dispatcher.timers.set("watch", max(next_look, 0.001), self._look)
 
 
