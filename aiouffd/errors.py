@@ -158,8 +158,8 @@ class MigrationFailed(UffdError):
     """A migration cannot go on."""
 
 
-#: Linux only, and this file must be importable anywhere.
-_EHWPOISON: Final[int] = getattr(_errno, "EHWPOISON", 133)
+#: The errno module has no name for it before Python 3.14.
+_EHWPOISON: Final = 133
 
 #: What an errno of a filling ioctl (or of WRITEPROTECT) means.  The pager's reaction:
 #:
@@ -183,6 +183,7 @@ ERRNO_MEANING: Final[dict[int, str]] = {
     _errno.EINTR: "a fatal signal interrupted it; the process is dying",
     _errno.EBUSY: "the source page is shared or pinned, or the range has another userfaultfd",
     _errno.EIO: "the page is hardware-poisoned",
+    _EHWPOISON: "the page is hardware-poisoned",
     _errno.EPERM: "not permitted (a sealed or read-only mapping, or a missing capability)",
     _errno.EBADF: "the userfaultfd is closed",
 }
