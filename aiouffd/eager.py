@@ -18,7 +18,8 @@ import asyncio
 import sys
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any, Final, TypeVar
+from sys import getrefcount
+from typing import Any, Final, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -32,11 +33,11 @@ class _Current:
     Sharing: the loop's thread.
     """
 
-    __slots__ = ("__weakref__", "_cancels", "_coro", "task")
+    __slots__ = ("__weakref__", "_cancels", "coro", "task")
 
-    def __init__(self, coro: Coroutine[Any, Any, Any]) -> None:
+    def __init__(self) -> None:
         self.task: asyncio.Task[Any] | None = None
-        self._coro = coro
+        self.coro: Coroutine[Any, Any, Any] | None = None
         self._cancels: list[Any] = []
 
     def cancel(self, msg: object = None) -> bool:
@@ -65,9 +66,9 @@ class _Current:
             task.cancel(msg)
         self._cancels.clear()
 
-    def get_coro(self) -> Coroutine[Any, Any, Any]:
+    def get_coro(self) -> Coroutine[Any, Any, Any] | None:
         """Give the coroutine."""
-        return self._coro
+        return self.coro
 
     def __getattr__(self, name: str) -> Any:
         if self.task is None:
@@ -77,68 +78,110 @@ class _Current:
         return getattr(self.task, name)
 
 
-@types.coroutine
-def _resume(coro: Coroutine[Any, Any, T], yielded: Any) -> Generator[Any, Any, T]:
-    """Go on with a half-driven coroutine: yield what it yielded first, then follow it."""
-    while True:
-        step: Callable[[], Any]
-        try:
-            sent = yield yielded
-        except GeneratorExit:
-            coro.close()
-            raise
-        except BaseException as error:
-            thrown = error
+class _Rest(Generic[T]):
+    """What is left of a coroutine that was driven up to its first suspension.
 
-            def step(thrown: BaseException = thrown) -> Any:
-                return coro.throw(thrown)
-        else:
+    A task sees the coroutine's own methods: what is thrown in reaches it even before this
+    has yielded for the first time, and after that nothing stands between the two.
+    """
 
-            def step(sent: Any = sent) -> Any:
-                return coro.send(sent)
+    __slots__ = ("_yielded", "close", "coro", "send", "throw")
 
-        try:
-            yielded = step()
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
+    def __init__(self, coro: Coroutine[Any, Any, T], yielded: Any) -> None:
+        self.coro = coro
+        self._yielded = yielded
+        self.send: Callable[[Any], Any] = self._first
+        self.throw: Callable[..., Any] = self._thrown
+        self.close = coro.close
+
+    def _first(self, value: Any) -> Any:
+        """Yield what the coroutine yielded, unless its turn has come meanwhile."""
+        yielded, self._yielded = self._yielded, None
+        self.send, self.throw = self.coro.send, self.coro.throw
+        if yielded is None:  # a bare yield: to be called again, which is now
+            return self.coro.send(value)
+        if getattr(yielded, "_asyncio_future_blocking", False) and yielded.done():
+            yielded._asyncio_future_blocking = False
+            return self.coro.send(value)
+        return yielded
+
+    def _thrown(self, *error: Any) -> Any:
+        """Be cancelled before the first turn: the coroutine hears of it all the same."""
+        self.send, self.throw = self.coro.send, self.coro.throw
+        return self.coro.throw(*error)
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        raise TypeError("this belongs to its task")
+
+    @property
+    def cr_frame(self) -> types.FrameType | None:
+        """The coroutine's, for those who look where a task waits."""
+        frame: types.FrameType | None = getattr(self.coro, "cr_frame", None)
+        return frame
+
+    @property
+    def cr_await(self) -> Any:
+        """The coroutine's."""
+        return getattr(self.coro, "cr_await", None)
+
+    @property
+    def cr_code(self) -> Any:
+        """The coroutine's."""
+        return getattr(self.coro, "cr_code", None)
+
+    @property
+    def cr_running(self) -> bool:
+        """The coroutine's."""
+        return bool(getattr(self.coro, "cr_running", False))
 
 
-async def _continue(coro: Coroutine[Any, Any, T], yielded: Any) -> T:
-    return await _resume(coro, yielded)
+Coroutine.register(_Rest)  # tasks ask for one
 
 
 async def _await(awaitable: Awaitable[T]) -> T:
     return await awaitable
 
 
+_enter: Final = asyncio.tasks._enter_task  # documented hooks
+_leave: Final = asyncio.tasks._leave_task
+_spares: Final[list[_Current]] = []  # stand-ins that nobody kept a reference to
+_UNSHARED: Final = 2  # references to such a one while it is asked: a local and the argument
+
+
 def _start_by_hand(
     loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], name: str | None
 ) -> Started[T]:
-    current = _Current(coro)
-    enter, leave = asyncio.tasks._enter_task, asyncio.tasks._leave_task  # documented hooks
-    enter(loop, current)  # type: ignore[arg-type]
+    try:
+        current = _spares.pop()
+    except IndexError:
+        current = _Current()
+    current.coro = coro
+    _enter(loop, current)  # type: ignore[arg-type]
     try:
         yielded = coro.send(None)
     except StopIteration as stop:
         return None, stop.value
+    else:
+        rest: Any = _Rest(coro, yielded)
+        task: asyncio.Task[T] = loop.create_task(rest, name=name)
+        current.become(task)
+        return task, None
     finally:
-        leave(loop, current)  # type: ignore[arg-type]
-    task = loop.create_task(_continue(coro, yielded), name=name)
-    current.become(task)
-    return task, None
+        _leave(loop, current)  # type: ignore[arg-type]
+        current.coro = None
+        if getrefcount(current) == _UNSHARED and not current.task and not current._cancels:
+            _spares.append(current)
 
 
 def _start_eager_task(
     loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], name: str | None
 ) -> Started[T]:
-    make: Any = asyncio.Task  # eager_start is unknown to 3.11's stubs
-    task: asyncio.Task[T] = make(coro, loop=loop, name=name, eager_start=True)
-    if task.done():
-        return None, task.result()
-    return task, None
+    # eager_start is unknown to 3.11's stubs
+    task: asyncio.Task[T] = _Task(coro, loop=loop, name=name, eager_start=True)
+    return (None, task.result()) if task.done() else (task, None)
 
 
+_Task: Final[Any] = asyncio.Task
 _start: Final = _start_eager_task if sys.version_info >= (3, 12) else _start_by_hand
 
 
