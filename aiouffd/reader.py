@@ -123,6 +123,7 @@ class Reader:
         """Bring the books up to date, and what was in flight with them."""
         dispatcher = self._dispatcher
         space = dispatcher.space
+        dispatcher.counters.events += 1
         dispatcher.layout_changed()
         match event:
             case Removed(where):
