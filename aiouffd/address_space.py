@@ -43,12 +43,15 @@ class Placement(Generic[R]):
         delta: Offset in the source minus address; a remap changes it.
         page_size: Of the memory, in bytes.
         mask: ``-page_size``: and'ed with an address it gives the page.
+        vacated: The target has moved the memory away; if the addresses are mapped still
+            (MREMAP_DONTUNMAP), they are empty memory.
     """
 
     region: R
     delta: int
     page_size: int
     mask: int
+    vacated: bool = False
 
     def served_by(self, region: R) -> Placement[R]:
         """Give the same placement with another region."""
@@ -121,12 +124,16 @@ class AddressSpace(Generic[R, F]):
         return PageState.REMOVED if page in self.removed else PageState.SERVED
 
     def ranges_of(self, region: R) -> list[tuple[Range, int]]:
-        """Give every stretch that a region serves now, with its offset in the source."""
+        """Give every stretch where a region's memory lies now, with its offset in the source."""
         return [
             (where, where.start + placement.delta)
             for where, placement in self.placements
-            if placement.region is region
+            if placement.region is region and not placement.vacated
         ]
+
+    def all_of(self, region: R) -> list[Range]:
+        """Give every stretch that a region answers for, what was moved away included."""
+        return [where for where, placement in self.placements if placement.region is region]
 
     def addresses(self, region: R, offset: int, length: int, hint: int) -> list[Range]:
         """Give where a stretch of a region's source lies in the target now, in order.
@@ -143,6 +150,7 @@ class AddressSpace(Generic[R, F]):
             found is not None
             and found[2].region is region
             and found[2].delta == -hint
+            and not found[2].vacated
             and wanted.end + hint <= found[1]
         ):
             return [wanted.moved(hint)]
@@ -194,8 +202,10 @@ class AddressSpace(Generic[R, F]):
             moved = replace(placement, delta=placement.delta - distance)
             self.placements.set(part.moved(distance), moved)
         self.removed.move(old, to)
-        for part, _ in self.placements.overlapping(old):
-            self.removed.add(part)
+        for rest in old.without(new):
+            for part, placement in self.placements.overlapping(rest):
+                self.placements.set(part, replace(placement, vacated=True))
+                self.removed.add(part)
         return taken
 
     def growth(self, address: int) -> R | None:

@@ -59,7 +59,8 @@ class Dispatcher:
     """Serves the faults of one userfaultfd; Pager is its public face.
 
     Attributes:
-        over: Set when nothing is served any more.
+        over: Set when the target is gone, or the pager failed or was closed.
+        gone: Set when the target is gone.
         error: Why the pager failed, if it did.
         closing: What becomes of faults while the pager closes; None as long as it serves.
         target_gone: The target has exited or called exec.
@@ -88,6 +89,7 @@ class Dispatcher:
         self.observers = tuple(observers)
         self.target = target
         self.over = asyncio.Event()
+        self.gone = asyncio.Event()
         self.error: BaseException | None = None
         self.closing: Action | None = None
         self.target_gone = False
@@ -167,6 +169,7 @@ class Dispatcher:
         self.target_gone = True
         self.stop()
         self.end_all("gone")
+        self.gone.set()
         self.over.set()
         self._on_gone()
 
@@ -235,11 +238,11 @@ class Dispatcher:
         )
         region = placement.region
         started_ns = self._begin(fault) if self.observers else 0
-        if self.closing is not None:
-            self.recovery.last_action(self._board(fault, region, started_ns), self.closing)
-        elif space.removed and page in space.removed and fault.missing:
+        if space.removed and page in space.removed and fault.missing:
             counters.removed += 1
             self.resolver.carry_out(self._board(fault, region, started_ns), Zero())
+        elif self.closing is not None:
+            self.recovery.last_action(self._board(fault, region, started_ns), self.closing)
         elif self._asked >= self.max_in_flight:
             counters.queued += 1
             flight = self._board(fault, region, started_ns)

@@ -15,7 +15,9 @@ from .resolutions import Handler
 class Action(enum.Enum):
     """The last answer to a fault, or to everything unresolved when a pager closes."""
 
-    POISON = "poison"  #: SIGBUS for who touches it (Linux 6.6): seen, and only by that thread
+    #: SIGBUS for who touches it (Linux 6.6): seen, and only there.  A write-protected page is
+    #: present and cannot be poisoned: its writer goes on, and the pager fails with the error.
+    POISON = "poison"
     KILL = "kill"  #: SIGKILL to the target, through its pidfd
     ZERO = "zero"  #: a page of zeros: silent data loss, for those who know it is not
     HANG = "hang"  #: nothing: the threads wait, until somebody else serves or kills them

@@ -246,7 +246,7 @@ class Pager:
             return False
         if action is Action.KILL and self._dispatcher.recovery.kill():
             # Until it is dead it could still read zeros.
-            await self._dispatcher.over.wait()
+            await self._dispatcher.gone.wait()
             return True
         for region in self.regions:
             if action is not Action.ZERO:  # KILL without a pidfd is POISON
@@ -254,7 +254,7 @@ class Pager:
                     await self.poison(region)
                 except ResolutionRefused:
                     if self._dispatcher.recovery.kill():
-                        await self._dispatcher.over.wait()
+                        await self._dispatcher.gone.wait()
                         return True
                     raise
             if self.target_gone:
@@ -342,7 +342,7 @@ class Pager:
         """
         dispatcher = self._dispatcher
         fd = dispatcher.fd
-        for where, _ in region.ranges:
+        for where in self.space.all_of(region):
             try:
                 if region.modes & Mode.WP:
                     # Protection that outlives its handler would wedge every writer.
@@ -362,6 +362,9 @@ class Pager:
     async def poison(self, region: Region) -> None:
         """Poison every missing page of a region, in pieces between which events are read.
 
+        Removed pages are left out: they are to read zero.  So is a region that is only
+        write-protected, whose missing pages are nobody's but the kernel's.
+
         Kernel: UFFDIO_POISON, since Linux 6.6.
 
         Raises:
@@ -370,22 +373,31 @@ class Pager:
 
         Cancellation: pages poisoned so far stay so.
         """
+        if not region.modes & (Mode.MISSING | Mode.MINOR):
+            return
+        epoch = -1
+        while epoch != self.space.epoch and not self.target_gone:
+            # Memory that moves meanwhile may move to where this pass has been already.
+            epoch = self.space.epoch
+            for where, _ in region.ranges:
+                for run in tuple(self.space.removed.gaps(where)):
+                    await self._poison_run(Walk(run, region.page_size))
+
+    async def _poison_run(self, walk: Walk) -> None:
         dispatcher = self._dispatcher
-        for where, _ in region.ranges:
-            patience = self.patience()
-            walk = Walk(where, region.page_size)
-            settled = walk.at
-            while walk and not self.target_gone:
-                done = walk.step(dispatcher.poison, dispatcher.wake)
-                if done == -errno.EAGAIN:
-                    await patience.wait()
-                elif done == -errno.ESRCH:
-                    dispatcher.target_is_gone()
-                elif done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
-                    raise dispatcher.refused("UFFDIO_POISON", done, walk.at, walk.end - walk.at)
-                elif walk.at - settled >= PIECE_BYTES:
-                    settled = walk.at
-                    await asyncio.sleep(0)
+        patience = self.patience()
+        settled = walk.at
+        while walk and not self.target_gone:
+            done = walk.step(dispatcher.poison, dispatcher.wake)
+            if done == -errno.EAGAIN:
+                await patience.wait()
+            elif done == -errno.ESRCH:
+                dispatcher.target_is_gone()
+            elif done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
+                raise dispatcher.refused("UFFDIO_POISON", done, walk.at, walk.end - walk.at)
+            elif walk.at - settled >= PIECE_BYTES:
+                settled = walk.at
+                await asyncio.sleep(0)
 
     def check_serving(self) -> None:
         """Refuse work on a pager that no longer serves.

@@ -80,6 +80,17 @@ class Range:
         start, end = max(self.start, other.start), min(self.end, other.end)
         return Range(start, end - start) if start < end else None
 
+    def without(self, other: Range) -> list[Range]:
+        """Give what is left without another range: none, one or two parts."""
+        if not self.overlaps(other):
+            return [self] if self else []
+        parts = []
+        if self.start < other.start:
+            parts.append(Range.between(self.start, other.start))
+        if other.end < self.end:
+            parts.append(Range.between(other.end, self.end))
+        return parts
+
     def moved(self, distance: int) -> Range:
         """Give the range ``distance`` bytes further up."""
         return Range(self.start + distance, self.length)
@@ -218,36 +229,50 @@ class PageSet:
         self._chunks: dict[int, int] = {}
 
     @staticmethod
-    def _masks(where: Range) -> Iterator[tuple[int, int]]:
-        """Give (chunk, mask of the range's pages in it) for each chunk that a range touches."""
+    def _touched(where: Range) -> range:
+        """Give the numbers of the chunks that a range touches."""
         if not (is_aligned(where.start) and is_aligned(where.length)):
             raise ValueError(f"{where} is not aligned to pages of {PAGE_SIZE} bytes")
-        page, end = where.start // PAGE_SIZE, where.end // PAGE_SIZE
-        while page < end:
-            chunk, low = divmod(page, _CHUNK_PAGES)
-            high = min(end - chunk * _CHUNK_PAGES, _CHUNK_PAGES)
-            full = low == 0 and high == _CHUNK_PAGES  # share one integer among full chunks
-            yield chunk, _FULL if full else ((1 << high) - 1) & ~((1 << low) - 1)
-            page = (chunk + 1) * _CHUNK_PAGES
+        if not where:
+            return range(0)
+        return range(where.start // _CHUNK_BYTES, (where.end - 1) // _CHUNK_BYTES + 1)
+
+    def _held(self, where: Range) -> list[int]:
+        """Give the numbers of the chunks that a range touches and that have pages, in order.
+
+        An event may name half of the address space: it costs no more than what is held.
+        """
+        chunks, touched = self._chunks, self._touched(where)
+        if len(touched) <= len(chunks):
+            return [chunk for chunk in touched if chunk in chunks]
+        return sorted(chunk for chunk in chunks if chunk in touched)
+
+    @staticmethod
+    def _mask(where: Range, chunk: int) -> int:
+        """Give the bits of a range's pages in a chunk that it touches."""
+        base = chunk * _CHUNK_PAGES
+        low = max(where.start // PAGE_SIZE - base, 0)
+        high = min(where.end // PAGE_SIZE - base, _CHUNK_PAGES)
+        if low == 0 and high == _CHUNK_PAGES:
+            return _FULL  # one integer shared among full chunks
+        return (1 << high) - (1 << low)
 
     def add(self, where: Range) -> None:
         """Put the pages of a range in."""
         chunks = self._chunks
-        for chunk, mask in self._masks(where):
-            merged = chunks.get(chunk, 0) | mask
+        for chunk in self._touched(where):
+            merged = chunks.get(chunk, 0) | self._mask(where, chunk)
             chunks[chunk] = _FULL if merged == _FULL else merged
 
     def discard(self, where: Range) -> None:
         """Take the pages of a range out."""
         chunks = self._chunks
-        for chunk, mask in self._masks(where):
-            bits = chunks.get(chunk)
-            if bits is not None:
-                bits &= ~mask
-                if bits:
-                    chunks[chunk] = bits
-                else:
-                    del chunks[chunk]
+        for chunk in self._held(where):
+            bits = chunks[chunk] & ~self._mask(where, chunk)
+            if bits:
+                chunks[chunk] = bits
+            else:
+                del chunks[chunk]
 
     def __contains__(self, address: int) -> bool:
         bits = self._chunks.get(address // _CHUNK_BYTES)
@@ -262,8 +287,8 @@ class PageSet:
 
     def overlaps(self, where: Range) -> bool:
         """Say whether any page of a range is in the set."""
-        get = self._chunks.get
-        return any(get(chunk, 0) & mask for chunk, mask in self._masks(where))
+        chunks = self._chunks
+        return any(chunks[chunk] & self._mask(where, chunk) for chunk in self._held(where))
 
     def runs(self, where: Range) -> Iterator[Range]:
         """Give the runs of pages of a range that are in the set, in order."""
@@ -276,9 +301,9 @@ class PageSet:
     def _walk(self, where: Range, *, inside: bool) -> Iterator[Range]:
         start: int | None = None  # of the run that is still growing
         end = where.start
-        for chunk, mask in self._masks(where):
+        for chunk in self._held(where) if inside else self._touched(where):
             bits = self._chunks.get(chunk, 0)
-            bits = bits & mask if inside else ~bits & mask
+            bits = (bits if inside else ~bits) & self._mask(where, chunk)
             base = chunk * _CHUNK_BYTES
             while bits:
                 low = (bits & -bits).bit_length() - 1
@@ -297,9 +322,11 @@ class PageSet:
 
     def move(self, where: Range, to: int) -> None:
         """Carry the pages of a range over to ``to``, where they replace what was there."""
+        target = Range(to, where.length)
+        self._touched(target)  # is aligned, or nothing is done
         carried = [run.moved(to - where.start) for run in self.runs(where)]
         self.discard(where)
-        self.discard(Range(to, where.length))
+        self.discard(target)
         for run in carried:
             self.add(run)
 

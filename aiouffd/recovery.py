@@ -72,16 +72,16 @@ class Recovery:
             observer.failure(flight.fault, error)
         action = self.policy.then
         log.error("%s; then: %s", error, action.value, exc_info=error.__cause__)
-        if action is Action.RAISE:
+        if action is Action.RAISE or (flight.fault.wp and action is Action.POISON):
+            # A page that is there cannot be poisoned.  Its writer goes on, so whoever tracks
+            # the writes must learn that one was missed.
             dispatcher.fail(error)
         self.last_action(flight, action)
 
     def last_action(self, flight: Flight, action: Action) -> None:
         """End a fault without its handler."""
         fault, dispatcher = flight.fault, self._dispatcher
-        # A page that is there cannot be poisoned: a write that must not be is a kill.
-        unpoisonable = fault.wp and action in (Action.POISON, Action.RAISE)
-        if action is Action.KILL or unpoisonable or flight.final:
+        if action is Action.KILL or flight.final:
             if self.kill():
                 dispatcher.end(flight, "killed")
                 return
