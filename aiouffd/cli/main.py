@@ -78,15 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    status: int
     # The first word that is no option: the program itself has only options without a value.
     command = next((word for word in arguments if not word.startswith("-")), None)
-    parser = _parser(command)
-    args = parser.parse_args(arguments)
-    if args.command is None:
-        parser.print_help()
-        return 0
     try:
-        status: int = importlib.import_module(f"{__package__}.{args.command}").run(args)
+        parser = _parser(command)
+        args = parser.parse_args(arguments)
+        if args.command is None:
+            parser.print_help()
+            status = 0
+        else:
+            status = importlib.import_module(f"{__package__}.{args.command}").run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130

@@ -87,8 +87,8 @@ _MINOR_BUILD: Final = "CONFIG_HAVE_ARCH_USERFAULTFD_MINOR (64-bit x86 and aarch6
 
 _GATES: Final[dict[str, _About]] = {
     "userfaultfd": _About("4.3", "a userfaultfd can be opened at all"),
-    "kernel-faults": _About("4.3", "faults of system calls and of KVM are served too"),
-    "user-mode-only": _About("5.11", "a userfaultfd for user-mode faults needs no privilege"),
+    "kernel-faults": _About("4.3", "faults of system calls and KVM are served too"),
+    "user-mode-only": _About("5.11", "user-mode faults only, without privilege"),
     "device": _About("6.1", f"opened through {DEVICE}"),
     "syscall": _About("4.3", "opened by the system call"),
 }
@@ -106,7 +106,7 @@ _FEATURES: Final[dict[str, tuple[str, str]]] = {
     "MINOR_HUGETLBFS": ("minor faults on huge pages", _MINOR_BUILD),
     "MINOR_SHMEM": ("minor faults on shared memory", _MINOR_BUILD),
     "EXACT_ADDRESS": ("the address within the page", ""),
-    "WP_HUGETLBFS_SHMEM": ("write-protect faults on huge pages and shared memory", _MARKER_BUILD),
+    "WP_HUGETLBFS_SHMEM": ("WP faults on huge pages and shared memory", _MARKER_BUILD),
     "WP_UNPOPULATED": ("write-protecting pages that are not there yet", _MARKER_BUILD),
     "POISON": ("UFFDIO_POISON: a page that fails loudly", _MARKER_BUILD),
     "WP_ASYNC": ("write tracking without messages", _MARKER_BUILD),
