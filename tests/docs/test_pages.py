@@ -1,0 +1,86 @@
+"""What the pages show is run.
+
+A ``python`` block is a whole program: it must end well, and print the ``output`` block behind it,
+if there is one.  A ``py`` block is a fragment: it must compile.  ``pycon`` blocks are doctests.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_BLOCK = re.compile(
+    r"^```(?P<language>python|py|pycon)\n(?P<code>.*?)^```$"
+    r"(?:\n+^```output\n(?P<output>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def _blocks(language: str) -> list[object]:
+    return [
+        pytest.param(
+            block, id=f"{page.relative_to(ROOT)}:{text.count(chr(10), 0, block.start()) + 1}"
+        )
+        for page in PAGES
+        for text in [page.read_text(encoding="utf-8")]
+        for block in _BLOCK.finditer(text)
+        if block["language"] == language
+    ]
+
+
+def run(program: str | Path, time_scale: float) -> str:
+    """Run a program as a user would, with warnings as errors, and return what it printed."""
+    arguments = [program] if isinstance(program, Path) else ["-c", program]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        timeout=30 * time_scale,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("block", _blocks("python"))
+def test_programs_run(block: re.Match[str], time_scale: float) -> None:
+    """A program on a page does what the page says."""
+    printed = run(block["code"], time_scale)
+    assert block["output"] is None or printed == block["output"]
+
+
+@pytest.mark.parametrize("block", _blocks("py"))
+def test_fragments_compile(block: re.Match[str]) -> None:
+    """A fragment on a page is Python."""
+    compile(block["code"], "fragment", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("block", _blocks("pycon"))
+def test_sessions_hold(block: re.Match[str]) -> None:
+    """What an interactive session on a page shows is what one gets."""
+    runner = doctest.DocTestRunner()
+    session = doctest.DocTestParser().get_doctest(block["code"], {}, "session", None, 0)
+    failures: list[str] = []
+    runner.run(session, out=failures.append)
+    assert not failures, "".join(failures)
+
+
+@pytest.mark.root
+def test_the_tutorials_program_serves_a_fault(time_scale: float) -> None:
+    """The tutorial's program prints what the tutorial says."""
+    program = Path(__file__).with_name("first_fault.py")
+    expected = program.with_suffix(".out").read_text(encoding="utf-8")
+    assert run(program, time_scale) == expected
