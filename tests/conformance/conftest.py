@@ -1,7 +1,7 @@
 """What the conformance tests share: memory of every kind, swap, huge page sizes.
 
-``@selftest(FILE, NAME, ASSERTS)`` ties a test to the kernel selftest that it re-tells; the table in
-``docs/conformance.md`` is made from these marks and a run's outcomes (``tests/conformance/table.py``).
+``@selftest(FILE, NAME, ASSERTS)`` ties a test to the kernel selftest that it re-tells; the table
+in ``docs/conformance.md`` is made from these marks and a run (``tests/conformance/table.py``).
 """
 
 from __future__ import annotations
@@ -13,24 +13,19 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
 from aiouffd import Userfaultfd
-from tests.targets import HUGE, Target
+from tests.conformance.support import THP, MakeMemory
+from tests.targets import Target
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "selftest(file, name, asserts): the kernel selftest that this test re-tells"
     )
-
-
-class MakeMemory(Protocol):
-    def __call__(
-        self, kind: str, pages: int = 0, **settings: Any
-    ) -> contextlib.AbstractContextManager[tuple[Target, Userfaultfd]]: ...
 
 
 @pytest.fixture
@@ -47,9 +42,11 @@ def memory(request: pytest.FixtureRequest) -> MakeMemory:
         pages = pages or (4 if huge else 32)
         if huge:
             request.getfixturevalue("huge_pages")(2 * pages + 2)
-        with Target(kind, pages, **settings) as target:
-            with Userfaultfd.adopt(target.take_uffd()) as uffd:
-                yield target, uffd
+        with (
+            Target(kind, pages, **settings) as target,
+            Userfaultfd.adopt(target.take_uffd()) as uffd,
+        ):
+            yield target, uffd
 
     return make
 
@@ -70,27 +67,16 @@ def swap(tmp_path: Path) -> Iterator[None]:
             for _ in range(64):
                 file.write(bytes(1024 * 1024))
         subprocess.run(["mkswap", path], check=True, capture_output=True, timeout=30)
-        on = subprocess.run(["swapon", path], capture_output=True, text=True, timeout=30)
-        if on.returncode:
-            pytest.skip(f"needs a file system that can hold swap (set TMPDIR): {on.stderr.strip()}")
+        try:
+            subprocess.run(["swapon", path], check=True, capture_output=True, timeout=30)
+        except subprocess.CalledProcessError as error:
+            why = error.stderr.decode().strip()
+            pytest.skip(f"needs a file system that can hold swap (set TMPDIR): {why}")
         try:
             yield
         finally:
             subprocess.run(["swapoff", path], check=True, timeout=30)
             path.unlink()
-
-
-THP = Path("/sys/kernel/mm/transparent_hugepage")
-
-
-def thp_sizes() -> list[int]:
-    """Sizes of transparent huge pages that private anonymous memory can have, in bytes."""
-    sizes = [
-        int(folder.name.removeprefix("hugepages-").removesuffix("kB")) * 1024
-        for folder in THP.glob("hugepages-*")
-        if (folder / "enabled").exists()
-    ]
-    return sorted(sizes) or [HUGE]
 
 
 @pytest.fixture

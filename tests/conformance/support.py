@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import pytest
 
 from aiouffd import Userfaultfd
 from aiouffd.events import Message
 from aiouffd.kernel import abi
-from tests.targets import KINDS, SMALL_KINDS, Target, wait_until
+from tests.targets import HUGE, KINDS, SMALL_KINDS, Target, wait_until
 
 ALL = pytest.mark.parametrize("kind", KINDS)
 SMALL = pytest.mark.parametrize("kind", SMALL_KINDS)
@@ -32,15 +34,33 @@ MADV_DONTNEED = 4
 
 M = TypeVar("M")
 
-
-def selftest(file: str, name: str, asserts: str) -> pytest.MarkDecorator:
-    """Name the kernel selftest that a test re-tells."""
-    return pytest.mark.selftest(file, name, asserts)
+THP = Path("/sys/kernel/mm/transparent_hugepage")
 
 
-def unit(name: str, asserts: str) -> pytest.MarkDecorator:
+def thp_sizes() -> list[int]:
+    """Sizes of transparent huge pages that private anonymous memory can have, in bytes."""
+    sizes = [
+        int(folder.name.removeprefix("hugepages-").removesuffix("kB")) * 1024
+        for folder in THP.glob("hugepages-*")
+        if (folder / "enabled").exists()
+    ]
+    return sorted(sizes) or [HUGE]
+
+
+class MakeMemory(Protocol):
+    def __call__(
+        self, kind: str, pages: int = 0, **settings: Any
+    ) -> contextlib.AbstractContextManager[tuple[Target, Userfaultfd]]: ...
+
+
+def selftest(file: str, name: str, asserts: str, *, on: str = "anon") -> pytest.MarkDecorator:
+    """Name the kernel selftest that a test re-tells; ``on`` which memory if not by parameter."""
+    return pytest.mark.selftest(file, name, asserts, on=on)
+
+
+def unit(name: str, asserts: str, *, on: str = "anon") -> pytest.MarkDecorator:
     """A test of uffd-unit-tests.c."""
-    return selftest("uffd-unit-tests.c", name, asserts)
+    return selftest("uffd-unit-tests.c", name, asserts, on=on)
 
 
 def page_bytes(target: Target, page: int) -> bytes:

@@ -12,8 +12,7 @@ import pytest
 
 from aiouffd import NotSupported, ResolutionRefused, Userfaultfd
 from aiouffd.kernel import abi, calls
-from tests.conformance.conftest import MakeMemory
-from tests.conformance.support import ALL, MINOR, MISSING, WP, unit
+from tests.conformance.support import ALL, MINOR, MISSING, WP, MakeMemory, unit
 
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -48,6 +47,7 @@ def check_handshake(open_one: Callable[[int], int]) -> None:
 @unit(
     "UFFDIO_API (with syscall)",
     "a wrong api number, an unknown feature and a second handshake are refused",
+    on="none",
 )
 def test_uffdio_api_by_syscall() -> None:
     """By the system call: only API 0xAA, known features, once."""
@@ -56,7 +56,7 @@ def test_uffdio_api_by_syscall() -> None:
         Userfaultfd.open(1 << 63)
 
 
-@unit("UFFDIO_API (with /dev/userfaultfd)", "the same through the device")
+@unit("UFFDIO_API (with /dev/userfaultfd)", "the same through the device", on="none")
 def test_uffdio_api_by_device() -> None:
     """By the device: only API 0xAA, known features, once."""
     check_handshake(calls.open_device)

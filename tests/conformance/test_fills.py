@@ -21,7 +21,6 @@ from aiouffd import (
     Zero,
 )
 from aiouffd.kernel import abi
-from tests.conformance.conftest import MakeMemory
 from tests.conformance.support import (
     ALL,
     EVENT_REMOVE,
@@ -29,6 +28,7 @@ from tests.conformance.support import (
     MINOR,
     MISSING,
     WP,
+    MakeMemory,
     read_one,
     unit,
 )
@@ -101,6 +101,7 @@ async def test_poison(kind: str, memory: MakeMemory) -> None:
 @unit(
     "mmap-changing",
     "while a thread hangs in madvise(MADV_REMOVE) every fill is EAGAIN with -EAGAIN as result",
+    on="shmem",
 )
 def test_mmap_changing(memory: MakeMemory) -> None:
     """Nothing is filled while an event is unread; after it everything goes on."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 
 from aiouffd import Forked, Userfaultfd
-from tests.conformance.conftest import MakeMemory
 from tests.conformance.support import (
     ALL,
     EVENT_FORK,
@@ -13,6 +12,7 @@ from tests.conformance.support import (
     SIGBUS,
     WP,
     WP_FEATURES,
+    MakeMemory,
     page_bytes,
     read_everything,
     read_one,

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from aiouffd.kernel import abi
-from tests.conformance.conftest import MakeMemory, thp_sizes
-from tests.conformance.support import WP, WP_FEATURES, selftest, smaps_kib
+from tests.conformance.support import WP, WP_FEATURES, MakeMemory, selftest, smaps_kib, thp_sizes
 from tests.targets import (
     HUGE,
     MADV_PAGEOUT,

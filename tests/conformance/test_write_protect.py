@@ -13,13 +13,13 @@ import pytest
 
 from aiouffd import Forked, Userfaultfd
 from aiouffd.kernel import abi
-from tests.conformance.conftest import MakeMemory
 from tests.conformance.support import (
     ALL,
     EVENT_FORK,
     MADV_DONTNEED,
     WP,
     WP_FEATURES,
+    MakeMemory,
     pin_read_only,
     read_one,
     unit,
@@ -126,8 +126,25 @@ def test_wp_fork_with_event(kind: str, memory: MakeMemory, swap: None) -> None:
         assert not childs_bit(target, uffd, events=True)
 
 
-@unit("wp-fork-pin", "the same with the page pinned before the fork, and pinned in the child")
-@pytest.mark.parametrize("events", [False, True], ids=["wp-fork-pin", "wp-fork-pin-with-event"])
+@pytest.mark.parametrize(
+    "events",
+    [
+        pytest.param(
+            False,
+            id="wp-fork-pin",
+            marks=unit(
+                "wp-fork-pin",
+                "wp-fork with the page pinned before the fork (copied early), and pinned in the "
+                "child (unshared)",
+            ),
+        ),
+        pytest.param(
+            True,
+            id="wp-fork-pin-with-event",
+            marks=unit("wp-fork-pin-with-event", "the same with EVENT_FORK: the bit is kept"),
+        ),
+    ],
+)
 @ALL
 def test_wp_fork_pin(kind: str, events: bool, memory: MakeMemory) -> None:
     """A pin, which makes fork copy early and a child unshare, neither adds nor loses the bit."""
