@@ -1,0 +1,83 @@
+"""Law 10: the loop is never held longer than one bounded ioctl, and demand goes first."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiouffd import Copy, PageFault, Resolution, performer
+from tests.serving import image, serving
+from tests.targets import PAGE, until, wait_until
+
+_PAGES = 4096  # 16 MiB
+
+
+async def test_a_large_fill_lets_the_loop_run_in_between() -> None:
+    """At least one turn of the loop for every 2 MiB."""
+    async with serving(pages=_PAGES) as served:
+        data = image(0, served.target.length)
+        fill = asyncio.create_task(served.region.fill(0, data))
+        turns = 0
+        while not fill.done():
+            turns += 1
+            await asyncio.sleep(0)
+        assert await fill == len(data)
+        assert turns >= len(data) >> 21
+
+
+async def test_a_fault_is_served_before_a_fill_is_done() -> None:
+    """Demand goes before what nobody waits for yet."""
+    filled: list[int] = []
+
+    async def note(fault: PageFault) -> Resolution:
+        filled.append(served.pager.counters.filled_bytes)
+        return Copy(image(fault.offset))
+
+    async with serving(note, pages=_PAGES) as served:
+        target = served.target
+        data = image(0, target.length)
+        fill = asyncio.create_task(served.region.fill(0, data))
+        await until(lambda: served.pager.counters.filled_bytes, "the fill has begun")
+        touch = target.start_read(_PAGES - 1)
+        wait_until(lambda: target.is_blocked() or touch.done, "the read blocks")
+        await until(lambda: touch.done, "the read goes on")
+        assert not fill.done()
+        assert await fill == len(data) - PAGE
+        assert filled[0] < len(data) - PAGE
+
+
+async def test_a_long_answer_serves_its_page_first() -> None:
+    """The thread goes on before the rest of 16 MiB is there, and the loop runs meanwhile."""
+
+    async def everything(fault: PageFault) -> Resolution:
+        return Copy(image(0, _PAGES * PAGE), address=fault.address - fault.offset)
+
+    async with serving(everything, pages=_PAGES) as served:
+        target, counters = served.target, served.pager.counters
+        touch = target.start_read(_PAGES // 2)
+        await until(lambda: counters.ended == 1, "the fault ends")
+        assert counters.filled_bytes < target.length // 2
+        assert await touch == (_PAGES // 2 + 1) & 255
+        turns = 0
+        while counters.filled_bytes < target.length - PAGE:
+            turns += 1
+            await asyncio.sleep(0)
+        assert turns >= target.length >> 22
+        assert await target.start_sweep() == [page + 1 for page in range(_PAGES)]
+        assert counters.faults == 1
+
+
+async def test_closing_yields_between_pieces() -> None:
+    """Poisoning a large range lets the loop run too."""
+    async with serving(pages=16 * _PAGES) as served:
+        close = asyncio.create_task(served.pager.aclose())
+        turns = 0
+        while not close.done():
+            turns += 1
+            await asyncio.sleep(0)
+        await close
+        assert turns >= 16 * _PAGES * PAGE >> 23
+
+
+def test_the_pieces_are_bounded() -> None:
+    """No ioctl of the pager is given more than 2 MiB."""
+    assert 256 << 10 <= performer.PIECE_BYTES <= 2 << 20
