@@ -5,7 +5,7 @@ Must not know: where they go.
 
 Laws of this file:
 
-* An address is valid only while its buffer is held: ``address_of`` gives a keeper with it.
+* An address is valid only while its buffer is held: PinnedBuffer holds it.
 * Small buffers are copied into an anonymous mapping whose address was taken once: slice
   assignment of 4 KiB costs 0.12 us, asking an object for its address 0.7 us and more.
 """
@@ -107,6 +107,8 @@ def zeros_address(length: int) -> int:
     They are never touched here, so they cost address space, not memory.
     """
     if not _zeros or len(_zeros[-1][0]) < length:
-        memory = mmap.mmap(-1, max(length, ZEROS_BYTES))
+        # Private: reading it maps the one zero page; a shared mapping would allocate each page.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        memory = mmap.mmap(-1, max(length, ZEROS_BYTES), flags)
         _zeros.append((memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))))
     return _zeros[-1][1]
