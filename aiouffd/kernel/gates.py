@@ -88,19 +88,23 @@ class Attempt:
         return f"{self.gate}{form}: {name} ({os.strerror(self.errno)})"
 
 
-def read_circumstances() -> Circumstances:
-    """Read from /proc what decides who may open a userfaultfd."""
+def read_circumstances(proc: str = "/proc") -> Circumstances:
+    """Read what decides who may open a userfaultfd.
+
+    Args:
+        proc: Where procfs is mounted.
+    """
     # Bytes: a process that has just given up its rights may be unable to import a codec.
-    with open("/proc/self/status", "rb") as file:
+    with open(f"{proc}/self/status", "rb") as file:
         status = dict(line.split(b":", 1) for line in file if b":" in line)
     try:
-        with open(abi.UNPRIVILEGED_SYSCTL, "rb") as file:
+        with open(proc + abi.UNPRIVILEGED_SYSCTL.removeprefix("/proc"), "rb") as file:
             sysctl = int(file.read())
     except OSError:  # older than 5.2, not built in, or /proc/sys is hidden
         sysctl = None
     try:
-        initial = os.stat("/proc/self/ns/user").st_ino == INITIAL_USER_NAMESPACE
-    except OSError:  # a kernel without user namespaces has the initial one only
+        initial = os.stat(f"{proc}/self/ns/user").st_ino == INITIAL_USER_NAMESPACE
+    except OSError:  # no user namespaces in this kernel, or they are hidden: assume the best
         initial = True
     return Circumstances(
         seccomp=status.get(b"Seccomp", b"0").strip() == b"2",

@@ -174,9 +174,8 @@ def regions(
 ) -> Iterator[PageRegion]:
     """Walk a whole range, in as many scans as it takes.
 
-    Neighbours that two scans have cut apart are joined again.  With WP_MATCHING each page is
-    found and protected in one step, but the range as a whole is no snapshot: a page that is
-    written behind the walk is found by the next one.
+    With WP_MATCHING each page is found and protected in one step, but the range as a whole is
+    no snapshot: a page that is written behind the walk is found by the next one.
 
     Args:
         fd: A pagemap, from ``open_pagemap``.
@@ -191,7 +190,6 @@ def regions(
     """
     if max_regions < 1:
         raise ValueError("max_regions must be at least 1: no region would ever come")
-    held: PageRegion | None = None
     while start < end:
         found, start = scan(
             fd,
@@ -204,16 +202,7 @@ def regions(
             flags=flags,
             max_regions=max_regions,
         )
-        for region in found:
-            if held is None:
-                held = region
-            elif held.end == region.start and held.categories == region.categories:
-                held = held._replace(end=region.end)
-            else:
-                yield held
-                held = region
-    if held is not None:
-        yield held
+        yield from found
 
 
 def protect(fd: int, start: int, end: int) -> None:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,6 +170,27 @@ def test_circumstances_are_those_of_this_process() -> None:
     assert at.privileged == (at.ptrace and at.initial_namespace)
     if at.privileged and not at.seccomp:
         os.close(gates.open_userfaultfd())
+
+
+@pytest.mark.parametrize(
+    "status, seccomp, ptrace",
+    [
+        (b"Name:\tx\nno colon\nCapEff:\t0000000000080000\nSeccomp:\t2\n", True, True),
+        (b"Name:\t\xff\nCapEff:\t0000000000000000\nSeccomp:\t1\n", False, False),
+        (b"Name:\tvery old\n", False, False),
+    ],
+)
+def test_circumstances_of_other_kernels(
+    tmp_path: Path, status: bytes, seccomp: bool, ptrace: bool
+) -> None:
+    """Missing files and fields mean an older kernel, not an error."""
+    (tmp_path / "self" / "ns").mkdir(parents=True)
+    (tmp_path / "self" / "status").write_bytes(status)
+    assert gates.read_circumstances(str(tmp_path)) == Circumstances(seccomp, ptrace, True, None)
+    (tmp_path / "self" / "ns" / "user").touch()
+    (tmp_path / "sys" / "vm").mkdir(parents=True)
+    (tmp_path / "sys" / "vm" / "unprivileged_userfaultfd").write_bytes(b"1\n")
+    assert gates.read_circumstances(str(tmp_path)) == Circumstances(seccomp, ptrace, False, 1)
 
 
 # --- real processes with fewer rights --------------------------------------------------

@@ -138,15 +138,15 @@ def test_limits_stop_the_walk(plain: Tracked) -> None:
 
 @pytest.mark.parametrize("max_regions", [1, 2, 3, 512])
 def test_a_walk_is_the_same_in_any_pieces(plain: Tracked, max_regions: int) -> None:
-    """Regions that the end of a scan cut apart come out whole."""
+    """Where a scan ends for want of room does not show."""
     found = pagemap.regions(
         plain.fd, plain.start, plain.end, required=PRESENT, max_regions=max_regions
     )
     assert plain.pages(*found) == [(0, 1), (2, 4), (6, 7)]
 
 
-def test_a_walk_joins_what_max_pages_cut(tracked: Tracked) -> None:
-    """Neighbours with the same categories are one region, however many scans found them."""
+def test_neighbours_are_one_region(tracked: Tracked) -> None:
+    """Pages that were written one by one come out as one region."""
     for page in range(8):
         tracked.target.start_write(page, 1).result()
     assert tracked.written() == [(0, 8)]

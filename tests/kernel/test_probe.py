@@ -10,7 +10,7 @@ import pytest
 
 from aiouffd.kernel import abi, calls, gates
 from aiouffd.kernel.capabilities import NAMES
-from aiouffd.kernel.probe import observe, probe
+from aiouffd.kernel.probe import _range_ioctls, observe, probe
 
 
 def test_a_probe_leaves_nothing_behind() -> None:
@@ -125,3 +125,14 @@ def test_a_gate_to_something_else() -> None:
     assert report.seen.tried["continue-wp"] == errno.ENOTTY
     assert report["userfaultfd"].available  # as far as the gate goes
     assert not report["move"].available
+
+
+def test_a_kernel_that_refuses_to_register() -> None:
+    """What cannot be registered adds nothing to the mask: here before the handshake."""
+    fd = gates.open_userfaultfd()
+    try:
+        assert _range_ioctls(fd) == 0
+        calls.api(fd, 0)
+        assert _range_ioctls(fd) & abi.UFFD_API_RANGE_IOCTLS == abi.UFFD_API_RANGE_IOCTLS
+    finally:
+        os.close(fd)
