@@ -1,0 +1,111 @@
+"""Who may import whom, read from the source: the house's floors and walls, held."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "aiouffd"
+
+#: The house.  A module imports what stands above it, on its own floor or another.  What it needs
+#: for annotations only (``if TYPE_CHECKING``) may also stand below it on the same floor.
+FLOORS = {
+    "facts": """errors kernel kernel.abi kernel.buffers kernel.calls kernel.history kernel.gates
+        kernel.handshake kernel.pagemap kernel.capabilities kernel.probe""",
+    "values": "fds ranges events resolutions failure address_space",
+    "asyncio": """eager metrics uffd flight performer region timers parking watchdog recovery
+        resolver reader dispatcher pager
+        lazy_mapping lazy_answers lazy_faults lazy_serving frame_raise sigbus lazy_memory""",
+    "pages": "sources sources.buffer sources.file handlers",
+    "processes": "unix_socket handover session server protocols protocols.firecracker",
+    "tools": ". cli.main cli cli.info cli.serve cli.demo __main__",  # "." is aiouffd itself
+}
+ORDER = [module for names in FLOORS.values() for module in names.split()]
+FLOOR_OF = {module: floor for floor, names in FLOORS.items() for module in names.split()}
+
+#: All that pure logic takes from the standard library (mmap for the size of a page).
+PURE = {
+    *("__future__", "bisect", "collections", "dataclasses", "enum"),
+    *("mmap", "struct", "types", "typing", "warnings"),
+}
+#: Optional packages, each with the one module that may import it.
+OPTIONAL: dict[str, str] = {}
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "."
+
+
+PATHS = {_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def _imports(module: str) -> Iterator[tuple[str, bool]]:
+    """Yield what a module imports, in full, and whether for annotations only."""
+    package = ["aiouffd", *([] if module == "." else module.split("."))]
+    if PATHS[module].name != "__init__.py":
+        package.pop()
+    tree = ast.parse(PATHS[module].read_text(encoding="utf-8"))
+    quiet = {
+        inner for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in quiet) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((f"{source}.{alias.name}", node in quiet) for alias in node.names)
+
+
+def _inside(imported: str) -> str:
+    """Return our module that an imported name lives in: a name in a module, or the module."""
+    name = imported.removeprefix("aiouffd").removeprefix(".") or "."
+    return name if name in PATHS else name.rpartition(".")[0] or "."
+
+
+@pytest.mark.parametrize("module", PATHS)
+def test_imports_go_upwards(module: str) -> None:
+    """A module imports only what stands above it, and optional packages only in their module."""
+    assert module in ORDER, f"give aiouffd.{module} its place in FLOORS"
+    for imported, annotations_only in _imports(module):
+        top = imported.partition(".")[0]
+        if top == "aiouffd":
+            other = _inside(imported)
+            neighbours = annotations_only and FLOOR_OF[other] == FLOOR_OF[module]
+            # a folder's own door (kernel, cli) may be imported by what lies in the folder
+            assert neighbours or ORDER.index(other) <= ORDER.index(module), (
+                f"{module} imports {other}, which stands below it"
+            )
+        elif not annotations_only:
+            assert top in sys.stdlib_module_names or OPTIONAL.get(top) == module, (
+                f"{module} imports {top}: the core is standard library only"
+            )
+            if FLOOR_OF[module] == "values":
+                assert top in PURE or (module, top) == ("fds", "os"), f"{module} imports {top}"
+            if FLOOR_OF[module] == "facts":
+                assert top != "asyncio", f"{module} knows of loops"
+
+
+@pytest.mark.parametrize("module", [module for module in PATHS if not module.startswith("kernel")])
+def test_only_the_kernel_floor_makes_calls(module: str) -> None:
+    """No ioctl and no raw system call stands outside ``kernel/``."""
+    tree = ast.parse(PATHS[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+        assert name not in {"ioctl", "syscall"}, f"{module}:{getattr(node, 'lineno', '?')}: {name}"
+    for imported, _ in _imports(module):
+        assert imported != "fcntl.ioctl", f"{module} imports ioctl"
+
+
+def test_every_place_is_taken() -> None:
+    """The order names no module that is gone."""
+    assert not set(ORDER) - set(PATHS)
