@@ -72,7 +72,7 @@ class AddressSpace(Generic[R, F]):
 
     # --- registration ------------------------------------------------------------------
 
-    def register(self, where: Range, region: R, offset: int, page_size: int) -> None:
+    def register(self, where: Range, region: R, offset: int, page_size: int) -> list[F]:
         """Let a region serve a range; what was known of the range is forgotten.
 
         Args:
@@ -80,10 +80,14 @@ class AddressSpace(Generic[R, F]):
             region: Who serves.
             offset: Where the range begins in the region's source, in bytes.
             page_size: Of the memory, in bytes.
+
+        Returns:
+            What was in flight there; it is taken out, to fault again.
         """
         self.epoch += 1
         self.placements.set(where, Placement(region, offset - where.start, page_size, -page_size))
         self.removed.discard(where)
+        return self._take(where)
 
     def drop(self, where: Range) -> list[F]:
         """Forget a range.

@@ -331,7 +331,9 @@ class Pager:
             grows=grows,
             ioctls=ioctls,
         )
-        self.space.register(where, region, offset, page_size)
+        for flight in self.space.register(where, region, offset, page_size):
+            # A zero that waited for what was here before must not land in new memory.
+            self._dispatcher.drop(flight)
         self._dispatcher.layout_changed()
         return region
 

@@ -64,6 +64,9 @@ def test_ranges_are_sets_of_addresses(one: Range, other: Range) -> None:
     assert (common is None) == (not first & second)
     if common is not None:
         assert set(range(common.start, common.end)) == first & second
+    rest = one.without(other)
+    assert [a for part in rest for a in range(part.start, part.end)] == sorted(first - second)
+    assert all(rest)
 
 
 @given(small_ranges, st.integers(1, 30))
