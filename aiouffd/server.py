@@ -1,0 +1,420 @@
+"""Many sessions: accept peers, check and pin them, serve them, drain.
+
+Knows: a listening socket, how to receive a hand-over (given as a function), a source.
+Must not know: any protocol's bytes; command lines and signals.
+
+Laws of this file:
+
+* The accept loop never waits for a peer: each has a task of its own, with a time limit until
+  it is served.
+* A hostile or silent peer costs a bounded time and no descriptor; there are never more than
+  ``max_handshakes`` of them, since the oldest goes when one more comes.
+* A peer is admitted by the uid that the kernel names, and pinned before its message is read.
+* Serving begins before the peer's hand-over is acknowledged.
+* Draining refuses new peers and serves the living to their end.  A peer that has connected
+  before is no new one: it may have handed over already, and would freeze.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self, TypeAlias
+
+from .errors import PeerError, UffdError
+from .failure import Action
+from .handover import Receive, peer_credentials, pin_peer
+from .metrics import Observer
+from .session import Service, Session
+from .sources import Extents, Source
+from .unix_socket import Connection, Listener
+
+log: Final = logging.getLogger("aiouffd.server")
+
+_ACCEPT_BATCH: Final = 16  # connections per wake-up: other work of the loop must run too
+_SHORTAGE_PAUSE: Final = 0.1  # seconds without accepting while descriptors are short
+_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+#: One source for all sessions, which stays its maker's to close; or a function that opens one
+#: for each session, in a thread, which the session closes.
+SourceOrOpener: TypeAlias = Source | Callable[[], Source]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A session has begun."""
+
+    session: Session
+
+    def __str__(self) -> str:
+        handover = self.session.handover
+        size = sum(region.length for region in handover.regions)
+        return (
+            f"session of {self.session.name} started: {len(handover.regions)} regions,"
+            f" {_mib(size)}, pages of {handover.regions[0].page_size} bytes, {handover.dialect}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A session has ended."""
+
+    session: Session
+
+    def __str__(self) -> str:
+        figures = self.session.figures()
+        return (
+            f"session of {self.session.name} ended after {figures.seconds:.3f} s"
+            f" ({self.session.outcome}): {figures.faults} faults,"
+            f" {_mib(figures.copied_bytes)} on demand, {_mib(figures.filled_bytes)} ahead,"
+            f" {figures.zero_pages} zero pages, {figures.removed_pages} of them removed,"
+            f" {figures.failures} failures, p50 {figures.p50_us:.0f} us,"
+            f" p99 {figures.p99_us:.0f} us"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A peer was not served.
+
+    Attributes:
+        peer: Who it was, as far as the kernel says.
+        reason: Why.
+    """
+
+    peer: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"refused {self.peer}: {self.reason}"
+
+
+Report: TypeAlias = Started | Ended | Refused
+
+
+def log_report(report: Report) -> None:
+    """Write one log line per report: what a server does with them by default."""
+    failed = isinstance(report, Refused) or (
+        isinstance(report, Ended) and report.session.error is not None
+    )
+    log.log(logging.WARNING if failed else logging.INFO, "%s", report)
+
+
+class Server:
+    """Serves every peer that hands its memory over on a socket.
+
+    ::
+
+        async with Server(path, firecracker.receive, lambda: FileSource(image)) as server:
+            await server.wait_closed()
+
+    Attributes:
+        path: Where it listens.
+        sessions: Those that live.
+        served: How many have begun.
+        refused: How many peers were not served.
+        failed: How many ended sessions had a fault that failed.
+
+    Sharing: the loop's thread.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        receive: Receive,
+        source: SourceOrOpener,
+        *,
+        service: Service | None = None,
+        uids: Collection[int] | None = None,
+        handshake_timeout: float = 10.0,
+        max_handshakes: int = 64,
+        allow_pid_race: bool = False,
+        mode: int = 0o600,
+        replace: bool = False,
+        any_directory: bool = False,
+        report: Callable[[Report], None] = log_report,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """Prepare; nothing listens before ``async with``.
+
+        Args:
+            path: The socket's name.
+            receive: Takes a new connection and gives the hand-over: a protocol.
+            source: A source for all, or a function that opens one per session.  With the
+                function a session keeps its file though another takes the name.
+            service: How sessions serve.
+            uids: Who may connect; None is the server's own user only.
+            handshake_timeout: Seconds from the connection to the complete hand-over.
+            max_handshakes: Peers at once that have not handed over yet.
+            allow_pid_race: See pin_peer.
+            mode: Rights of the socket.
+            replace: Take the name over from a server that still listens there.
+            any_directory: See Listener.bind.
+            report: Told of every session's start and end, and of every refusal.
+            observers: Told of every fault and event of every session.
+        """
+        self.path: Final = os.fspath(path)
+        self.sessions: set[Session] = set()
+        self.served = 0
+        self.refused = 0
+        self.failed = 0
+        self._receive = receive
+        self._source = source
+        self._extents: Extents | None = None
+        self._service = service if service is not None else Service()
+        self._uids = frozenset((os.geteuid(),) if uids is None else uids)
+        self._handshake_timeout = handshake_timeout
+        self._max_handshakes = max_handshakes
+        self._allow_pid_race = allow_pid_race
+        self._mode = mode
+        self._replace = replace
+        self._any_directory = any_directory
+        self._report = report
+        self._observers = tuple(observers)
+        self._listener: Listener | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._handshakes: dict[asyncio.Task[None], Connection] = {}  # oldest first
+        self._ended_why: dict[asyncio.Task[None], str] = {}  # handshakes that we have ended
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+        self._over = asyncio.Event()
+
+    # --- life --------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def start(self) -> None:
+        """Open the source and begin to listen; ``async with`` does this.
+
+        Raises:
+            SourceError: The source cannot be opened: better now than with the first peer.
+            OSError: The socket cannot be made, see Listener.bind.
+        """
+        self._loop = asyncio.get_running_loop()
+        if callable(self._source):
+            async with self._open_source():
+                pass
+        else:
+            self._extents = await asyncio.to_thread(Extents, self._source.extents())
+        self._listener = Listener.bind(
+            self.path, mode=self._mode, replace=self._replace, any_directory=self._any_directory
+        )
+        self._loop.add_reader(self._listener.fileno(), self._on_connection)
+
+    async def wait_closed(self) -> None:
+        """Wait until the server was drained or closed.
+
+        Cancellation: nothing happens to the server.
+        """
+        await self._over.wait()
+
+    async def drain(self) -> None:
+        """Refuse new peers, serve the living to their end, then close.
+
+        The socket's name is free from the start on: a newer server may take it.  Peers that
+        have connected before may still hand over, within the time limit.
+
+        Cancellation: new peers stay refused; call again, or ``aclose``.
+        """
+        self._stop_listening()
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks))
+        self._over.set()
+
+    async def aclose(self, action: Action | None = None) -> None:
+        """Refuse new peers and close every session; a second call does nothing more.
+
+        Args:
+            action: What becomes of the missing pages of living targets; None is the
+                service's ``on_close``.
+
+        Cancellation: some sessions may not be closed yet; call again.
+        """
+        self._stop_listening()
+        for task in tuple(self._handshakes):
+            self._end_handshake(task, "the server is closing")
+        closing = [session.aclose(action) for session in tuple(self.sessions)]
+        for failed in await asyncio.gather(*closing, return_exceptions=True):
+            if isinstance(failed, BaseException):
+                log.error("a session could not be closed as asked: %s", failed)
+        await self.drain()
+
+    def _stop_listening(self) -> None:
+        if self._listener is None or self._loop is None:
+            return
+        listener, self._listener = self._listener, None
+        self._loop.remove_reader(listener.fileno())
+        if self._pause is not None:
+            self._pause.cancel()
+        listener.close()
+
+    # --- peers -------------------------------------------------------------------------
+
+    def _on_connection(self) -> None:
+        assert self._loop is not None  # noqa: S101 - the reader was added in start()
+        assert self._listener is not None  # noqa: S101 - and is removed with the listener
+        for _ in range(_ACCEPT_BATCH):
+            try:
+                connection = self._listener.accept()
+            except OSError as error:
+                if error.errno not in _SHORTAGES:
+                    log.exception("a connection could not be accepted")
+                    return
+                # The connection stays in the kernel's queue and the listener readable: pause,
+                # or the loop would do nothing but fail.
+                log.warning("new peers wait: %s", error)
+                self._loop.remove_reader(self._listener.fileno())
+                self._pause = self._loop.call_later(_SHORTAGE_PAUSE, self._accept_again)
+                return
+            if connection is None:
+                return
+            self._admit(connection)
+
+    def _accept_again(self) -> None:
+        if self._listener is not None and self._loop is not None:
+            self._loop.add_reader(self._listener.fileno(), self._on_connection)
+
+    def _admit(self, connection: Connection) -> None:
+        assert self._loop is not None  # noqa: S101 - as above
+        task = self._loop.create_task(self._serve_connection(connection), name="aiouffd peer")
+        self._tasks.add(task)
+        self._handshakes[task] = connection
+        task.add_done_callback(self._forget_task)
+        if len(self._handshakes) > self._max_handshakes:
+            slowest = next(iter(self._handshakes))
+            self._end_handshake(slowest, "too many peers are connecting; it was the slowest")
+
+    def _end_handshake(self, task: asyncio.Task[None], reason: str) -> None:
+        connection = self._handshakes.pop(task)
+        self._ended_why[task] = reason
+        task.cancel()
+        # A task that is cancelled before its first step never runs at all.
+        connection.close()
+
+    def _forget_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._handshakes.pop(task, None)
+        reason = self._ended_why.pop(task, None)
+        if task.cancelled():
+            if reason is not None:
+                self._refuse("a peer", reason)
+        elif task.exception() is not None:
+            log.error("serving a peer failed", exc_info=task.exception())
+
+    async def _serve_connection(self, connection: Connection) -> None:
+        """Take one peer from its connection to the end of its session."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - this is one
+        who = "a peer"
+        try:
+            with contextlib.closing(connection):
+                who = "pid {} (uid {})".format(*peer_credentials(connection.socket))
+                async with contextlib.AsyncExitStack() as stack:
+                    session = await self._begin_session(connection, stack)
+                    self._handshakes.pop(task, None)
+                    await self._run_session(session)
+        except asyncio.CancelledError:
+            reason = self._ended_why.get(task)
+            if reason is None:
+                raise
+            self._refuse(who, reason)
+        except TimeoutError:
+            self._refuse(who, f"no complete hand-over within {self._handshake_timeout:g} s")
+        except PeerError as error:
+            self._refuse(who, str(error.args[0]))
+        except (UffdError, OSError) as error:
+            self._refuse(who, str(error))
+
+    def _refuse(self, who: str, reason: str) -> None:
+        self.refused += 1
+        self._report(Refused(who, reason))
+
+    async def _begin_session(
+        self, connection: Connection, stack: contextlib.AsyncExitStack
+    ) -> Session:
+        """Check, pin, receive and start; what must be closed later goes onto the stack."""
+        async with asyncio.timeout(self._handshake_timeout):
+            _, uid, _ = peer_credentials(connection.socket)
+            if uid not in self._uids:
+                allowed = ", ".join(map(str, sorted(self._uids)))
+                raise PeerError(f"uid {uid} may not connect; allowed: {allowed}")
+            peer = stack.enter_context(
+                pin_peer(connection.socket, allow_pid_race=self._allow_pid_race)
+            )
+            handover = await self._receive(connection)
+            stack.callback(handover.close)
+            source, extents = await stack.enter_async_context(self._open_source())
+            session = Session(
+                handover,
+                source,
+                peer=peer,
+                service=self._service,
+                extents=extents,
+                observers=self._observers,
+            )
+            await stack.enter_async_context(session)
+            # Only now, being served, does the peer hear of it.
+            if handover.acknowledge:
+                await connection.send(handover.acknowledge)
+        return session
+
+    @contextlib.asynccontextmanager
+    async def _open_source(self) -> AsyncIterator[tuple[Source, Extents]]:
+        if not callable(self._source):
+            assert self._extents is not None  # noqa: S101 - collected in start()
+            yield self._source, self._extents
+            return
+        # A thread cannot be cancelled: whatever it opens is closed, wanted or not.
+        opening = asyncio.ensure_future(asyncio.to_thread(_open, self._source))
+        try:
+            source, extents = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            with contextlib.suppress(UffdError, OSError):
+                await (await opening)[0].aclose()
+            raise
+        try:
+            yield source, extents
+        finally:
+            await source.aclose()
+
+    async def _run_session(self, session: Session) -> None:
+        self.sessions.add(session)
+        self.served += 1
+        self._report(Started(session))
+        try:
+            await session.wait_closed()
+        except (UffdError, OSError) as error:
+            log.warning("%s: the session failed: %s", session.name, error)
+        finally:
+            try:
+                await session.aclose()
+            finally:
+                self.sessions.discard(session)
+                self.failed += session.error is not None
+                self._report(Ended(session))
+
+
+def _open(opener: Callable[[], Source]) -> tuple[Source, Extents]:
+    """Open a source and collect its extents: both may take a while."""
+    source = opener()
+    return source, Extents(source.extents())
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"

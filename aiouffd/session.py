@@ -1,0 +1,330 @@
+"""One target being served: its pager, its source, its policy and its figures.
+
+Knows: a hand-over, a source, and how long to serve.
+Must not know: how peers connect, what their protocol is, other sessions.
+
+Laws of this file:
+
+* Serving begins before the hand-over is acknowledged: a VMM touches its memory while it is
+  still loading.
+* Every region must lie in the source; one that does not is refused before anything is served.
+* The session ends when the target does.  Until then every fault is answered, if only by the
+  failure policy.
+* What the session was given it closes: the userfaultfd, further descriptors, its own source.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Final, Self
+
+from .errors import PeerError
+from .events import Event, PageFault
+from .failure import Action, FailurePolicy
+from .handlers import from_source
+from .handover import Handover, Peer
+from .metrics import Metrics, Observer
+from .pager import Pager
+from .ranges import align_up
+from .resolutions import Handler
+from .sources import Extents, Source
+from .uffd import Userfaultfd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """How sessions serve: one set of settings for any number of them.
+
+    Attributes:
+        failure: What happens to a fault that the source cannot answer.
+        on_close: What becomes of missing pages when a session is closed before its target
+            ends; HANG helps only a target that keeps its own copy of the userfaultfd.
+        deadline: Seconds a fault may take before the failure policy's last action.
+        warn_after: Seconds after which an unanswered fault is logged.
+        chunk: Bytes to bring around each fault; 0 brings one page.
+        max_in_flight: Reads at once per session.
+    """
+
+    failure: FailurePolicy = field(default_factory=FailurePolicy)
+    on_close: Action = Action.POISON
+    deadline: float | None = 30.0
+    warn_after: float | None = 5.0
+    chunk: int = 0
+    max_in_flight: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a session has done so far.
+
+    Attributes:
+        seconds: Since it began.
+        memory_bytes: Length of its regions together.
+        faults: Page faults reported, duplicates included.
+        copied_bytes: Installed because a thread waited for it, in bytes.
+        filled_bytes: Installed ahead of demand, in bytes.
+        zero_pages: Pages answered with zeros: holes and removed pages.
+        removed_pages: Of these, pages that the target had freed before.
+        failures: Faults that ended in the failure policy's last action.
+        parked: Faults that had to wait because the address space was changing.
+        events: Changes of the address space: removals, unmaps, moves, forks.
+        p50_us: Median time from the message to the answer, in microseconds.
+        p99_us: 99th percentile of the same.
+        first_fault_s: Seconds from the beginning to the first fault; None before it.
+    """
+
+    seconds: float
+    memory_bytes: int
+    faults: int
+    copied_bytes: int
+    filled_bytes: int
+    zero_pages: int
+    removed_pages: int
+    failures: int
+    parked: int
+    events: int
+    p50_us: float
+    p99_us: float
+    first_fault_s: float | None
+
+    def as_dict(self) -> dict[str, int | float | None]:
+        """Give all figures by name."""
+        return dataclasses.asdict(self)
+
+
+class _Watch:
+    """The session's own observer: the first fault, and the first failure."""
+
+    def __init__(self) -> None:
+        self.first_fault: float | None = None
+        self.error: Exception | None = None
+
+    def begin(self, fault: PageFault) -> None:  # noqa: ARG002 - Observer says so
+        if self.first_fault is None:
+            self.first_fault = time.monotonic()
+
+    def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:
+        pass
+
+    def event(self, event: Event) -> None:
+        pass
+
+    def failure(self, fault: PageFault, error: Exception) -> None:  # noqa: ARG002 - as above
+        if self.error is None:
+            self.error = error
+
+
+class Session:
+    """Serves the memory that one peer has handed over.
+
+    ::
+
+        async with Session(handover, source, peer=peer) as session:
+            await session.wait_closed()
+
+    Attributes:
+        handover: What was handed over.
+        source: Where its bytes come from.
+        peer: Who handed it over, if known; pinned.
+        pager: Its pager, from ``async with`` on.
+        metrics: Outcomes and latencies.
+
+    Sharing: the loop's thread.
+    """
+
+    def __init__(
+        self,
+        handover: Handover,
+        source: Source,
+        *,
+        peer: Peer | None = None,
+        service: Service | None = None,
+        extents: Extents | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """Prepare; nothing is read before ``async with``.
+
+        Args:
+            handover: The userfaultfd and its regions; closed with the session.
+            source: Stays the caller's to close, after the session.
+            peer: Whose memory it is; its exit ends the session, and Action.KILL kills it.
+                Stays the caller's to close, after the session.
+            service: How to serve.
+            extents: The source's extents, when they have been collected before.
+            observers: Told of every fault and event.
+        """
+        self.handover: Final = handover
+        self.source: Final = source
+        self.peer: Final = peer
+        self.service: Final = service if service is not None else Service()
+        self.metrics: Final = Metrics()
+        self.pager: Pager
+        self._extents = extents
+        self._observers = tuple(observers)
+        self._watch = _Watch()
+        self._began = self._ended = time.monotonic()
+        self._over = False
+        self._aborted: Action | None = None
+
+    @property
+    def name(self) -> str:
+        """Name the session in messages: who is served."""
+        return str(self.peer) if self.peer is not None else "an unknown peer"
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def start(self) -> None:
+        """Begin to serve; ``async with`` does this.
+
+        Raises:
+            PeerError: A region does not lie in the source, or the userfaultfd cannot be
+                used.  The hand-over is closed.
+        """
+        try:
+            self._check_regions()
+            uffd = Userfaultfd.adopt(self.handover.fd)
+            self.pager = self._make_pager(uffd)
+            try:
+                self._serve_regions()
+                self.pager.start()
+            except BaseException:
+                await self.pager.aclose()
+                raise
+        except ValueError as error:  # no userfaultfd, or regions that no memory can have
+            self.handover.close()
+            raise PeerError(str(error), self.name) from error
+        except BaseException:
+            self.handover.close()
+            raise
+
+    def _check_regions(self) -> None:
+        for number, region in enumerate(self.handover.regions):
+            end = align_up(self.source.size, region.page_size)
+            if region.offset + region.length > end:
+                raise PeerError(
+                    f"region {number} ({region}) ends at offset"
+                    f" {region.offset + region.length:#x}, but the image at"
+                    f" {self.source.size:#x}",
+                    self.name,
+                )
+
+    def _make_pager(self, uffd: Userfaultfd) -> Pager:
+        service = self.service
+        return Pager(
+            uffd,
+            failure=service.failure,
+            deadline=service.deadline,
+            warn_after=service.warn_after,
+            max_in_flight=service.max_in_flight,
+            on_close=service.on_close,
+            target=self.peer.pidfd.fileno() if self.peer is not None else None,
+            observers=(self.metrics, self._watch, *self._observers),
+        )
+
+    def _serve_regions(self) -> None:
+        if self._extents is None:
+            self._extents = Extents(self.source.extents())
+        self._began = self._ended = time.monotonic()
+        for number, region in enumerate(self.handover.regions):
+            self.pager.register(
+                region.start,
+                region.length,
+                self._handler(region.offset, region.offset + region.length),
+                page_size=region.page_size,
+                offset=region.offset,
+                name=f"region {number}",
+                registered=True,  # by the peer, before it handed the userfaultfd over
+            )
+
+    def _handler(self, start: int, end: int) -> Handler:
+        return from_source(
+            self.source, extents=self._extents, chunk=self.service.chunk, within=(start, end)
+        )
+
+    @property
+    def error(self) -> Exception | None:
+        """The first error that a fault ended with, if any did."""
+        return self._watch.error
+
+    @property
+    def outcome(self) -> str:
+        """Say in a few words how it stands with the session, or how it ended."""
+        if not self._over:
+            return "serving"
+        how = "target exited"
+        if self._aborted is not None:
+            how = f"closed by policy ({self._aborted.value})"
+        if self.error is not None:
+            return f"{how}; {self.pager.counters.failures} faults failed, first: {self.error}"
+        return how
+
+    def figures(self) -> Figures:
+        """Sum up what was done so far."""
+        counters = self.pager.counters
+        first = self._watch.first_fault
+        now = self._ended if self._over else time.monotonic()
+        return Figures(
+            seconds=round(now - self._began, 6),
+            memory_bytes=sum(region.length for region in self.handover.regions),
+            faults=counters.faults,
+            copied_bytes=counters.copied_bytes,
+            filled_bytes=counters.filled_bytes,
+            zero_pages=self.metrics.outcomes.get("zero", 0),
+            removed_pages=counters.removed,
+            failures=counters.failures,
+            parked=counters.parked,
+            events=counters.events,
+            p50_us=self.metrics.latency.quantile(0.5) / 1000,
+            p99_us=self.metrics.latency.quantile(0.99) / 1000,
+            first_fault_s=None if first is None else round(first - self._began, 6),
+        )
+
+    async def wait_closed(self) -> None:
+        """Wait until the target and the children it forked are gone, or the session is closed.
+
+        Raises:
+            FaultError: A fault failed and the policy says Action.RAISE.
+
+        Cancellation: nothing happens to the session.
+        """
+        await self.pager.wait_closed()
+        while self.pager.children and not self.pager.closing:
+            for child in tuple(self.pager.children):
+                await child.wait_closed()
+            await asyncio.sleep(0)
+
+    async def aclose(self, action: Action | None = None) -> None:
+        """Stop serving and let go of everything; a second call does nothing more.
+
+        Args:
+            action: What becomes of missing pages if the target still lives; None is the
+                service's ``on_close``.
+
+        Cancellation: the close goes on by itself; call again to wait for it.
+        """
+        pager = self.pager
+        if not pager.closing and not pager.target_gone:
+            self._aborted = self.service.on_close if action is None else action
+        try:
+            await pager.aclose(action)
+        finally:
+            if not self._over:
+                self._over = True
+                self._ended = time.monotonic()
+            pager.uffd.close()  # after HANG it is still open: the target's own copy keeps it
+            self.handover.close()
