@@ -141,7 +141,8 @@ def decode(data: bytes | bytearray | memoryview) -> Iterator[Message]:
         data: Whole messages of 32 bytes, as read(2) gives them.
 
     Raises:
-        ValueError: The length is no multiple of 32.
+        ValueError: The length is no multiple of 32, or a range ends before it starts, which
+            no kernel says.
     """
     if len(data) % MESSAGE_SIZE:
         raise ValueError(f"{len(data)} bytes are no whole number of {MESSAGE_SIZE}-byte messages")

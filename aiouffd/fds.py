@@ -87,5 +87,8 @@ class OwnedFd:
 
     def __del__(self) -> None:
         if self._fd >= 0:
-            warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+            text = f"{self!r} was never closed"
+            try:
+                warnings.warn(text, ResourceWarning, source=self, stacklevel=2)
+            finally:  # also where warnings are errors
+                self.close()

@@ -118,7 +118,7 @@ class Metrics:
     def begin(self, fault: PageFault) -> None:
         """Nothing to keep."""
 
-    def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:
+    def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:  # noqa: ARG002 - Observer's
         """Count the outcome and its latency."""
         self.latency.add(elapsed_ns)
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
@@ -128,7 +128,7 @@ class Metrics:
         name = type(event).__name__
         self.events[name] = self.events.get(name, 0) + 1
 
-    def failure(self, fault: PageFault, error: Exception) -> None:
+    def failure(self, fault: PageFault, error: Exception) -> None:  # noqa: ARG002 - Observer's
         """Count the failure by its error's class."""
         name = type(error).__name__
         self.failures[name] = self.failures.get(name, 0) + 1

@@ -1,0 +1,87 @@
+"""Counters, the histogram, and the observer that keeps both."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiouffd.events import PageFault, Remapped, Removed
+from aiouffd.metrics import Counters, Histogram, Metrics, Observer
+from aiouffd.ranges import Range
+
+FAULT = PageFault(0x7000, 0, 4096)
+
+durations = st.lists(st.integers(0, 10**12), min_size=1, max_size=50)
+
+
+def filled(values: list[int]) -> Histogram:
+    histogram = Histogram()
+    for value in values:
+        histogram.add(value)
+    return histogram
+
+
+def test_counters_start_at_zero() -> None:
+    """Each by its name, in the order of their definition."""
+    names = [field.name for field in dataclasses.fields(Counters)]
+    assert Counters().as_dict() == dict.fromkeys(names, 0)
+    assert Counters(faults=3, ended=2).as_dict()["faults"] == 3
+
+
+@given(durations)
+def test_a_bucket_holds_a_power_of_two(values: list[int]) -> None:
+    """Each duration lies below its bucket's bound and not below half of it."""
+    histogram = filled(values)
+    expected: dict[int, int] = {}
+    for value in values:
+        bound = 1
+        while bound <= value:
+            bound *= 2
+        expected[bound] = expected.get(bound, 0) + 1
+    assert dict(histogram) == expected
+    assert list(histogram) == sorted(histogram)
+    assert (histogram.count, histogram.total_ns) == (len(values), sum(values))
+
+
+@given(durations, st.floats(0, 1))
+def test_a_quantile_is_bounded_from_above(values: list[int], q: float) -> None:
+    """The true quantile lies below what is given, and not below half of it."""
+    bound = filled(values).quantile(q)
+    values.sort()
+    true = next(value for n, value in enumerate(values, 1) if n >= q * len(values))
+    assert bound // 2 <= true < bound
+
+
+def test_no_quantile_of_nothing() -> None:
+    """An empty histogram says zero."""
+    assert Histogram().quantile(0.5) == 0
+    assert list(Histogram()) == []
+
+
+@pytest.mark.parametrize("value", [(1 << 62) - 1, 1 << 62, 1 << 63, 1 << 80])
+def test_centuries_share_the_last_bucket(value: int) -> None:
+    """There is no duration that cannot be counted."""
+    histogram = filled([value])
+    assert histogram.count == 1
+    assert histogram.quantile(1) == 1 << min(value.bit_length(), 63)
+
+
+def test_metrics_is_an_observer_that_counts() -> None:
+    """Outcomes, events and failures by name, and how long the faults took."""
+    metrics = Metrics()
+    observer: Observer = metrics
+    for outcome, elapsed_ns in (("copy", 900), ("copy", 1100), ("gone", 5)):
+        observer.begin(FAULT)
+        observer.end(FAULT, outcome, elapsed_ns)
+    observer.event(Removed(Range(0, 4096)))
+    observer.event(Remapped(0, 4096, 4096))
+    observer.event(Remapped(0, 4096, 4096))
+    observer.failure(FAULT, KeyError("x"))
+    observer.failure(FAULT, KeyError("y"))
+    assert metrics.outcomes == {"copy": 2, "gone": 1}
+    assert metrics.events == {"Removed": 1, "Remapped": 2}
+    assert metrics.failures == {"KeyError": 2}
+    assert (metrics.latency.count, metrics.latency.total_ns) == (3, 2005)
