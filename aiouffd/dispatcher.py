@@ -282,12 +282,10 @@ class Dispatcher:
         elif type(answer) is bytes:
             data = answer
         page, size = fault.address, fault.length
-        if (
+        if (  # the shortest way: one page of bytes, no flight, no match
             type(data) is bytes
             and len(data) == size
-            and size <= buffers.STAGING_BYTES
-            # The shortest way: one page of bytes, no flight, no match.
-            and calls.copy(self.fd, page, buffers.staged(data, size), size, mode) == size
+            and calls.copy(self.fd, page, buffers.bytes_address(data), size, mode) == size
         ):
             self.counters.copied_bytes += size
             if self.resolver.again:

@@ -123,11 +123,11 @@ def perform(
     match resolution:
         case Copy(data, _, protect):
             mode = abi.UFFDIO_COPY_MODE_WP if protect else 0
-            part = memoryview(data).cast("B")[start - base : start - base + length]
-            if length <= buffers.STAGING_BYTES:
-                return calls.copy(fd, start, buffers.staged(part, length), length, mode)
-            with buffers.PinnedBuffer(part) as pinned:
-                return calls.copy(fd, start, pinned.address, length, mode)
+            if type(data) is bytes:
+                source = buffers.bytes_address(data) + start - base
+                return calls.copy(fd, start, source, length, mode)
+            with buffers.PinnedBuffer(data) as pinned:
+                return calls.copy(fd, start, pinned.address + start - base, length, mode)
         case Zero():
             if page_size == PAGE_SIZE:
                 return calls.zeropage(fd, start, length)

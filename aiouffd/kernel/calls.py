@@ -9,7 +9,8 @@ Laws of this file:
   number and never raise: bytes done if above zero, else minus the errno.  A refused fill is
   normal traffic, and an exception per refusal would cost more than the call.
 * Everything else raises OSError, as ``os`` functions do.
-* The argument buffer belongs to the thread: ``fcntl.ioctl`` gives up the GIL midway.
+* Each call has an argument buffer of its own (40 ns more than one kept for reuse): another
+  thread, a Python signal handler or a finaliser may make the same call in its middle.
 * The result field is preset to zero and believed only if it is a whole number of pages
   within the length: older kernels leave it untouched, newer ones write a negative errno.
 """
@@ -21,7 +22,6 @@ import errno
 import mmap
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Final, NamedTuple, NoReturn
 
@@ -45,17 +45,10 @@ PAGE_SIZE: Final = mmap.PAGESIZE
 _EAGAIN: Final = errno.EAGAIN
 
 
-class _Scratch(threading.local):
-    """Argument buffers of one thread, packed anew before each call."""
-
-    def __init__(self) -> None:
-        self.five = bytearray(abi.UFFDIO_COPY_STRUCT.size)
-        self.four = bytearray(abi.UFFDIO_ZEROPAGE_STRUCT.size)
-        self.three = bytearray(abi.UFFDIO_WRITEPROTECT_STRUCT.size)
-        self.two = bytearray(abi.UFFDIO_RANGE_STRUCT.size)
-
-
-_scratch: Final = _Scratch()
+_FIVE: Final = abi.UFFDIO_COPY_STRUCT.size
+_FOUR: Final = abi.UFFDIO_ZEROPAGE_STRUCT.size
+_THREE: Final = abi.UFFDIO_WRITEPROTECT_STRUCT.size
+_TWO: Final = abi.UFFDIO_RANGE_STRUCT.size
 _pack_five = abi.UFFDIO_COPY_STRUCT.pack_into
 _pack_four = abi.UFFDIO_ZEROPAGE_STRUCT.pack_into
 _pack_three = abi.UFFDIO_WRITEPROTECT_STRUCT.pack_into
@@ -211,7 +204,7 @@ def register(fd: int, start: int, length: int, mode: int) -> int:
     Returns:
         The mask of ioctls for the range.
     """
-    argument = _scratch.four
+    argument = bytearray(_FOUR)
     _pack_four(argument, 0, start, length, mode, 0)
     _ioctl(fd, abi.UFFDIO_REGISTER, argument)
     ioctls: int = abi.UFFDIO_REGISTER_STRUCT.unpack(argument)[3]
@@ -224,7 +217,7 @@ def unregister(fd: int, start: int, length: int) -> None:
     Kernel: UFFDIO_UNREGISTER, since Linux 4.3.  It wakes waiters only where MISSING was
     registered: follow it with ``wake``.
     """
-    argument = _scratch.two
+    argument = bytearray(_TWO)
     _pack_two(argument, 0, start, length)
     _ioctl(fd, abi.UFFDIO_UNREGISTER, argument)
 
@@ -236,7 +229,7 @@ def wake(fd: int, start: int, length: int) -> None:
     of the mapping's own size.  Works on any aligned range, registered or not, and says
     nothing about a target that is gone.
     """
-    argument = _scratch.two
+    argument = bytearray(_TWO)
     _pack_two(argument, 0, start, length)
     _ioctl(fd, abi.UFFDIO_WAKE, argument)
 
@@ -275,7 +268,7 @@ def copy(fd: int, destination: int, source: int, length: int, mode: int = 0) -> 
     Returns:
         Bytes done if above zero, else minus the errno.
     """
-    argument = _scratch.five
+    argument = bytearray(_FIVE)
     _pack_five(argument, 0, destination, source, length, mode, 0)
     try:
         _ioctl(fd, abi.UFFDIO_COPY, argument)
@@ -301,7 +294,7 @@ def move(fd: int, destination: int, source: int, length: int, mode: int = 0) -> 
     Returns:
         Bytes done if above zero, else minus the errno.
     """
-    argument = _scratch.five
+    argument = bytearray(_FIVE)
     _pack_five(argument, 0, destination, source, length, mode, 0)
     try:
         _ioctl(fd, abi.UFFDIO_MOVE, argument)
@@ -313,7 +306,7 @@ def move(fd: int, destination: int, source: int, length: int, mode: int = 0) -> 
 
 
 def _fill(fd: int, request: int, start: int, length: int, mode: int) -> int:
-    argument = _scratch.four
+    argument = bytearray(_FOUR)
     _pack_four(argument, 0, start, length, mode, 0)
     try:
         _ioctl(fd, request, argument)
@@ -373,7 +366,7 @@ def writeprotect(fd: int, start: int, length: int, mode: int) -> int:
     Returns:
         ``length``, else minus the errno (there is no partial result to read).
     """
-    argument = _scratch.three
+    argument = bytearray(_THREE)
     _pack_three(argument, 0, start, length, mode)
     try:
         _ioctl(fd, abi.UFFDIO_WRITEPROTECT, argument)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import array
 import ctypes
 import mmap
-import threading
 
 import pytest
 
 from aiouffd.kernel import abi, buffers, pagemap
-from aiouffd.kernel.buffers import STAGING_BYTES, ZEROS_BYTES, PinnedBuffer
+from aiouffd.kernel.buffers import ZEROS_BYTES, PinnedBuffer
 from tests.targets import PAGE
 
 
@@ -53,25 +52,11 @@ def test_what_is_no_contiguous_buffer_is_refused() -> None:
         PinnedBuffer(memoryview(b"strided")[::2])
 
 
-def test_staged_bytes_stay_until_the_next() -> None:
-    """One place per thread, of one address, overwritten by the next."""
-    first = buffers.staged(b"a" * PAGE, PAGE)
-    assert ctypes.string_at(first, PAGE) == b"a" * PAGE
-    second = buffers.staged(memoryview(b"b" * STAGING_BYTES), STAGING_BYTES)
-    assert first == second
-    assert ctypes.string_at(second, STAGING_BYTES) == b"b" * STAGING_BYTES
-    elsewhere: list[int] = []
-    thread = threading.Thread(target=lambda: elsewhere.append(buffers.staged(b"c", 1)))
-    thread.start()
-    thread.join()
-    assert elsewhere != [first]
-    assert ctypes.string_at(first, 1) == b"b"
-
-
-def test_staging_takes_what_it_is_told() -> None:
-    """A length that is not the buffer's is refused, not cut."""
-    with pytest.raises((IndexError, ValueError)):
-        buffers.staged(b"short", PAGE)
+def test_the_address_of_bytes_is_that_of_their_contents() -> None:
+    """The short way gives what the buffer protocol gives."""
+    for data in (b"", b"x", bytes(range(256)) * 64):
+        with PinnedBuffer(data) as pinned:
+            assert buffers.bytes_address(data) == pinned.address
 
 
 def test_zeros_are_zero_and_cost_no_memory() -> None:

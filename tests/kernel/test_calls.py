@@ -466,3 +466,22 @@ def test_each_thread_has_its_own_argument() -> None:
             thread.join()
         assert results == [PAGE] * 2 * pages
         assert all(target.is_present(page) for page in range(2 * pages))
+
+
+def test_a_call_in_the_middle_of_a_call_disturbs_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler or finaliser may fill a page between another fill's pack and ioctl."""
+    pack = calls._pack_five
+    inner: list[int] = []
+
+    with Target("anon", pages=2, register=MISSING) as target, staged(PAGE) as source:
+
+        def interrupted(*words: int) -> None:
+            pack(*words)
+            if not inner:
+                inner.append(0)
+                inner[0] = calls.copy(target.uffd, target.at(1), source, PAGE)
+
+        monkeypatch.setattr(calls, "_pack_five", interrupted)
+        assert calls.copy(target.uffd, target.at(0), source, PAGE) == PAGE
+        assert inner == [PAGE]
+        assert [target.start_read(page).result() for page in range(2)] == [7, 7]
