@@ -57,7 +57,7 @@ struct worker {
 static struct worker workers[MAX_THREADS];
 static int worker_count;
 static int control;
-static volatile int stop; /* lockers and pelters look at it */
+static volatile int stop; /* bit 0 ends storms, lockers and pelters; bit 1 churners */
 static uint64_t shadow[MAX_SHADOW];
 static char control_answer[ANSWER_BYTES];
 static __thread struct worker *self;
@@ -274,7 +274,7 @@ static void do_storm(uint64_t sequence, uint64_t address, uint64_t step, uint64_
                      uint64_t seed, uint64_t count)
 {
     volatile uint64_t state = seed, right = 0, zero = 0, wrong = 0, stopped = 0;
-    for (volatile uint64_t i = 0; i < count && !stop; i++) {
+    for (volatile uint64_t i = 0; i < count && !(stop & 1); i++) {
         uint64_t random_state = state;
         volatile uint64_t page = next_random(&random_state) % pages;
         state = random_state;
@@ -297,7 +297,7 @@ static void do_locker(uint64_t sequence, uint64_t address, uint64_t step, uint64
                       uint64_t seed, uint64_t rounds)
 {
     uint64_t state = seed, wrong = 0, done = 0;
-    for (; done < rounds && !stop; done++) {
+    for (; done < rounds && !(stop & 1); done++) {
         uint64_t page = seed ? next_random(&state) % pages : done % pages;
         char *start = (char *)(uintptr_t)(address + page * step);
         pthread_mutex_t *mutex = (pthread_mutex_t *)start;
@@ -317,12 +317,30 @@ static void do_pelt(uint64_t sequence, uint64_t thread, int number, uint64_t cou
 {
     struct timespec pause = {pause_us / 1000000, pause_us % 1000000 * 1000};
     uint64_t sent = 0;
-    for (; sent < count && !stop; sent++) {
+    for (; sent < count && !(stop & 1); sent++) {
         pthread_kill(workers[thread].thread, number);
         if (pause_us)
             nanosleep(&pause, NULL);
     }
     reply(sequence, "value %llu", (unsigned long long)sent);
+}
+
+/* madvise random pages until told to stop; answers how often. */
+static void do_churn(uint64_t sequence, uint64_t address, uint64_t step, uint64_t pages,
+                     int advice, uint64_t seed, uint64_t pause_us)
+{
+    struct timespec pause = {pause_us / 1000000, pause_us % 1000000 * 1000};
+    uint64_t state = seed, count = 0;
+    for (; !(stop & 2); count++) {
+        uint64_t page = next_random(&state) % pages;
+        if (madvise((void *)(uintptr_t)(address + page * step), step, advice)) {
+            reply(sequence, "value %lld", (long long)-errno);
+            return;
+        }
+        if (pause_us)
+            nanosleep(&pause, NULL);
+    }
+    reply(sequence, "value %llu", (unsigned long long)count);
 }
 
 static void do_exec(uint64_t sequence)
@@ -342,7 +360,7 @@ static void perform(uint64_t sequence, char *command)
     char *rest, *word = strtok_r(command, " ", &rest), *token;
     uint64_t n[8] = {0};
     char *name = NULL;
-    if (!strcmp(word, "call") || !strcmp(word, "memfd"))
+    if (!strcmp(word, "call") || !strcmp(word, "memfd") || !strcmp(word, "open"))
         name = strtok_r(NULL, " ", &rest);
     for (int i = 0; i < 8 && (token = strtok_r(NULL, " ", &rest)); i++)
         n[i] = strtoull(token, NULL, 0);
@@ -385,6 +403,8 @@ static void perform(uint64_t sequence, char *command)
         do_storm(sequence, n[0], n[1], n[2], n[3], n[4]);
     } else if (!strcmp(word, "locker")) {
         do_locker(sequence, n[0], n[1], n[2], n[3], n[4]);
+    } else if (!strcmp(word, "churn")) {
+        do_churn(sequence, n[0], n[1], n[2], (int)n[3], n[4], n[5]);
     } else if (!strcmp(word, "pelt")) {
         do_pelt(sequence, n[0], (int)n[1], n[2], n[3]);
     } else if (!strcmp(word, "call")) {
@@ -401,6 +421,9 @@ static void perform(uint64_t sequence, char *command)
             reply(sequence, "value %lld", (long long)-errno);
         else
             reply_fd(sequence, fd, "value %d", fd);
+    } else if (!strcmp(word, "open")) {
+        int fd = open(name, O_RDWR | O_CLOEXEC);
+        reply(sequence, "value %d", fd < 0 ? -errno : fd);
     } else if (!strcmp(word, "uffd")) {
         do_open(sequence, n[0], n[1], (int)n[2]);
     } else if (!strcmp(word, "fork")) {

@@ -318,7 +318,7 @@ class Process:
         return call.result()
 
     def stop(self, value: int = 1) -> Call[int]:
-        """Make storms, lockers and pelting end early; 0 lets new ones run."""
+        """End storms, lockers and pelting (1), churning (2), all (3); 0 lets new ones run."""
         return self.tell(-1, "stop", value, convert=_value)
 
     def send_signal(self, thread: int, number: int) -> Call[int]:
@@ -639,6 +639,11 @@ class Target(Process):
             count,
             convert=lambda answer: Storm(*answer),
         )
+
+    def start_churn(self, advice: int, seed: int, thread: int, *, pause_us: int = 0) -> Call[int]:
+        """Call madvise on random single pages until ``stop(2)``; the answer is how often."""
+        where = (self.base, self.page_size, self.pages)
+        return self.tell(thread, "churn", *where, advice, seed, pause_us, convert=_value)
 
     def start_madvise(
         self, advice: int, page: int = 0, pages: int = 1, thread: int = 0
