@@ -5,7 +5,8 @@ Must not know: where the resolution came from.
 
 Laws of this file:
 
-* EEXIST wakes nobody: wake.  The same page over and over is an error.
+* EEXIST wakes nobody: wake, after arming the page if the fill would have protected it.
+  The same page over and over is an error.
 * EAGAIN has done nothing: park.
 * No more than one bounded ioctl at a time: the faulting page first, then the rest.
 * The rest of a long answer never touches a removed page.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from .errors import StuckPage, refusal
 from .events import PageFault
 from .flight import Flight
+from .kernel import abi, calls
 from .performer import PIECE_BYTES, Walk, outcome_of, perform, span_of
 from .ranges import Range
 from .resolutions import Continue, Copy, Resolution, Wake
@@ -73,7 +75,12 @@ class Resolver:
                 self._dispatcher.parking.add(flight)
             case errno.EEXIST:
                 self._dispatcher.counters.already += 1
-                self._wake_and_end(flight, "already")
+                if not isinstance(resolution, Copy | Continue) or not resolution.protect:
+                    self._wake_and_end(flight, "already")
+                elif self._protect(page, size) == -errno.EAGAIN:
+                    self._dispatcher.parking.add(flight)
+                else:
+                    self._wake_and_end(flight, "already")
             case errno.ENOENT:
                 self._dispatcher.counters.gone += 1
                 self._wake_and_end(flight, "gone")
@@ -88,6 +95,14 @@ class Resolver:
             case number:
                 call = f"the answer {outcome_of(resolution)!r}"
                 self._dispatcher.recovery.give_up(flight, refusal(call, number, page, size))
+
+    def _protect(self, page: int, size: int) -> int:
+        """Arm a page that was there before a protecting fill: EEXIST has changed nothing.
+
+        Woken unarmed, its next write would go unseen.
+        """
+        mode = abi.UFFDIO_WRITEPROTECT_MODE_WP
+        return calls.writeprotect(self._dispatcher.fd, page, size, mode)
 
     def _wake_and_end(self, flight: Flight, outcome: str) -> None:
         self._dispatcher.wake(flight.fault.address, flight.fault.length)
