@@ -55,9 +55,14 @@ class Recovery:
             counters.retries += 1
             try:
                 return resolution_of(await handler(fault), fault)
+            except asyncio.CancelledError as cancelled:
+                # A source that was cancelled, unless we are: then nobody waits any more.
+                if flight.task is not asyncio.current_task() or self._dispatcher.closing:
+                    raise
+                error = _fault_error(flight, cancelled)
             except Exception as failed:
-                log.debug("retry %d of the fault at %#x failed", attempt + 1, fault.address)
                 error = failed
+            log.debug("retry %d of the fault at %#x failed", attempt + 1, fault.address)
         if policy.fallback is None:
             raise error
         counters.fallbacks += 1
