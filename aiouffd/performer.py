@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import Final, assert_never
+from typing import TYPE_CHECKING, Final, assert_never
 
 from .errors import HandlerError
 from .events import PageFault
@@ -29,8 +29,13 @@ from .resolutions import (
     Zero,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 #: The longest stretch one ioctl is given: some 0.1 to 0.3 ms of the loop's time.
 PIECE_BYTES: Final = 512 * 1024
+
+_ADDRESSES: Final = 1 << 64
 
 _WAKE: Final = Wake()
 
@@ -72,36 +77,71 @@ def span_of(resolution: Resolution, fault: PageFault) -> Range:
     """Give the addresses that a resolution covers.
 
     Raises:
-        HandlerError: They are not whole pages, or leave the faulting page out.
+        HandlerError: They are not whole pages, leave the faulting page out, or are nothing
+            that the kernel could be asked for.
     """
     page, size = fault.address, fault.length
     if isinstance(resolution, Wake):
         return Range(page, size)
-    if isinstance(resolution, Copy):
-        try:
-            length = memoryview(resolution.data).nbytes
-        except TypeError:
-            raise HandlerError(
-                f"the handler returned {type(resolution.data).__name__}; a resolution, a"
-                " bytes-like object or None was expected",
-                page,
-            ) from None
-    else:
-        length = size if resolution.length is None else resolution.length
     start = page if resolution.address is None else resolution.address
-    if not (length > 0 and is_aligned(start, size) and is_aligned(length, size)):
+    try:
+        if isinstance(resolution, Copy):
+            length = _length_of(resolution.data, page)
+        else:
+            length = size if resolution.length is None else resolution.length
+        whole = is_aligned(start, size) and is_aligned(length, size)
+        whole = whole and 0 < length <= _ADDRESSES - start
+        if whole and start <= page < start + length:
+            if isinstance(resolution, Move) and not _is_source(resolution.source, length, size):
+                raise HandlerError(
+                    f"the handler answered the fault at {page:#x} with a move from"
+                    f" {resolution.source:#x}, where no whole pages of {size} bytes are",
+                    page,
+                )
+            return Range(start, length)
+    except (TypeError, ValueError) as error:  # an address or length that is no number
+        raise HandlerError(
+            f"the handler answered the fault at {page:#x} with {resolution!r:.200}: {error}", page
+        ) from error
+    if not whole:
         raise HandlerError(
             f"the handler answered the fault at {page:#x} with {length} bytes at {start:#x};"
             f" whole pages of {size} bytes were expected",
             page,
         )
-    if not start <= page < start + length:
+    raise HandlerError(
+        f"the handler answered the fault at {page:#x} with {length} bytes at {start:#x},"
+        " which leaves the faulting page out",
+        page,
+    )
+
+
+def _length_of(data: Buffer, page: int) -> int:
+    """Measure a buffer, in bytes.
+
+    Raises:
+        HandlerError: It is none, was released, or has gaps.
+    """
+    try:
+        view = memoryview(data)
+    except TypeError:
         raise HandlerError(
-            f"the handler answered the fault at {page:#x} with {length} bytes at {start:#x},"
-            " which leaves the faulting page out",
+            f"the handler returned {type(data).__name__}; a resolution, a bytes-like object or"
+            " None was expected",
+            page,
+        ) from None
+    except (ValueError, BufferError) as error:  # a memoryview that was released, a closed mmap
+        raise HandlerError(f"the handler returned an unusable buffer: {error}", page) from error
+    if not view.c_contiguous:
+        raise HandlerError(
+            "the handler returned a buffer whose bytes do not lie in one piece; copy it first",
             page,
         )
-    return Range(start, length)
+    return view.nbytes
+
+
+def _is_source(source: int, length: int, size: int) -> bool:
+    return is_aligned(source, size) and 0 <= source <= _ADDRESSES - length
 
 
 def perform(

@@ -18,7 +18,7 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING, Final
 
-from .errors import StuckPage, refusal
+from .errors import HandlerError, StuckPage, refusal
 from .events import PageFault
 from .flight import Flight
 from .kernel import abi, calls
@@ -51,7 +51,11 @@ class Resolver:
         fault = flight.fault
         page, size = fault.address, fault.length
         flight.resolution = resolution
-        whole = span_of(resolution, fault)
+        try:
+            whole = span_of(resolution, fault)
+        except HandlerError as error:  # its buffer was released while it was parked
+            self._dispatcher.recovery.give_up(flight, error)
+            return
         done = perform(self._dispatcher.fd, resolution, whole.start, page, size, size)
         if done != size:
             self._refused(flight, resolution, done)
