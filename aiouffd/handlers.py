@@ -83,9 +83,9 @@ def from_source(
                 f" behind the end of its source ({size:#x} bytes)",
                 fault.address,
             )
-        if has_holes and not holds(offset, length):
-            return Zero()
         if chunk <= length:
+            if has_holes and not holds(offset, length):
+                return Zero()
             if offset + length <= size:  # the common case, as short as it gets
                 data = read_nowait(offset, length)
                 return await source.read(offset, length) if data is None else data
@@ -93,8 +93,13 @@ def from_source(
         start = max(offset & -chunk, first)
         end = min((offset & -chunk) + chunk, align_up(min(last, size), length))
         if not (is_aligned(offset - start, length) and is_aligned(end - offset, length)):
-            return await read(offset, length)
-        return Copy(await read(start, end - start), address=fault.address - (offset - start))
+            start, end = offset, offset + length
+        address = fault.address - (offset - start)
+        if has_holes and not holds(start, end - start):
+            return Zero(end - start, address)
+        if has_holes and not holds(offset, length):
+            return Zero()  # its neighbours are brought when they are asked for
+        return Copy(await read(start, end - start), address)
 
     return fill
 

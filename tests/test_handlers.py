@@ -101,6 +101,16 @@ async def test_holes_are_zeros_without_a_read() -> None:
     assert await fill(fault(0)) == Zero()
 
 
+async def test_a_chunk_in_a_hole_is_zeros_at_once() -> None:
+    """A hole is answered by the chunk; beside data, a page of it by itself."""
+    fill = from_source(HoledSource(image(16 * PAGE)), chunk=4 * PAGE)
+    assert await fill(fault(9 * PAGE)) == Zero(4 * PAGE, BASE + 8 * PAGE)
+    assert await fill(fault(0)) == Zero()
+    answer = await fill(fault(2 * PAGE))
+    assert isinstance(answer, Copy)
+    assert len(content(answer)) == 4 * PAGE
+
+
 async def test_writers_and_minor_faults_are_let_go_on() -> None:
     """A protected page is unprotected, a cached one mapped; only missing ones are filled."""
     fill = from_source(BufferSource(image(PAGE)))

@@ -1,0 +1,256 @@
+"""``aiouffd serve``: a lazy-memory server over an image file, until SIGTERM.
+
+Knows: options, signals, how reports look to people and to programs.
+Must not know: how to serve; the server does.
+
+Laws of this file:
+
+* SIGTERM or SIGINT drains: no new peers, the living are served to their end, exit status 0.
+  A second one closes what lives by the policy, exit status 1.
+* One line per session start and end, and per refusal, on stdout; diagnostics go to stderr.
+* A reader of our output that goes away ends the output, not the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from ..failure import Action, FailurePolicy
+from ..protocols import firecracker
+from ..server import Refused, Report, Server, Started
+from ..session import Service
+from ..sources.file import FileSource
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_POLICIES: Final = {
+    action.value: action for action in (Action.POISON, Action.KILL, Action.ZERO, Action.HANG)
+}
+
+_EPILOG: Final = """\
+examples:
+  aiouffd serve memory.img --socket /run/aiouffd/vm.sock
+  aiouffd serve memory.img --socket /run/aiouffd/vm.sock --uid 1000 --mode 666 --json
+
+Firecracker: PUT /snapshot/load with "mem_backend": {"backend_type": "Uffd",
+"backend_path": "/run/aiouffd/vm.sock"}.
+
+policies, for pages whose bytes cannot be had, and for what is missing after a second SIGTERM:
+  poison  whoever touches the page gets SIGBUS (Linux 6.6)
+  kill    the peer gets SIGKILL
+  zero    the page reads as zeros: silent data loss
+  hang    whoever touches the page waits, for another server or for ever
+"""
+
+
+def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
+    """Add the command and its options."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve the memory of other processes from an image file",
+        description="Serve the memory of processes that hand it over as Firecracker does.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", metavar="IMAGE", help="the file that holds the memory")
+    parser.add_argument("--socket", metavar="PATH", required=True, help="where to listen")
+    who = parser.add_argument_group("who may connect")
+    who.add_argument(
+        "--uid", type=int, action="append", help="this user; may be repeated (default: our own)"
+    )
+    who.add_argument(
+        "--mode", type=_octal, default=0o600, help="rights of the socket, octal (default: 600)"
+    )
+    who.add_argument(
+        "--any-directory",
+        action="store_true",
+        help="allow the socket in a directory that others own or may write to",
+    )
+    who.add_argument(
+        "--replace", action="store_true", help="take the path over from a server that listens there"
+    )
+    who.add_argument(
+        "--allow-pid-race",
+        action="store_true",
+        help="before Linux 6.5: pin peers by pid, which may hit a stranger",
+    )
+    how = parser.add_argument_group("how to serve")
+    how.add_argument(
+        "--handshake-timeout",
+        type=_seconds,
+        default=10.0,
+        metavar="SECONDS",
+        help="from connection to hand-over (default: 10)",
+    )
+    how.add_argument(
+        "--deadline",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="what a fault may take before the policy acts (default: 30)",
+    )
+    how.add_argument(
+        "--policy", choices=_POLICIES, default="poison", help="see below (default: poison)"
+    )
+    how.add_argument(
+        "--chunk",
+        type=_size,
+        default=0,
+        metavar="BYTES",
+        help="bring so much around each fault, such as 64K (default: one page)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    return parser
+
+
+def _octal(text: str) -> int:
+    return int(text, 8)
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait, in seconds")
+    return value
+
+
+def _size(text: str) -> int:
+    shift = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
+    value = int(text[:-1] if shift else text) << shift
+    if value < 0 or value & (value - 1):
+        raise argparse.ArgumentTypeError(f"{text} is no power of two")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM; give the exit status."""
+    logging.basicConfig(format="aiouffd: %(message)s", stream=sys.stderr)
+    return asyncio.run(_serve(args))
+
+
+async def _serve(args: argparse.Namespace) -> int:
+    tell = _json_line if args.json else _plain_line
+    policy = _POLICIES[args.policy]
+    server = Server(
+        args.socket,
+        firecracker.receive,
+        lambda: FileSource(args.image),
+        service=Service(
+            failure=FailurePolicy(then=policy),
+            on_close=policy,
+            deadline=args.deadline,
+            chunk=args.chunk,
+        ),
+        uids=args.uid,
+        handshake_timeout=args.handshake_timeout,
+        allow_pid_race=args.allow_pid_race,
+        mode=args.mode,
+        replace=args.replace,
+        any_directory=args.any_directory,
+        report=lambda report: _write(tell(_fields(report), str(report))),
+    )
+    async with server:
+        size = os.stat(args.image).st_size
+        fields = {"event": "listening", "socket": server.path, "image": args.image, "size": size}
+        _write(tell(fields, f"serving {args.image} ({size} bytes) on {server.path}"))
+        aborted = await _run_until_signals(server, tell)
+    fields = {
+        "event": "stopped",
+        "served": server.served,
+        "failed": server.failed,
+        "refused": server.refused,
+    }
+    text = (
+        f"stopped: {server.served} sessions served, {server.failed} of them with failures,"
+        f" {server.refused} peers refused"
+    )
+    _write(tell(fields, text))
+    return 1 if aborted else 0
+
+
+async def _run_until_signals(server: Server, tell: _Tell) -> bool:
+    """Serve; give whether living sessions were closed by a second signal."""
+    loop = asyncio.get_running_loop()
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.put_nowait, number)
+    try:
+        await signals.get()
+        living = len(server.sessions)
+        fields = {"event": "draining", "sessions": living}
+        _write(tell(fields, f"draining: no new peers, {living} sessions live on"))
+        draining = asyncio.ensure_future(server.drain())
+        second = asyncio.ensure_future(signals.get())
+        await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
+        second.cancel()
+        if draining.done():
+            await draining
+            return False
+        living = len(server.sessions)
+        fields = {"event": "aborting", "sessions": living}
+        _write(tell(fields, f"aborting: {living} sessions are closed by the policy"))
+        await server.aclose()
+        await draining
+        return living > 0
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+# --- output ----------------------------------------------------------------------------
+
+_Tell = Callable[[dict[str, Any], str], str]
+
+
+def _plain_line(fields: dict[str, Any], text: str) -> str:
+    del fields
+    return text
+
+
+def _json_line(fields: dict[str, Any], text: str) -> str:
+    del text
+    return json.dumps({"time": round(time.time(), 3)} | fields)
+
+
+def _fields(report: Report) -> dict[str, Any]:
+    """Give a report as what a program wants to read."""
+    if isinstance(report, Refused):
+        return {"event": "refused", "peer": report.peer, "reason": report.reason}
+    session = report.session
+    event: dict[str, Any] = {"event": "started" if isinstance(report, Started) else "ended"}
+    if session.peer is not None:
+        event |= {"pid": session.peer.pid, "uid": session.peer.uid}
+    if isinstance(report, Started):
+        regions = session.handover.regions
+        return event | {
+            "dialect": session.handover.dialect,
+            "regions": len(regions),
+            "memory_bytes": sum(region.length for region in regions),
+            "page_size": regions[0].page_size,
+        }
+    error = session.error
+    return event | {
+        "outcome": session.outcome,
+        "error": None if error is None else str(error),
+        **session.figures().as_dict(),
+    }
+
+
+def _write(line: str) -> None:
+    """Write one line now; a reader that has gone is no reason to stop serving."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)

@@ -1,0 +1,240 @@
+"""``aiouffd serve`` as a process: its options, its lines, its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import stat
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from aiouffd.cli import main
+from tests.sources.conformance import image
+from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
+
+SIZE: Final = 32 * PAGE
+
+
+class Serve:
+    """A running ``aiouffd serve --json``."""
+
+    def __init__(self, process: asyncio.subprocess.Process, path: Path) -> None:
+        self.process = process
+        self.path = path
+
+    async def line(self) -> str:
+        """Read its next line."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(30):
+            return (await self.process.stdout.readline()).decode().rstrip("\n")
+
+    async def event(self, name: str) -> dict[str, Any]:
+        """Read its next line, which has to be this event."""
+        fields = json.loads(await self.line())
+        assert fields["event"] == name, fields
+        assert isinstance(fields, dict)
+        return fields
+
+    async def end(self) -> int:
+        """Wait for its exit status."""
+        async with asyncio.timeout(30):
+            return await self.process.wait()
+
+
+@contextlib.asynccontextmanager
+async def serve(tmp_path: Path, *options: str, plain: bool = False) -> AsyncIterator[Serve]:
+    """Run the command over an image of 32 pages until it listens."""
+    file = tmp_path / "image"
+    if not file.exists():
+        file.write_bytes(image(SIZE))
+    path = tmp_path / "socket"
+    command = ["serve", os.fspath(file), "--socket", os.fspath(path), *options]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "aiouffd",
+        *command,
+        *([] if plain else ["--json"]),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    server = Serve(process, path)
+    try:
+        if not plain:
+            listening = await server.event("listening")
+            assert listening["socket"] == os.fspath(path)
+            assert listening["size"] == file.stat().st_size
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+async def test_a_session_is_two_lines(tmp_path: Path) -> None:
+    """One JSON object when it starts, one with its figures when it ends; SIGTERM ends it all."""
+    async with serve(tmp_path) as server:
+        async with StandInVmm.start(server.path, SIZE) as guest:
+            started = await server.event("started")
+            assert await guest.read(0, SIZE) == image(SIZE)
+            pid = guest.process.pid
+        ended = await server.event("ended")
+        server.process.terminate()
+        assert (await server.event("draining"))["sessions"] == 0
+        stopped = await server.event("stopped")
+        assert await server.end() == 0
+    assert started["pid"] == ended["pid"] == pid
+    assert started["memory_bytes"] == SIZE
+    assert started["dialect"] == "firecracker 1.12"
+    assert ended["outcome"] == "target exited"
+    assert ended["error"] is None
+    assert ended["faults"] == SIZE // PAGE
+    assert ended["copied_bytes"] == SIZE
+    assert {"p50_us", "p99_us", "zero_pages", "removed_pages", "failures"} <= ended.keys()
+    assert (stopped["served"], stopped["failed"], stopped["refused"]) == (1, 0, 0)
+    assert not server.path.exists()
+
+
+async def test_people_get_lines_of_text(tmp_path: Path) -> None:
+    """The same, to be read by eye."""
+    async with serve(tmp_path, plain=True) as server:
+        assert (await server.line()).startswith(f"serving {tmp_path}/image (131072 bytes) on ")
+        async with StandInVmm.start(server.path, SIZE) as guest:
+            assert f"session of pid {guest.process.pid}" in await server.line()
+            await guest.read(0)
+        assert "1 faults" in await server.line()
+        server.process.send_signal(signal.SIGINT)
+        assert await server.line() == "draining: no new peers, 0 sessions live on"
+        assert (await server.line()).startswith("stopped: 1 sessions served")
+        assert await server.end() == 0
+
+
+async def test_a_first_signal_drains_and_leaves_a_newer_server_alone(tmp_path: Path) -> None:
+    """Scenario 32: the living are served to their end while a newer server has the path."""
+    async with serve(tmp_path) as server, StandInVmm.start(server.path, SIZE) as guest:
+        await server.event("started")
+        server.process.terminate()
+        await server.event("draining")
+        async with serve(tmp_path) as newer, StandInVmm.start(newer.path, SIZE) as other:
+            await newer.event("started")
+            assert await guest.read(0, SIZE) == image(SIZE)
+            assert await other.read(0, SIZE) == image(SIZE)
+            guest.kill()
+            await server.event("ended")
+            await server.event("stopped")
+            assert await server.end() == 0
+            assert newer.path.is_socket()
+
+
+@pytest.mark.parametrize("policy", ["poison", "kill", "zero"])
+async def test_a_second_signal_aborts_by_policy(tmp_path: Path, policy: str) -> None:
+    """What is missing becomes what --policy says; the exit status says that it was cut short."""
+    async with (
+        serve(tmp_path, "--policy", policy) as server,
+        StandInVmm.start(server.path, SIZE) as guest,
+    ):
+        await server.event("started")
+        assert await guest.read(0, PAGE) == image(SIZE)[:PAGE]
+        server.process.terminate()
+        await server.event("draining")
+        server.process.terminate()
+        assert (await server.event("aborting"))["sessions"] == 1
+        assert policy in (await server.event("ended"))["outcome"]
+        await server.event("stopped")
+        assert await server.end() == 1
+        if policy == "kill":
+            assert await guest.status() == -signal.SIGKILL
+        elif policy == "zero":
+            assert await guest.read(0, SIZE) == image(SIZE)[:PAGE] + bytes(SIZE - PAGE)
+        else:
+            guest.tell("read", 5 * PAGE)
+            assert await guest.status() == -signal.SIGBUS
+
+
+async def test_a_changed_image_ends_in_the_policy(tmp_path: Path) -> None:
+    """Scenario 30: the failure is in the line of the session and in the count at the end."""
+    async with (
+        serve(tmp_path, "--policy", "kill") as server,
+        StandInVmm.start(server.path, SIZE) as guest,
+    ):
+        await server.event("started")
+        os.truncate(tmp_path / "image", PAGE)
+        guest.tell("read", 5 * PAGE)
+        assert await guest.status() == -signal.SIGKILL
+        ended = await server.event("ended")
+        assert "changed while it was served" in ended["error"]
+        assert ended["failures"] == 1
+        server.process.terminate()
+        await server.event("draining")
+        assert (await server.event("stopped"))["failed"] == 1
+
+
+async def test_the_options_reach_the_server(tmp_path: Path) -> None:
+    """Rights, users, chunk and time limits are what was asked for."""
+    options = ("--uid", "12345", "--mode", "666", "--handshake-timeout", "0.2", "--chunk", "64K")
+    async with serve(tmp_path, *options) as server:
+        assert stat.S_IMODE(server.path.lstat().st_mode) == 0o666
+        async with StandInVmm.start(server.path, SIZE, wait=False):
+            refused = await server.event("refused")
+    assert refused["reason"] == f"uid {os.geteuid()} may not connect; allowed: 12345"
+    uid = ("--uid", str(os.geteuid()), "--uid", "12345")
+    async with serve(tmp_path, *uid, *options[2:], "--replace") as server:
+        reader, writer = await asyncio.open_unix_connection(server.path)
+        assert "within 0.2 s" in (await server.event("refused"))["reason"]
+        writer.close()
+        await writer.wait_closed()
+        async with StandInVmm.start(server.path, SIZE) as guest:
+            await server.event("started")
+            await guest.read(0, SIZE)
+        assert (await server.event("ended"))["faults"] == 2
+    del reader
+
+
+async def test_a_reader_that_goes_away_stops_nothing(tmp_path: Path) -> None:
+    """Without anybody to read its lines the server serves on."""
+    async with serve(tmp_path) as server:
+        assert server.process.stdout is not None
+        transport = server.process.stdout._transport  # type: ignore[attr-defined]
+        transport.close()
+        for _ in range(2):
+            async with StandInVmm.start(server.path, SIZE) as guest:
+                assert await guest.read(0, SIZE) == image(SIZE)
+        server.process.terminate()
+        assert await server.end() == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--deadline", "0"],
+        ["--deadline", "nan"],
+        ["--chunk", "3K"],
+        ["--chunk", "many"],
+        ["--policy", "pray"],
+        ["--mode", "rw"],
+    ],
+    ids=" ".join,
+)
+def test_nonsense_is_refused_with_a_usage(
+    wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be meant ends before anything listens."""
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "image", "--socket", "socket", *wrong])
+    assert ended.value.code == 2
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_a_missing_image_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is named, and the exit status says that nothing was served."""
+    assert main(["serve", f"{tmp_path}/none", "--socket", f"{tmp_path}/socket"]) == 1
+    assert "none" in capsys.readouterr().err
+    assert not (tmp_path / "socket").exists()
