@@ -101,25 +101,37 @@ _FREE_TOOL_IDS: Final = (4, 3)
 _tool: int | None = None
 
 
-def _on_instruction(code: CodeType, _offset: int) -> None:
-    frame = sys._getframe(1)
-    if frame not in _pending:  # another frame of the same code, or another thread's
+def _fire(frame: FrameType) -> None:
+    """Raise what is armed for a frame, if anything is."""
+    pending = _pending.get(frame)
+    if pending is None:  # another frame of the same code, or another thread's
         return
+    pending.undo()  # at once: until then other threads may see the placeholder
     with _lock:
-        pending = _pending.pop(frame)
-        # Local events belong to the code object: they stay while another frame waits in it.
-        if not any(other.f_code is code for other in _pending):
-            _set_events(code, on=False)
-    pending.undo()
+        _pending.pop(frame, None)
+        _listen(frame.f_code)
     raise pending.error.with_traceback(None)
+
+
+def _on_instruction(_code: CodeType, _offset: int) -> None:
+    _fire(sys._getframe(1))
+
+
+def _on_raise(_code: CodeType, _offset: int, _error: BaseException) -> None:
+    # The interrupted call has failed by itself, perhaps because of what it read in the
+    # placeholder.  Raised here, ours takes the place of that error within the same ``try``.
+    _fire(sys._getframe(1))
 
 
 if sys.version_info >= (3, 12):
 
-    def _set_events(code: CodeType, *, on: bool) -> None:
+    def _listen(code: CodeType) -> None:
+        """Hear of just what is needed; events belong to a code object, not to a frame."""
         if _tool is not None:
-            events = sys.monitoring.events.INSTRUCTION if on else 0
-            sys.monitoring.set_local_events(_tool, code, events)
+            events, waiting = sys.monitoring.events, list(_pending)
+            wanted = any(frame.f_code is code for frame in waiting)
+            sys.monitoring.set_local_events(_tool, code, events.INSTRUCTION if wanted else 0)
+            sys.monitoring.set_events(_tool, events.RAISE if waiting else 0)
 
     def _take_tool() -> int | None:
         for tool in _FREE_TOOL_IDS:
@@ -127,23 +139,23 @@ if sys.version_info >= (3, 12):
                 sys.monitoring.use_tool_id(tool, "aiouffd")
             except ValueError:
                 continue
-            sys.monitoring.register_callback(
-                tool, sys.monitoring.events.INSTRUCTION, _on_instruction
-            )
+            events = sys.monitoring.events
+            sys.monitoring.register_callback(tool, events.INSTRUCTION, _on_instruction)
+            sys.monitoring.register_callback(tool, events.RAISE, _on_raise)
             return tool
         return None
 
 else:
 
-    def _set_events(_code: CodeType, *, on: bool) -> None:
-        raise NotImplementedError(f"sys.monitoring came with Python 3.12 ({on=})")
+    def _listen(_code: CodeType) -> None:
+        raise NotImplementedError("sys.monitoring came with Python 3.12")
 
     def _take_tool() -> int | None:
         return None
 
 
 def _watch_by_monitoring(frame: FrameType, _: _Pending) -> None:
-    _set_events(frame.f_code, on=True)
+    _listen(frame.f_code)
 
 
 # --- Python 3.11: a trace function ------------------------------------------------------
@@ -154,12 +166,13 @@ def _ignore(_frame: FrameType, _event: str, _argument: object) -> None:
 
 
 def _on_trace(frame: FrameType, _event: str, _argument: object) -> Any:
-    pending = _pending.pop(frame, None)
+    pending = _pending.get(frame)
     if pending is None:
         return None
+    pending.undo()  # at once: until then other threads may see the placeholder
+    _pending.pop(frame, None)
     if pending.restore is not None:
         frame.f_trace, frame.f_trace_opcodes = pending.restore
-    pending.undo()
     # Python drops this thread's trace function when one raises, so an outer frame that is
     # armed as well would never be told.  The exception on its way there takes its place.
     for other, waiting in list(_pending.items()):

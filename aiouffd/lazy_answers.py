@@ -178,8 +178,8 @@ class Answers:
 
         def fresh() -> BaseException:
             raised: BaseException
-            if isinstance(error, FaultError):
-                raised = type(error)(str(error), error.address)
+            if type(error) in {FaultError, HandlerError, SourceError}:  # it says all already
+                raised = type(error)(str(error), getattr(error, "address", address))
                 raised.__cause__ = error.__cause__
             elif isinstance(error, ClosedError):
                 raised = ClosedError(*error.args)

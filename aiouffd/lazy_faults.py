@@ -47,8 +47,6 @@ _SLICE: Final = 0.25  # seconds between looks whether the loop still lives
 _LOOP_SLICE: Final = 0.005  # the same while the loop's own thread waits for another's inline answer
 _SPINS: Final = 20_000  # faults in a row on a page that is there: a tenth of a second or so
 
-_ZEROS: Final = bytes(PAGE_SIZE)
-
 # Bound once: this is the hot path.
 _new_lock = threading.Lock
 _eventfd_write = os.eventfd_write
@@ -181,7 +179,11 @@ class Faults:
                     start, start - self.start, mapping.page_size, flags, _get_native_id(), address
                 )
                 if self.inline is not None:
-                    answer = self.inline(asked)
+                    try:
+                        answer = self.inline(asked)
+                    except Exception as caught:
+                        blamed = self.answers.blame(caught, start)()
+                        raise blamed from blamed.__cause__
                     done = True
                     if type(answer) is bytes and len(answer) == self._page_size and flags <= WRITE:
                         # The usual answer, short and flat: see sigbus on frames.
@@ -302,7 +304,7 @@ class Faults:
         elif not entry & abi.PM_PRESENT:
             mine = _Placeholder(_get_ident(), protect=False)
             planted = self._placeholders.setdefault(page, mine)
-            if planted.owner == mine.owner and not self.mapping.fill(page, _ZEROS):
+            if planted.owner == mine.owner and not self.mapping.plant(page):
                 self._clear_placeholder(page)  # the page came meanwhile
 
     def undo(self, address: int) -> None:

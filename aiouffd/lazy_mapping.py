@@ -29,6 +29,7 @@ from .errors import ClosedError, NotSupported, refusal
 from .fds import OwnedFd
 from .kernel import abi, calls, pagemap
 from .kernel.buffers import PinnedBuffer
+from .kernel.holding_gil import fill_holding_gil
 from .ranges import PAGE_SIZE, align_up
 from .uffd import Feature, Mode, Userfaultfd
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _MAP_NORESERVE: Final = 0x4000  # mmap.MAP_NORESERVE came with Python 3.13
 _BYTES_HEADER: Final = bytes.__basicsize__ - 1  # CPython: where a bytes object's bytes begin
+_ZEROS: Final = bytes(PAGE_SIZE)
+_ZEROS_ADDRESS: Final = id(_ZEROS) + _BYTES_HEADER
 _RETRIES: Final = 100
 _PAGEMAP_PIECE: Final = 1 << 28  # bytes of memory looked up by one read of the classic pagemap
 _THERE: Final = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
@@ -158,6 +161,19 @@ class LazyMapping:
             else:
                 raise refusal("UFFDIO_COPY", -result, address, length, done)
         return filled
+
+    def plant(self, page: int) -> bool:
+        """Fill one page of the machine with zeros, unprotected, without giving up the GIL.
+
+        Returns:
+            Whether it was a hole.
+        """
+        result = fill_holding_gil(
+            self._fd, page, _ZEROS_ADDRESS, PAGE_SIZE, abi.UFFDIO_COPY_MODE_DONTWAKE
+        )
+        if result < 0 and result != -errno.EEXIST:
+            raise refusal("UFFDIO_COPY", -result, page, PAGE_SIZE)
+        return result > 0
 
     def fill_zeros(self, address: int, length: int) -> int:
         """Fill holes with zeros, as ``fill`` does."""

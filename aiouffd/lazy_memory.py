@@ -116,7 +116,7 @@ class LazyMemory:
         self._asking: Final = ask(handler, length)
         self._loop: Final = loop
         self._pins: dict[object, tuple[int, int]] = {}
-        self._pinning: Final = threading.Lock()
+        self._pinning: Final = threading.RLock()  # a collection may run any destructor
         self._proc_mem: OwnedFd | None = None
 
     # --- opening ------------------------------------------------------------------------
@@ -271,9 +271,12 @@ class LazyMemory:
             Bytes evicted.
         """
         start, end = self._range(offset, length)
-        if end == self._mapping.start + self.length:
+        base = self._mapping.start
+        if end == base + self.length:
             end = self._mapping.end
-        start, end = align_up(start, self.page_size), align_down(end, self.page_size)
+        # The mapping itself is aligned to the machine's pages only.
+        start = base + align_up(start - base, self.page_size)
+        end = base + align_down(end - base, self.page_size)
         evicted = 0
         with self._pinning:
             for first, last in _without(start, end, sorted(self._pins.values())):

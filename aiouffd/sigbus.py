@@ -37,6 +37,7 @@ import signal
 import sys
 import threading
 from bisect import bisect_right
+from collections import deque
 from typing import Any, Final, Protocol
 
 from . import frame_raise
@@ -113,6 +114,8 @@ class _SigAction(ctypes.Structure):
 _table: tuple[list[int], list[Target]] = ([], [])
 _changing = threading.Lock()  # guards _table's replacement and the disposition; not the callback
 
+_gone: deque[Target] = deque()  # to be removed
+
 _previous = _SigAction()
 _ours = _SigAction()
 
@@ -122,7 +125,9 @@ _write = os.write
 _info_at = _SigInfo.from_address
 _u64_at = ctypes.c_uint64.from_address
 _libc: Any = None
+_TRIES: Final = (1, 2, 3)
 _previous_ref = ctypes.byref(_previous)
+_wild = ctypes.cast(8, ctypes.POINTER(ctypes.c_char))
 
 
 def _on_sigbus(_number: int, info: int, context: int) -> None:
@@ -143,7 +148,7 @@ def _on_sigbus(_number: int, info: int, context: int) -> None:
                 return
     except BaseException as caught:
         error = caught
-    for _ in range(3):
+    for _ in _TRIES:
         try:
             if target is None or error is None or isinstance(error, StuckPage):
                 break
@@ -167,7 +172,9 @@ def _on_sigbus(_number: int, info: int, context: int) -> None:
         if target is not None:
             _write(2, f"aiouffd: fatal: no page at {address:#x}: {error!r}\n".encode())
     except BaseException:
-        return  # the access faults again, and this is tried again
+        # So near the recursion limit that on 3.11 not even a C function can be called.  A
+        # subscript is no call: better to die of this, with a report, than to spin for ever.
+        _wild[0]
 
 
 #: Kept for the life of the process: a freed callback is a jump into freed memory.
@@ -195,16 +202,27 @@ def add(target: Target) -> None:
             if other.end <= target.start or target.end <= other.start
         ]
         _replace([*others, target])
+    _sweep()
 
 
 def remove(target: Target) -> None:
     """Stop answering for a range; with the last one the old disposition comes back."""
-    with _changing:
-        if target not in _table[1]:
-            return
-        _replace([other for other in _table[1] if other is not target])
-        if not _table[1] and installed():
-            _libc.sigaction(_SIGBUS, _previous_ref, None)
+    _gone.append(target)
+    _sweep()
+
+
+def _sweep() -> None:
+    # Never waits for the lock: a garbage collection may come here while this very thread
+    # holds it.  Whoever holds it sweeps when he is done.
+    while _gone and _changing.acquire(blocking=False):
+        try:
+            gone = [_gone.popleft() for _ in range(len(_gone))]
+            before = _table[1]
+            _replace([other for other in before if other not in gone])
+            if before and not _table[1] and installed():
+                _libc.sigaction(_SIGBUS, _previous_ref, None)
+        finally:
+            _changing.release()
 
 
 def targets() -> tuple[Target, ...]:
@@ -271,6 +289,7 @@ def _after_fork_in_child() -> None:
     global _changing, _table
     _changing = threading.Lock()
     gone, _table = _table[1], ([], [])
+    _gone.clear()
     for target in gone:
         target.forked()
 
