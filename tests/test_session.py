@@ -1,0 +1,237 @@
+"""One session: what it refuses, how it ends, and that none ever answers for another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import mmap
+import os
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from aiouffd.errors import PeerError
+from aiouffd.events import Event, PageFault
+from aiouffd.failure import Action
+from aiouffd.fds import OwnedFd
+from aiouffd.handover import HandedRegion, Handover, Peer, pin_peer
+from aiouffd.protocols import firecracker
+from aiouffd.session import Service, Session
+from aiouffd.sources.buffer import BufferSource
+from aiouffd.uffd import Userfaultfd
+from aiouffd.unix_socket import Listener
+from tests.sources.conformance import image
+from tests.stand_in_vmm import PAGE, StandInVmm
+
+SIZE: Final = 16 * PAGE
+
+
+@contextlib.asynccontextmanager
+async def handed_over(
+    path: Path, size: int = SIZE
+) -> AsyncIterator[tuple[StandInVmm, Handover, Peer]]:
+    """Run a VMM and receive what it hands over, without any server."""
+    with Listener.bind(path) as listener:
+        async with StandInVmm.start(path, size) as vmm:
+            connection = listener.accept()
+            assert connection is not None
+            with pin_peer(connection.socket) as peer:
+                with connection:  # its end is no end of the target: only the pidfd tells that
+                    handover = await firecracker.receive(connection)
+                try:
+                    yield vmm, handover, peer
+                finally:
+                    handover.close()
+
+
+def own_uffd(pages: int = 4) -> tuple[mmap.mmap, int, Userfaultfd]:
+    """Register memory of this process; nobody touches it."""
+    memory = mmap.mmap(-1, pages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    uffd = Userfaultfd.open(allow_user_mode_only=True)
+    uffd.register(start, pages * PAGE)
+    return memory, start, uffd
+
+
+async def test_a_session_serves_without_a_server(tmp_path: Path) -> None:
+    """A hand-over and a source are all it takes; figures tell what was done."""
+    async with handed_over(tmp_path / "socket") as (vmm, handover, peer):
+        session = Session(handover, BufferSource(image(SIZE)), peer=peer)
+        async with session:
+            assert session.outcome == "serving"
+            assert session.name == str(peer)
+            assert await vmm.read(0, SIZE) == image(SIZE)
+            vmm.kill()
+            await asyncio.wait_for(session.wait_closed(), 10)
+        assert session.outcome == "target exited"
+        assert session.error is None
+        first, second = session.figures(), session.figures()
+        assert first == second  # the clock has stopped
+        assert first.faults == 16
+        assert first.copied_bytes == SIZE
+
+
+async def test_the_exit_is_noticed_without_a_peer_too(tmp_path: Path) -> None:
+    """Nobody said who the target is: asking the kernel now and then finds out."""
+    async with handed_over(tmp_path / "socket") as (vmm, handover, _):
+        async with Session(handover, BufferSource(image(SIZE))) as session:
+            assert session.name == "an unknown peer"
+            assert await vmm.read(0) == image(SIZE)[:1]
+            vmm.kill()
+            await asyncio.wait_for(session.wait_closed(), 10)
+        assert session.outcome == "target exited"
+
+
+async def test_observers_see_every_fault(tmp_path: Path) -> None:
+    """The one seam for figures, traces and tests."""
+    seen: list[str] = []
+
+    class Seen:
+        def begin(self, fault: PageFault) -> None:
+            seen.append(f"begin {fault.offset // PAGE}")
+
+        def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:
+            assert elapsed_ns > 0
+            seen.append(f"end {fault.offset // PAGE} {outcome}")
+
+        def event(self, event: Event) -> None:
+            seen.append(type(event).__name__)
+
+        def failure(self, fault: PageFault, error: Exception) -> None:
+            raise AssertionError
+
+    async with handed_over(tmp_path / "socket") as (vmm, handover, peer):
+        source = BufferSource(image(SIZE))
+        async with Session(handover, source, peer=peer, observers=[Seen()]):
+            await vmm.read(3 * PAGE)
+            await vmm.ask("remove", 3 * PAGE, PAGE)
+            await vmm.read(3 * PAGE)
+    assert seen == ["begin 3", "end 3 copy", "Removed", "begin 3", "end 3 zero"]
+
+
+@pytest.mark.parametrize("action", [Action.POISON, Action.ZERO, Action.HANG])
+async def test_closing_settles_what_is_missing(tmp_path: Path, action: Action) -> None:
+    """As asked, else as the service says; what was served stays."""
+    async with handed_over(tmp_path / "socket") as (vmm, handover, peer):
+        async with Session(handover, BufferSource(image(SIZE)), peer=peer) as session:
+            assert await vmm.read(0, PAGE) == image(SIZE)[:PAGE]
+            await session.aclose(action)
+            await session.aclose()
+            assert session.outcome == f"closed by policy ({action.value})"
+            missing = vmm.tell("read_in_kernel_mode", PAGE)
+            if action is Action.HANG:  # the VMM's own copy of the descriptor keeps it waiting
+                assert await vmm.read(0, PAGE) == image(SIZE)[:PAGE]
+                assert not missing.done()
+            elif action is Action.ZERO:
+                assert (await missing)["result"] == bytes(PAGE).hex()
+            else:
+                assert (await missing)["errno"] == 14
+        assert all(fd.closed for fd in (handover.fd, *handover.others))
+
+
+async def test_what_cannot_be_served_is_refused_and_closed() -> None:
+    """Regions outside of the source, or none that memory can have; something else than a uffd."""
+    memory, start, uffd = own_uffd()
+    with memory, uffd:
+        for regions, reason in (
+            ([HandedRegion(start, 4 * PAGE, PAGE, PAGE)], "ends at offset 0x5000, but the image"),
+            ([HandedRegion(start, PAGE, 0, PAGE)] * 2, "overlaps"),
+            ([HandedRegion(start + 8, PAGE, 0, PAGE)], "whole pages"),
+        ):
+            others = (OwnedFd(os.memfd_create("other")),)
+            handover = Handover(uffd.dup(), tuple(regions), others)
+            with pytest.raises(PeerError, match=reason):
+                async with Session(handover, BufferSource(bytes(4 * PAGE))):
+                    pass
+            assert handover.fd.closed
+            assert others[0].closed
+        handover = Handover(OwnedFd(os.memfd_create("no uffd")), ())
+        with pytest.raises(PeerError, match="no userfaultfd"):
+            async with Session(handover, BufferSource(b"")):
+                pass
+        assert handover.fd.closed
+        del start
+
+
+@pytest.mark.limit(180)
+async def test_reused_descriptor_numbers_never_cross(seed: int) -> None:
+    """Scenario 28: 10,000 rounds of closing one session and opening another on its number.
+
+    Each session's memory is its own child's; the bytes that arrive are its own source's.  A
+    session answers only faults of the descriptor it was given, whoever had that number before.
+    """
+    choose = random.Random(seed)
+    rounds = 10_000
+    numbers: set[int] = set()
+    memory, start, uffd = own_uffd(1)
+    page = HandedRegion(start, PAGE, 0, PAGE)
+    with memory, uffd:
+        previous: Session | None = None
+        for turn in range(rounds):
+            data = turn.to_bytes(8, "little") * (PAGE // 8)
+            session = Session(
+                Handover(uffd.dup(), (page,)),
+                BufferSource(data),
+                service=Service(on_close=Action.HANG, warn_after=None),
+            )
+            if previous is not None:
+                closing = previous.aclose()
+                if choose.random() < 0.5:
+                    await closing
+                    await session.start()
+                else:
+                    await asyncio.gather(closing, session.start())
+            else:
+                await session.start()
+            numbers.add(session.pager.uffd.fileno())
+            if turn % 500 == 0:
+                # A fault that only the living session may answer.
+                await asyncio.to_thread(touch, start, data[:8])
+                memory.madvise(mmap.MADV_DONTNEED)
+            previous = session
+        assert previous is not None
+        await previous.aclose()
+    assert len(numbers) < 8  # the numbers were reused indeed
+
+
+_libc: Final = ctypes.CDLL(None)
+_libc.memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def touch(address: int, expected: bytes) -> None:
+    """Read memory with the GIL released; the loop's thread serves it."""
+    data = ctypes.create_string_buffer(len(expected))
+    _libc.memcpy(data, address, len(expected))
+    assert data.raw == expected
+
+
+async def test_sessions_that_end_and_begin_at_once_keep_their_bytes(seed: int) -> None:
+    """Scenario 28 with two targets: while one closes with a fault in flight, the other opens."""
+    choose = random.Random(seed)
+    targets = [own_uffd(64) for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        for memory, _, uffd in targets:
+            stack.enter_context(memory)
+            stack.enter_context(uffd)
+        for turn in range(150):
+            which = turn % 2
+            _, start, uffd = targets[which]
+            data = bytes([turn + 1]) * (64 * PAGE)
+            session = Session(
+                Handover(uffd.dup(), (HandedRegion(start, 64 * PAGE, 0, PAGE),)),
+                BufferSource(data),
+                service=Service(on_close=Action.HANG, warn_after=None),
+            )
+            await session.start()
+            pages = choose.sample(range(64), 3)
+            touches = [
+                asyncio.ensure_future(asyncio.to_thread(touch, start + number * PAGE, data[:8]))
+                for number in pages
+            ]
+            await asyncio.gather(*touches)
+            await session.aclose()
+            targets[which][0].madvise(mmap.MADV_DONTNEED)
