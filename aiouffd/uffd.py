@@ -112,11 +112,11 @@ class Userfaultfd:
             )
         )
         try:
-            handshake.shake_hands(fd.fileno(), features)
+            enabled = handshake.shake_hands(fd.fileno(), features)
         except BaseException:
             fd.close()
             raise
-        return cls(fd, features)
+        return cls(fd, enabled)
 
     @classmethod
     def adopt(cls, fd: OwnedFd | int) -> Self:
@@ -264,9 +264,7 @@ class Userfaultfd:
             raise self._management_refusal("UFFDIO_UNREGISTER", error, start, length) from error
         calls.wake(fd, start, length)
 
-    def _management_refusal(
-        self, call: str, error: OSError, start: int, length: int
-    ) -> Exception:
+    def _management_refusal(self, call: str, error: OSError, start: int, length: int) -> Exception:
         number = error.errno or errno.EIO
         # REGISTER and UNREGISTER say ENOMEM for a target that is gone; the fills say ESRCH.
         if number == errno.ENOMEM and not self.target_alive():

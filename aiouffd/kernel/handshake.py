@@ -13,7 +13,7 @@ from ..errors import NotSupported
 from . import abi, calls, gates
 
 
-def shake_hands(fd: int, features: int) -> None:
+def shake_hands(fd: int, features: int) -> int:
     """Do UFFDIO_API, the first ioctl of a userfaultfd's life.
 
     Kernel: UFFDIO_API, since Linux 4.3.  It succeeds once; after a refusal the descriptor
@@ -22,6 +22,9 @@ def shake_hands(fd: int, features: int) -> None:
     Args:
         fd: A new userfaultfd.
         features: What to enable, or'ed.
+
+    Returns:
+        What is enabled: WP_ASYNC brings WP_UNPOPULATED along.
 
     Raises:
         NotSupported: A feature is lacking or not permitted; names it.
@@ -36,8 +39,10 @@ def shake_hands(fd: int, features: int) -> None:
                 "It takes CAP_SYS_PTRACE in the initial user namespace: run as root, or leave"
                 " the feature out.",
             ) from error
+        if error.errno != errno.EINVAL:
+            raise
         missing = features & ~_available()
-        if error.errno != errno.EINVAL or not missing:
+        if not missing:
             raise
         wanted = ", ".join(
             f"{name} (Linux {abi.FEATURE_SINCE[name]})" if name in abi.FEATURE_SINCE else name
@@ -47,6 +52,9 @@ def shake_hands(fd: int, features: int) -> None:
             f"this kernel ({os.uname().release}) lacks {wanted}",
             "Ask for fewer features, or boot a newer kernel; `aiouffd info` shows what is there.",
         ) from error
+    if features & abi.UFFD_FEATURE_WP_ASYNC:
+        features |= abi.UFFD_FEATURE_WP_UNPOPULATED
+    return features
 
 
 def _available() -> int:

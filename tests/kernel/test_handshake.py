@@ -29,6 +29,19 @@ def test_features_are_enabled(fd: int) -> None:
     assert calls.fdinfo(fd).features == abi.UFFD_FEATURE_EVENT_REMOVE
 
 
+@pytest.mark.parametrize("name", abi.FEATURES)
+def test_what_is_enabled_is_what_the_kernel_enabled(fd: int, name: str) -> None:
+    """One feature may bring another along."""
+    assert shake_hands(fd, abi.FEATURES[name]) == calls.fdinfo(fd).features
+
+
+def test_other_errors_are_the_kernels_own() -> None:
+    """What is no userfaultfd is not asked for its features."""
+    with open(os.devnull, "rb") as file, pytest.raises(OSError) as caught:
+        shake_hands(file.fileno(), 1 << 62)
+    assert caught.value.errno == errno.ENOTTY
+
+
 def test_a_lacking_feature_is_named_and_the_descriptor_stays_good(fd: int) -> None:
     """An unknown bit is shown by its number; asking for less then works."""
     with pytest.raises(NotSupported, match="bit 62"):
