@@ -14,15 +14,19 @@ ROOT = Path(__file__).resolve().parent.parent / "aiouffd"
 #: The house.  A module imports what stands above it, on its own floor or another.  What it needs
 #: for annotations only (``if TYPE_CHECKING``) may also stand below it on the same floor.
 FLOORS = {
-    "facts": """errors kernel kernel.abi kernel.buffers kernel.calls kernel.history kernel.gates
-        kernel.handshake kernel.pagemap kernel.capabilities kernel.probe""",
+    "facts": """
+        errors kernel kernel.abi kernel.buffers kernel.calls kernel.holding_gil kernel.history
+        kernel.gates kernel.handshake kernel.pagemap kernel.capabilities kernel.probe""",
     "values": "fds ranges events resolutions failure address_space",
-    "asyncio": """eager metrics uffd flight performer region timers parking watchdog recovery
-        resolver reader dispatcher pager
+    "asyncio": """
+        eager metrics uffd
+        flight performer region timers parking watchdog recovery resolver reader dispatcher pager
         lazy_mapping lazy_answers lazy_faults lazy_serving frame_raise sigbus lazy_memory""",
     "pages": "sources sources.buffer sources.file handlers",
     "processes": "unix_socket handover session server protocols protocols.firecracker",
-    "tools": ". cli.main cli cli.info cli.serve cli.demo __main__",  # "." is aiouffd itself
+    "tools": """
+        . cli.main cli
+        cli.info cli.serve cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]
 FLOOR_OF = {module: floor for floor, names in FLOORS.items() for module in names.split()}
