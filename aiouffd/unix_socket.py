@@ -36,6 +36,7 @@ from .fds import OwnedFd
 #: Descriptors that one read can bring; a sender of more is refused (the kernel drops the rest).
 MAX_FDS: Final = 16
 
+_QUEUE_FULL_PAUSE: Final = 0.005  # seconds between tries to connect
 _CONTROL_BYTES: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 
@@ -62,10 +63,14 @@ class Connection:
         Raises:
             OSError: Nobody listens there, or we may not connect.
         """
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            sock.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(sock, os.fspath(path))
+            # With the listener's queue full connect(2) says EAGAIN, and nothing to poll for
+            # says when there is room; loop.sock_connect takes that for a connection.
+            while number := sock.connect_ex(os.fspath(path)):
+                if number != errno.EAGAIN:
+                    raise OSError(number, os.strerror(number), os.fspath(path))
+                await asyncio.sleep(_QUEUE_FULL_PAUSE)
         except BaseException:
             sock.close()
             raise

@@ -218,6 +218,23 @@ async def test_who_connects_is_accepted(path: Path) -> None:
                 assert await server.receive() == (b"x", [])
 
 
+async def test_a_full_queue_is_waited_for(path: Path) -> None:
+    """More clients than the kernel holds connect as soon as there is room."""
+    with Listener.bind(path, backlog=1) as listener:
+        clients = [asyncio.ensure_future(Connection.open(path)) for _ in range(8)]
+        served = 0
+        while served < 8:
+            await asyncio.sleep(0)
+            connection = listener.accept()
+            if connection is not None:
+                with connection:
+                    await connection.send(b"x")
+                served += 1
+        for client in await asyncio.gather(*clients):
+            with client:
+                assert await client.receive() == (b"x", [])
+
+
 async def test_a_missing_directory_is_made(tmp_path: Path) -> None:
     """It is ours alone."""
     with Listener.bind(tmp_path / "run" / "socket"):

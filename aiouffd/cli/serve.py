@@ -8,7 +8,8 @@ Laws of this file:
 * SIGTERM or SIGINT drains: no new peers, the living are served to their end, exit status 0.
   A second one closes what lives by the policy, exit status 1.
 * One line per session start and end, and per refusal, on stdout; diagnostics go to stderr.
-* A reader of our output that goes away ends the output, not the server.
+* Output never holds up serving: a thread writes it.  A reader that is slow loses lines, one
+  that goes away ends the output, not the server.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import asyncio
 import json
 import logging
 import os
+import queue
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 from ..failure import Action, FailurePolicy
 from ..protocols import firecracker
@@ -134,12 +138,21 @@ def _size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM; give the exit status."""
-    logging.basicConfig(format="aiouffd: %(message)s", stream=sys.stderr)
-    return asyncio.run(_serve(args))
+    with Lines(sys.stdout) as out, Lines(sys.stderr) as diagnostics:
+        handler = _LinesHandler(diagnostics)
+        handler.setFormatter(logging.Formatter("aiouffd: %(message)s"))
+        logging.getLogger("aiouffd").addHandler(handler)
+        try:
+            return asyncio.run(_serve(args, out))
+        finally:
+            logging.getLogger("aiouffd").removeHandler(handler)
 
 
-async def _serve(args: argparse.Namespace) -> int:
-    tell = _json_line if args.json else _plain_line
+async def _serve(args: argparse.Namespace, out: Lines) -> int:
+    def tell(fields: dict[str, Any], text: str) -> None:
+        line = json.dumps({"time": round(time.time(), 3)} | fields) if args.json else text
+        out.put(line)
+
     policy = _POLICIES[args.policy]
     server = Server(
         args.socket,
@@ -157,28 +170,29 @@ async def _serve(args: argparse.Namespace) -> int:
         mode=args.mode,
         replace=args.replace,
         any_directory=args.any_directory,
-        report=lambda report: _write(tell(_fields(report), str(report))),
+        report=lambda report: tell(_fields(report), str(report)),
     )
     async with server:
         size = os.stat(args.image).st_size
-        fields = {"event": "listening", "socket": server.path, "image": args.image, "size": size}
-        _write(tell(fields, f"serving {args.image} ({size} bytes) on {server.path}"))
+        tell(
+            {"event": "listening", "socket": server.path, "image": args.image, "size": size},
+            f"serving {args.image} ({size} bytes) on {server.path}",
+        )
         aborted = await _run_until_signals(server, tell)
-    fields = {
-        "event": "stopped",
-        "served": server.served,
-        "failed": server.failed,
-        "refused": server.refused,
-    }
-    text = (
+    tell(
+        {
+            "event": "stopped",
+            "served": server.served,
+            "failed": server.failed,
+            "refused": server.refused,
+        },
         f"stopped: {server.served} sessions served, {server.failed} of them with failures,"
-        f" {server.refused} peers refused"
+        f" {server.refused} peers refused",
     )
-    _write(tell(fields, text))
     return 1 if aborted else 0
 
 
-async def _run_until_signals(server: Server, tell: _Tell) -> bool:
+async def _run_until_signals(server: Server, tell: Callable[[dict[str, Any], str], None]) -> bool:
     """Serve; give whether living sessions were closed by a second signal."""
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -187,8 +201,10 @@ async def _run_until_signals(server: Server, tell: _Tell) -> bool:
     try:
         await signals.get()
         living = len(server.sessions)
-        fields = {"event": "draining", "sessions": living}
-        _write(tell(fields, f"draining: no new peers, {living} sessions live on"))
+        tell(
+            {"event": "draining", "sessions": living},
+            f"draining: no new peers, {living} sessions live on",
+        )
         draining = asyncio.ensure_future(server.drain())
         second = asyncio.ensure_future(signals.get())
         await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
@@ -197,8 +213,10 @@ async def _run_until_signals(server: Server, tell: _Tell) -> bool:
             await draining
             return False
         living = len(server.sessions)
-        fields = {"event": "aborting", "sessions": living}
-        _write(tell(fields, f"aborting: {living} sessions are closed by the policy"))
+        tell(
+            {"event": "aborting", "sessions": living},
+            f"aborting: {living} sessions are closed by the policy",
+        )
         await server.aclose()
         await draining
         return living > 0
@@ -209,17 +227,68 @@ async def _run_until_signals(server: Server, tell: _Tell) -> bool:
 
 # --- output ----------------------------------------------------------------------------
 
-_Tell = Callable[[dict[str, Any], str], str]
+
+class Lines:
+    """Writes lines to a stream, in a thread of its own.
+
+    Sharing: any thread puts.
+    """
+
+    _LIMIT: Final = 10_000  # lines that wait for a slow reader
+    _PATIENCE_S: Final = 5.0  # for the rest, at the end
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._lost = 0
+        self._thread = threading.Thread(target=self._write, daemon=True, name="aiouffd output")
+
+    def put(self, line: str) -> None:
+        """Write one line soon; never waits."""
+        if self._lines.qsize() < self._LIMIT:
+            self._lines.put(line)
+        else:
+            self._lost += 1
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                self._stream.write(line + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):
+                break  # nobody reads any more
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._lost:
+            self._lines.put(f"{self._lost} lines were lost: nobody read them in time")
+        self._lines.put(None)
+        self._thread.join(self._PATIENCE_S)
+        try:
+            self._stream.flush()
+        except OSError:  # what is left in the buffer must not fail at the interpreter's exit
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self._stream.fileno())
+            os.close(nothing)
 
 
-def _plain_line(fields: dict[str, Any], text: str) -> str:
-    del fields
-    return text
+class _LinesHandler(logging.Handler):
+    """Hands log records to a Lines."""
 
+    def __init__(self, lines: Lines) -> None:
+        super().__init__()
+        self._lines = lines
 
-def _json_line(fields: dict[str, Any], text: str) -> str:
-    del text
-    return json.dumps({"time": round(time.time(), 3)} | fields)
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.put(self.format(record))
 
 
 def _fields(report: Report) -> dict[str, Any]:
@@ -244,13 +313,3 @@ def _fields(report: Report) -> dict[str, Any]:
         "error": None if error is None else str(error),
         **session.figures().as_dict(),
     }
-
-
-def _write(line: str) -> None:
-    """Write one line now; a reader that has gone is no reason to stop serving."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, sys.stdout.fileno())
-        os.close(nothing)

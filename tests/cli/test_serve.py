@@ -16,6 +16,7 @@ from typing import Any, Final
 import pytest
 
 from aiouffd.cli import main
+from aiouffd.unix_socket import Connection
 from tests.sources.conformance import image
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
 
@@ -209,6 +210,24 @@ async def test_a_reader_that_goes_away_stops_nothing(tmp_path: Path) -> None:
                 assert await guest.read(0, SIZE) == image(SIZE)
         server.process.terminate()
         assert await server.end() == 0
+
+
+async def test_a_reader_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
+    """Lines pile up and a guest is served all the same."""
+    async with serve(tmp_path) as server:
+        assert server.process.stdout is not None
+        transport = server.process.stdout._transport  # type: ignore[attr-defined]
+        transport.pause_reading()
+        for _ in range(1000):  # each is a line of some hundred bytes; a pipe holds 64 KiB
+            (await Connection.open(server.path)).close()
+        async with StandInVmm.start(server.path, SIZE) as guest:
+            assert await guest.read(0, SIZE) == image(SIZE)
+        server.process.terminate()
+        transport.resume_reading()
+        events = [json.loads(line) async for line in server.process.stdout]
+        assert await server.end() == 0
+    assert sum(event["event"] == "refused" for event in events) == 1000
+    assert events[-1]["event"] == "stopped"
 
 
 @pytest.mark.parametrize(
