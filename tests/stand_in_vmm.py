@@ -36,6 +36,8 @@ from aiouffd.errors import NotSupported
 from aiouffd.uffd import Feature, Userfaultfd
 
 PAGE: Final = mmap.PAGESIZE
+HUGE: Final = 2 << 20
+_MAP_HUGETLB: Final = 0x40000
 ROOT: Final = Path(__file__).resolve().parent.parent
 
 
@@ -55,6 +57,7 @@ class Options:
         blocking: Hand over a blocking userfaultfd, as some relatives do.
         events: Ask for EVENT_REMOVE.
         touch_first: Touch the first page before the hand-over is sent, in a thread.
+        huge: Map huge pages of 2 MiB.
         load: Touch all memory in kernel mode before the first command is taken.
     """
 
@@ -69,6 +72,7 @@ class Options:
     blocking: bool = False
     events: bool = True
     touch_first: bool = False
+    huge: bool = False
     load: bool = False
 
 
@@ -86,7 +90,11 @@ class Guest:
     def __init__(self, options: Options) -> None:
         self.length = options.size // options.regions
         self.maps = [
-            mmap.mmap(-1, self.length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mmap.mmap(
+                -1,
+                self.length,
+                flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_HUGETLB * options.huge,
+            )
             for _ in range(options.regions)
         ]
         self.starts = [ctypes.addressof(ctypes.c_char.from_buffer(one)) for one in self.maps]
@@ -147,9 +155,9 @@ def _describe(options: Options, guest: Guest) -> bytes:
             "offset": options.offset + number * guest.length,
         }
         if options.dialect == "1.12":
-            region["page_size"] = PAGE
+            region["page_size"] = HUGE if options.huge else PAGE
         if options.dialect != "1.1":
-            region["page_size_kib"] = PAGE
+            region["page_size_kib"] = HUGE if options.huge else PAGE  # bytes, in spite of its name
         regions.append(region)
     return json.dumps(regions).encode()
 

@@ -26,7 +26,7 @@ from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.unix_socket import Connection
 from tests.sources.conformance import image
-from tests.stand_in_vmm import PAGE, StandInVmm, eventually
+from tests.stand_in_vmm import HUGE, PAGE, StandInVmm, eventually
 
 SIZE: Final = 64 * PAGE
 
@@ -114,7 +114,7 @@ async def test_a_vmm_reads_the_image(serving: Serving, quirks: dict[str, Any]) -
 async def test_holes_and_the_last_partial_page_read_as_zeros(serving: Serving, chunk: int) -> None:
     """A sparse image that ends within a page: data where it is, zeros elsewhere."""
     expected = bytearray(SIZE)
-    with open(serving.image_path, "wb") as file:  # noqa: ASYNC230 - before anything is served
+    with open(serving.image_path, "wb") as file:
         for page in (3, 40, 63):
             data = image(PAGE if page != 63 else 1000, seed=page)
             os.pwrite(file.fileno(), data, page * PAGE)
@@ -268,6 +268,28 @@ async def test_removing_and_touching_at_once_never_mixes(serving: Serving, seed:
             _, *got = await asyncio.gather(*jobs)
             for page, memory in zip(pages, got, strict=True):
                 assert memory in (data[page * PAGE : page * PAGE + PAGE], bytes(PAGE))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("dialect", ["1.7", "1.12"])
+async def test_huge_pages_are_served_and_removed(
+    serving: Serving, huge_pages: Callable[[int], None], dialect: str
+) -> None:
+    """Scenario 12 on hugetlb: pages of 2 MiB, the last one partial; zeros come by a copy."""
+    huge_pages(4)
+    size = 4 * HUGE
+    data = image(3 * HUGE + 5000)
+    serving.image_path.write_bytes(data)
+    expected = bytearray(data.ljust(size, b"\0"))
+    async with serving.run(), vmm(serving, size=size, huge=True, dialect=dialect) as guest:
+        assert await guest.read(HUGE, PAGE) == data[HUGE : HUGE + PAGE]
+        await guest.ask("remove", HUGE, 2 * HUGE)  # one that is there, one that never was
+        expected[HUGE : 3 * HUGE] = bytes(2 * HUGE)
+        assert await guest.ask("digest") == hashlib.sha256(expected).hexdigest()
+    await eventually(serving.ended, "the session ends")
+    figures = serving.ended()[0].session.figures()
+    assert figures.faults == 5
+    assert figures.removed_pages == 2
 
 
 # --- the image changes -----------------------------------------------------------------
