@@ -1,0 +1,84 @@
+"""Lazy memory within a process: a page touched for the first time, against a C handler thread.
+
+Knows: the cases and their targets.
+Must not know: how a touch is timed.
+
+Everything runs on one CPU: between two idle virtual CPUs the wake-up is all one would measure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from .build import HERE, compile_c
+from .contest import RunFailed, loops
+from .figures import Figure, Sample, Settings, interleave, main, microseconds
+
+#: What the median may be, as a multiple of the floor's.
+TARGETS = {"inline": 1.3, "loop": 5.0}
+CASES = {"inline": "plain function, in the faulting thread", "loop": "coroutine, on the loop"}
+REMEDY = (
+    "A quarter of the time is the page's copy and the signal, the rest is the interpreter: it"
+    " would take compiled code in the trampoline."
+)
+
+
+def measure(settings: Settings) -> list[Figure]:
+    """Take the median time of a first touch."""
+    cpu, faults = str(max(settings.cpu, 0)), str(settings.faults)
+    contestants: dict[str, Callable[[], Sample]] = {
+        "floor": _contestant([str(compile_c("lazy_floor.c")), cpu, faults], settings)
+    }
+    for kind in CASES:
+        for loop in loops() if kind == "loop" else ["asyncio"]:
+            command = [sys.executable, "-m", "benchmarks.lazy_touching", kind, loop, cpu, faults]
+            contestants[f"{kind} {loop}"] = _contestant(command, settings)
+    results = interleave(contestants, settings.runs)
+    figures = []
+    for name in contestants:
+        if name == "floor":
+            continue
+        kind, loop = name.split()
+        for value, shown in (("p50_ns", "p50"), ("p99_ns", "p99")):
+            figures.append(
+                Figure.compare(
+                    f"lazy memory, {CASES[kind]}"
+                    + (f", {loop}" if kind == "loop" else "")
+                    + f", {shown}",
+                    ours=results[name][value],
+                    floor=results["floor"][value],
+                    at_most=TARGETS[kind] if shown == "p50" else None,
+                    unit=microseconds,
+                    remedy=REMEDY,
+                )
+            )
+    return figures
+
+
+def _contestant(command: Sequence[str], settings: Settings) -> Callable[[], Sample]:
+    environment = dict(os.environ, PYTHONPATH=str(HERE.parent), PYTHONDONTWRITEBYTECODE="1")
+
+    def run() -> Sample:
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=settings.seconds,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RunFailed(f"{command!r}: {done.stderr.strip()}")
+        sample: dict[str, float] = json.loads(done.stdout)
+        return sample
+
+    return run
+
+
+if __name__ == "__main__":
+    main("lazy_memory", measure)
