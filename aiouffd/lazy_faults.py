@@ -7,7 +7,7 @@ Laws of this file:
 
 * Once per page: the first thread to fault on a page owns its *flight*, later ones join it.
 * No lock is held anywhere.  A Python signal handler may run between any two lines and fault
-  itself; dict.setdefault, deque.append and deque.popleft are the only shared steps.
+  itself; dict.setdefault, append and pop are the only shared steps.
 * A flight is finished exactly once and then releases each of its waiters once, whatever
   happened.  Waiters look at ``done`` after queueing up, so none is overlooked.
 * Every wait has a deadline, and looks now and then whether the loop still lives.
@@ -36,18 +36,21 @@ from .errors import (
     StuckPage,
 )
 from .events import WP, WRITE, PageFault
-from .kernel import abi
+from .kernel import abi, calls
 from .lazy_answers import Answers, Counters
-from .lazy_mapping import LazyMapping
+from .lazy_mapping import BYTES_HEADER, LazyMapping
 from .ranges import PAGE_SIZE
 from .resolutions import Answer
 
 _PAGE_MASK: Final = -PAGE_SIZE
+_PROTECTED: Final = abi.PM_PRESENT | abi.PM_UFFD_WP
 _SLICE: Final = 0.25  # seconds between looks whether the loop still lives
 _LOOP_SLICE: Final = 0.005  # the same while the loop's own thread waits for another's inline answer
 _SPINS: Final = 20_000  # faults in a row on a page that is there: a tenth of a second or so
 
 # Bound once: this is the hot path.
+_copy = calls.copy
+_new_tuple = tuple.__new__  # half the time of PageFault(...)
 _new_lock = threading.Lock
 _eventfd_write = os.eventfd_write
 _get_ident = threading.get_ident
@@ -83,7 +86,7 @@ class Flight:
         self.promise: Awaitable[Answer] | None = None
         self.done = False
         self.failure: Callable[[], BaseException] | None = None
-        self.waiters: deque[Releasable] = deque()
+        self.waiters: list[Releasable] = []
 
 
 class _Placeholder:
@@ -94,7 +97,7 @@ class _Placeholder:
     def __init__(self, owner: int, protect: bool) -> None:
         self.owner = owner
         self.protect = protect
-        self.waiters: deque[Releasable] = deque()
+        self.waiters: list[Releasable] = []
 
 
 class Faults:
@@ -145,6 +148,8 @@ class Faults:
         self._placeholders: dict[int, _Placeholder] = {}
         self._spins: dict[int, tuple[int, int]] = {}
         self._block_mask: Final = -mapping.page_size
+        self._block_shift: Final = mapping.page_size.bit_length() - 1
+        self._mode: Final = mapping.fill_mode
         self._page_size: Final = mapping.page_size
         self._wp: Final = mapping.write_protect
 
@@ -155,28 +160,36 @@ class Faults:
         mapping = self.mapping
         page = address & _PAGE_MASK
         thread = _get_ident()
-        start = self.start + (address - self.start & self._block_mask)
+        base = self.start
+        offset = address - base & self._block_mask
+        start = base + offset
+        flights = self.flights
         flight = Flight(start, thread)
-        current = self.flights.setdefault(start, flight)
         try:
+            current = flights.setdefault(start, flight)
             if current is flight:
                 if self.closed:
                     raise ClosedError(f"{self.name} is closed")
-                # Looked at only now: before, another thread's flight may just have ended.
-                entry = mapping.entry(page)
                 flags = WRITE if write else 0
-                if entry & abi.PM_PRESENT and entry & abi.PM_UFFD_WP and write is not False:
-                    flags = WRITE | WP
-                elif not mapping.is_missing(entry):
-                    self.finish(flight)
-                    if self._is_spinning(thread, page):
-                        raise StuckPage(f"{self.name}: touching {address:#x} never ends", address)
-                    return self._wait_for_placeholder(page, thread)
+                # Looked at only now: before, another thread's flight may just have ended.
+                if mapping.maybe_filled[offset >> self._block_shift]:
+                    entry = mapping.entry(page)
+                    if entry & _PROTECTED == _PROTECTED and write is not False:
+                        flags = WRITE | WP
+                    elif not mapping.is_missing(entry):
+                        self.finish(flight)
+                        if self._is_spinning(thread, page):
+                            raise StuckPage(
+                                f"{self.name}: touching {address:#x} never ends", address
+                            )
+                        return self._wait_for_placeholder(page, thread)
                 if start in self.answers.poisoned:
                     self.answers.refuse_poisoned(start)
-                self.counters.faults += 1
-                flight.fault = asked = PageFault(
-                    start, start - self.start, mapping.page_size, flags, _get_native_id(), address
+                counters = self.counters
+                counters.faults += 1
+                size = self._page_size
+                flight.fault = asked = _new_tuple(
+                    PageFault, (start, offset, size, flags, _get_native_id(), address)
                 )
                 if self.inline is not None:
                     try:
@@ -185,10 +198,22 @@ class Faults:
                         blamed = self.answers.blame(caught, start)()
                         raise blamed from blamed.__cause__
                     done = True
-                    if type(answer) is bytes and len(answer) == self._page_size and flags <= WRITE:
+                    if type(answer) is bytes and len(answer) == size and flags <= WRITE:
                         # The usual answer, short and flat: see sigbus on frames.
-                        self.counters.filled_bytes += mapping.fill(start, answer)
-                    elif hasattr(answer, "__await__"):
+                        mapping.maybe_filled[offset >> self._block_shift] = 1
+                        if (
+                            _copy(mapping.fd, start, id(answer) + BYTES_HEADER, size, self._mode)
+                            != size
+                        ):
+                            mapping.fill(start, answer)  # which also says what is wrong
+                        counters.filled_bytes += size
+                        counters.inline += 1
+                        del flights[start]
+                        flight.done = True
+                        if flight.waiters:
+                            _release_all(flight.waiters)
+                        return None
+                    if hasattr(answer, "__await__"):
                         flight.promise = answer
                         done = False
                     elif answer is None and self.inline_may_pass:
@@ -196,7 +221,7 @@ class Faults:
                     else:
                         self.answers.perform(asked, answer)
                     if done:
-                        self.counters.inline += 1
+                        counters.inline += 1
                         self.finish(flight)
                         return None
                 if thread == self.loop_thread:
@@ -222,10 +247,10 @@ class Faults:
         except BaseException:  # Ctrl-C while waiting, or in an inline handler
             if flight.posted:
                 _eventfd_write(self.wake_fd, 1)  # again, if it had not come to that yet
-            elif current is flight:
+            elif flights.get(start) is flight:
                 self._abandon(flight)
             raise
-        if current is flight and not flight.posted:
+        if flights.get(start) is flight and not flight.posted:
             self._abandon(flight, error)
         self.counters.failures += 1
         return error
@@ -377,10 +402,10 @@ class Faults:
         self.mapping.forked()
 
 
-def _release_all(waiters: deque[Releasable]) -> None:
+def _release_all(waiters: list[Releasable]) -> None:
     while True:
         try:
-            waiter = waiters.popleft()
+            waiter = waiters.pop()
         except IndexError:
             return
         waiter.release()

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _MAP_NORESERVE: Final = 0x4000  # mmap.MAP_NORESERVE came with Python 3.13
-_BYTES_HEADER: Final = bytes.__basicsize__ - 1  # CPython: where a bytes object's bytes begin
+BYTES_HEADER: Final = bytes.__basicsize__ - 1  # CPython: where a bytes object's bytes begin
 _ZEROS: Final = bytes(PAGE_SIZE)
-_ZEROS_ADDRESS: Final = id(_ZEROS) + _BYTES_HEADER
+_ZEROS_ADDRESS: Final = id(_ZEROS) + BYTES_HEADER
 _RETRIES: Final = 100
 _PAGEMAP_PIECE: Final = 1 << 28  # bytes of memory looked up by one read of the classic pagemap
 _THERE: Final = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
@@ -59,6 +59,8 @@ class LazyMapping:
         page_size: What one fault brings, in bytes.
         shared: Whether it is shared memory (MAP_SHARED).
         write_protect: Whether filled pages start write-protected.
+        maybe_filled: One byte per page of ``page_size``: 0 if nobody has filled anything in it
+            since it was last dropped.  It only saves a look at the pagemap: 1 proves nothing.
 
     Sharing: any thread, except for closing.
     """
@@ -85,10 +87,10 @@ class LazyMapping:
         self.read_only: Final = read_only
         self.write_protect: Final = write_protect
         self._size = align_up(length, page_size)
-        self._fill_mode = abi.UFFDIO_COPY_MODE_DONTWAKE  # with SIGBUS nobody ever sleeps
+        self.fill_mode = abi.UFFDIO_COPY_MODE_DONTWAKE  # with SIGBUS nobody ever sleeps
         features = Feature.SIGBUS
         if write_protect:
-            self._fill_mode |= abi.UFFDIO_COPY_MODE_WP
+            self.fill_mode |= abi.UFFDIO_COPY_MODE_WP
             features |= Feature.PAGEFAULT_FLAG_WP
             if shared:
                 features |= Feature.WP_HUGETLBFS_SHMEM
@@ -111,12 +113,13 @@ class LazyMapping:
             undo.pop_all()
         self._uffd = uffd
         self._pagemap = pages
-        self._fd = uffd.fileno()
+        self.fd = uffd.fileno()
         self.pagemap_fd = pages.fileno()
         self._scan_works = True
         #: Held for the memory's life: while it is, no ``close`` or ``resize`` unmaps what a
         #: thread may be in the middle of touching.
         self._view: memoryview | None = memoryview(memory)[:length]
+        self.maybe_filled: Final = bytearray(self._size // page_size)
         self._memory: mmap.mmap | None = memory
         self._weak = weakref.ref(memory)
 
@@ -143,13 +146,14 @@ class LazyMapping:
         Returns:
             Bytes filled.
         """
-        source = id(data) + _BYTES_HEADER
+        source = id(data) + BYTES_HEADER
         length = len(data)
+        self._mark(address, length, 1)
         filled = done = 0
         busy = 0
         while done < length:
             result = calls.copy(
-                self._fd, address + done, source + done, length - done, self._fill_mode
+                self.fd, address + done, source + done, length - done, self.fill_mode
             )
             if result > 0:
                 filled += result
@@ -168,8 +172,9 @@ class LazyMapping:
         Returns:
             Whether it was a hole.
         """
+        self._mark(page, PAGE_SIZE, 1)
         result = fill_holding_gil(
-            self._fd, page, _ZEROS_ADDRESS, PAGE_SIZE, abi.UFFDIO_COPY_MODE_DONTWAKE
+            self.fd, page, _ZEROS_ADDRESS, PAGE_SIZE, abi.UFFDIO_COPY_MODE_DONTWAKE
         )
         if result < 0 and result != -errno.EEXIST:
             raise refusal("UFFDIO_COPY", -result, page, PAGE_SIZE)
@@ -179,10 +184,11 @@ class LazyMapping:
         """Fill holes with zeros, as ``fill`` does."""
         if self.write_protect:  # ZEROPAGE cannot protect
             return self.fill(address, bytes(length))
+        self._mark(address, length, 1)
         filled = done = 0
         while done < length:
             result = calls.zeropage(
-                self._fd, address + done, length - done, abi.UFFDIO_ZEROPAGE_MODE_DONTWAKE
+                self.fd, address + done, length - done, abi.UFFDIO_ZEROPAGE_MODE_DONTWAKE
             )
             if result > 0:
                 filled += result
@@ -207,7 +213,7 @@ class LazyMapping:
     def _writeprotect(self, address: int, length: int, mode: int) -> None:
         result = -errno.EAGAIN
         for _ in range(_RETRIES):
-            result = calls.writeprotect(self._fd, address, length, mode)
+            result = calls.writeprotect(self.fd, address, length, mode)
             if result != -errno.EAGAIN:
                 break
         if result < 0:
@@ -219,9 +225,18 @@ class LazyMapping:
         if memory is None:
             return
         # A shared page stays in the page cache after DONTNEED, and a later fill says EEXIST.
+        self._mark(address, length, 0)
         advice = mmap.MADV_REMOVE if self.shared else mmap.MADV_DONTNEED
         with contextlib.suppress(ValueError):  # closed between the lines
             memory.madvise(advice, address - self.start, length)
+
+    def _mark(self, address: int, length: int, value: int) -> None:
+        first = (address - self.start) // self.page_size
+        last = (address + length - 1 - self.start) // self.page_size
+        if first == last:
+            self.maybe_filled[first] = value
+        else:
+            self.maybe_filled[first : last + 1] = bytes((value,)) * (last + 1 - first)
 
     def poison(self) -> int:
         """Mark every hole as lost, for good: touching one is SIGBUS even without us.
@@ -239,7 +254,7 @@ class LazyMapping:
             done = 0
             while start + done < end:
                 result = calls.poison(
-                    self._fd, start + done, end - start - done, abi.UFFDIO_POISON_MODE_DONTWAKE
+                    self.fd, start + done, end - start - done, abi.UFFDIO_POISON_MODE_DONTWAKE
                 )
                 if result == -errno.EINVAL:
                     raise NotSupported("this kernel cannot poison pages", "It takes Linux 6.6.")
