@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-TARGETS := test lint types docs bench interop check
+TARGETS := test lint types docs coverage bench interop check
 
 .PHONY: help $(TARGETS) clean
 
@@ -14,6 +14,7 @@ help:
 	@echo "     make lint      ruff"
 	@echo "     make types     mypy --strict"
 	@echo "     make docs      the pages, into docs/_build"
+	@echo "sudo make coverage  every branch of the floors that have no loop"
 	@echo "sudo make bench     every figure that the project quotes"
 	@echo "sudo make interop   programs that nobody here wrote, against us"
 	@echo "     make clean     remove .venv, caches and what was built"

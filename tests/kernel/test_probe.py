@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,3 +140,46 @@ def test_a_kernel_that_refuses_to_register() -> None:
         assert _range_ioctls(fd) & abi.UFFD_API_RANGE_IOCTLS == abi.UFFD_API_RANGE_IOCTLS
     finally:
         os.close(fd)
+
+
+# --- circumstances that only a process of its own can have ------------------------------
+
+_CHILD = """
+import ctypes, errno, sys
+from aiouffd.kernel import probe
+libc = ctypes.CDLL(None, use_errno=True)
+def do(name, *arguments):
+    if getattr(libc, name)(*arguments):
+        raise OSError(ctypes.get_errno(), name)
+"""
+
+
+def _probe_after(setup: str, expression: str) -> str:
+    """Probe in a child after some calls of the C library; return an expression's value."""
+    program = f"{_CHILD}{setup}\nreport = probe.probe()\nprint({expression})\n"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    ).stdout.strip()
+
+
+@pytest.mark.root
+def test_a_refused_continue_is_said_with_its_errno() -> None:
+    """Memory that is locked is there at once, and cannot be continued: EEXIST."""
+    lock_what_is_mapped_later = "do('mlockall', 2)"
+    tried = _probe_after(lock_what_is_mapped_later, "report.seen.tried['continue-wp']")
+    assert tried == str(errno.EEXIST)
+
+
+@pytest.mark.root
+def test_a_hidden_proc_sys_leaves_the_pool_alone() -> None:
+    """Without /proc/sys huge pages are those of /proc/meminfo; nothing is raised."""
+    hide = """
+do('unshare', 0x20000)  # CLONE_NEWNS
+do('mount', b'none', b'/', None, 0x44000, None)  # MS_REC | MS_PRIVATE
+do('mount', b'none', b'/proc/sys', b'tmpfs', 0, None)
+"""
+    assert _probe_after(hide, "report['userfaultfd'].available") == "True"
