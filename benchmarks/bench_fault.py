@@ -22,6 +22,7 @@ CASES = {
     "pager": "handler returns at once",
     "suspend": "handler suspends once",
     "buffer": "handler returns bare bytes",
+    "observed": "handler returns at once, with Metrics",
     "raw": "no pager: reader and ioctl alone",
 }
 
@@ -33,7 +34,8 @@ def measure(settings: Settings) -> list[Figure]:
     }
     for loop in loops():
         for kind in CASES:
-            command = python_command(settings, kind, f"--loop={loop}")
+            options = [f"--loop={loop}", *(["--observed"] if kind == "observed" else [])]
+            command = python_command(settings, "pager" if options[1:] else kind, *options)
             contestants[f"{kind} {loop}"] = faulting(settings, command)
     results = interleave(contestants, settings.runs)
     figures = []

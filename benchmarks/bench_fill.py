@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from aiouffd.performer import PIECE_BYTES
+
 from .build import compile_c
 from .contest import loops, python_command, run
 from .figures import Figure, Sample, Settings, bytes_per_second, interleave, main
 
 LENGTH = 256 << 20
-PIECE = 1 << 20
+PIECE = PIECE_BYTES
 AT_LEAST = 0.9
 
 

@@ -97,7 +97,11 @@ def run(target: Sequence[str], handler: Sequence[str], seconds: float) -> tuple[
         try:
             _wait(first, second, end)
             if first.returncode != 0:
-                raise RunFailed(f"{first.args!r}: status {first.returncode}: {_said(first)}")
+                if "handler" in handler:
+                    second.kill()
+                _wait(second, None, end)
+                said = f"{_said(first)}\n{_said(second)}".strip()
+                raise RunFailed(f"{first.args!r}: status {first.returncode}: {said}")
             if "handler" in handler and second.poll() is None:
                 second.kill()  # the C floor serves for ever
             else:

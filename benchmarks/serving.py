@@ -151,7 +151,14 @@ async def serve_pager(target: Target, options: argparse.Namespace) -> None:
         for fd, start, length in target.registrations(options.whole):
             pagers[fd].register(start, length, handler, offset=start - target.start)
         target.go()
-        await end_of(target)
+        # A pager that fails ends this process, and with it the run: better than a long silence.
+        ends = [asyncio.ensure_future(pager.wait_closed()) for pager in pagers.values()]
+        ends.append(asyncio.ensure_future(end_of(target)))
+        done, running = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in running:
+            task.cancel()
+        for task in done:
+            task.result()
 
 
 # --- without faults --------------------------------------------------------------------

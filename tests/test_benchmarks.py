@@ -1,0 +1,72 @@
+"""The benchmarks run; no figure is judged here, for a test that judges times fails by chance."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.figures import Figure, Settings, microseconds, table, verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("name", report.BENCHMARKS)
+def test_it_runs(name: str) -> None:
+    """Each benchmark runs through, with every case, and prints what programs can read."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--runs=1", "--faults=64", "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["settings"]["runs"] == 1
+    assert document["figures"]
+    for figure in document["figures"]:
+        assert figure["case"]
+        assert math.isfinite(figure["ratio"])
+
+
+def test_ratio_is_taken_within_a_round() -> None:
+    """A round in which the machine was slow does not change the ratio."""
+    figure = Figure.compare(
+        "x", ours=[15, 150, 15], floor=[10, 100, 10], unit=microseconds, at_most=1.4
+    )
+    assert (figure.ratio, figure.low, figure.high) == (1.5, 1.5, 1.5)
+    assert verdict(figure) == "missed by 7%"
+    assert "1.50 (1.50-1.50)" in table([figure])
+
+
+def test_a_remedy_is_shown_only_where_a_target_is_missed() -> None:
+    """What it would take stands where a target is missed, and only there."""
+    values = {"ours": [15.0], "floor": [10.0], "unit": microseconds, "remedy": "a faster machine"}
+    missed = Figure.compare("x", at_most=1.4, **values)  # type: ignore[arg-type]
+    met = Figure.compare("x", at_most=1.6, **values)  # type: ignore[arg-type]
+    assert "a faster machine" in table([missed])
+    assert "a faster machine" not in table([met])
+
+
+def test_page_keeps_its_text() -> None:
+    """Only what stands between the markers is rewritten, however often."""
+    figure = Figure.absolute("x | y", [1.0], unit=microseconds)
+    text = report.body(Settings(), {"bench_observer": [figure]})
+    page = f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n"
+    once = report.between_markers(page, text)
+    assert once.startswith("above\n")
+    assert once.endswith("below\n")
+    assert "old" not in once
+    assert r"x \| y" in once
+    assert report.between_markers(once, text) == once
+    with pytest.raises(ValueError, match="figures: made by"):
+        report.between_markers("no markers", text)
+
+
+def test_the_docs_page_has_its_markers() -> None:
+    """The page of the docs can be written to."""
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.between_markers(page, "text")
