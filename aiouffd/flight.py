@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import gc
 import os
-import types
 from typing import TYPE_CHECKING, Any, Final
 
 from . import eager
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .region import Region
 
 
-_NOT_THE_USERS: Final = (os.path.dirname(asyncio.__file__) + os.sep, str(eager.__file__))
+_DEEPEST: Final = 1000  # frames that are looked at
+
+_STDLIB: Final = os.path.join(os.path.dirname(os.__file__), "")
+_PACKAGES: Final = tuple(os.path.join(_STDLIB, f"{kind}-packages") for kind in ("site", "dist"))
 
 
 class Stage(enum.Enum):
@@ -96,26 +99,51 @@ def where_it_waits(task: asyncio.Task[Any]) -> str:
     Returns:
         ``file:line in function``, or a word on why there is no such line.
     """
-    found = "at its very start"
-    coro: Any = task.get_coro()
-    while coro is not None:
-        frame = (
-            getattr(coro, "cr_frame", None)
-            or getattr(coro, "gi_frame", None)
-            or getattr(coro, "ag_frame", None)
-        )
-        if isinstance(frame, types.FrameType):
-            code = frame.f_code
-            # The user's own line, not asyncio's below it nor eager's above it.
-            if not code.co_filename.startswith(_NOT_THE_USERS):
-                found = f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}"
-            hidden = frame.f_locals.get("coro") if code.co_filename == eager.__file__ else None
-            if hidden is not None:
-                coro = hidden
-                continue
-        coro = (
-            getattr(coro, "cr_await", None)
-            or getattr(coro, "gi_yieldfrom", None)
-            or getattr(coro, "ag_await", None)
-        )
+    if task.done():
+        return "nowhere: it has ended"
+    found = "no line of Python"
+    waiting: Any = task.get_coro()
+    for _ in range(_DEEPEST):
+        if waiting is None:
+            break
+        frame = _one_of(waiting, "cr_frame", "gi_frame", "ag_frame")
+        if frame is None:
+            waiting = _hidden_in(waiting)
+            continue
+        code = frame.f_code
+        if _is_the_users(code.co_filename):
+            found = f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}"
+        if code.co_filename == eager.__file__ and "coro" in frame.f_locals:
+            waiting = frame.f_locals["coro"]
+        else:
+            waiting = _one_of(waiting, "cr_await", "gi_yieldfrom", "ag_await")
     return found
+
+
+def _one_of(thing: Any, *names: str) -> Any:
+    for name in names:
+        value = getattr(thing, name, None)
+        if value is not None:
+            return value
+    return None
+
+
+def _hidden_in(thing: Any) -> Any:
+    """Give what stands behind an object between two frames: a step of an async generator, ...
+
+    Such objects of the interpreter name nothing, but the garbage collector knows what they hold.
+    """
+    if type(thing).__module__ != "builtins":
+        return None
+    held = gc.get_referents(thing)
+    for each in held:
+        if _one_of(each, "cr_frame", "gi_frame", "ag_frame") is not None:
+            return each
+    return next((each for each in held if hasattr(each, "__await__")), None)
+
+
+def _is_the_users(path: str) -> bool:
+    """Say whether a file is neither Python's own nor the one that starts handlers."""
+    if path == eager.__file__:
+        return False
+    return not path.startswith(_STDLIB) or path.startswith(_PACKAGES)
