@@ -139,6 +139,7 @@ class Faults:
         self.wake_fd = wake_fd
         self.name: Final = name
         self.closed = False
+        self.is_copy = False  # this is a forked child, and the loop is the parent's
         self.flights: dict[int, Flight] = {}
         self.queue: deque[Flight] = deque()
         self.counters: Final = Counters()
@@ -398,7 +399,7 @@ class Faults:
 
     def forked(self) -> None:
         """See sigbus.Target."""
-        self.closed = True
+        self.closed = self.is_copy = True
         self.mapping.forked()
 
 

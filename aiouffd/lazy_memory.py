@@ -333,7 +333,7 @@ class LazyMemory:
         *Cancellation:* it is closed all the same, or (FILL) still open.
         """
         serving = self._serving_or_none
-        if self._closed or serving is None:
+        if self._closed or serving is None or serving.faults.is_copy:
             self._closed = True
         elif serving.loop.is_closed():
             self.close(holes)
@@ -361,7 +361,9 @@ class LazyMemory:
             ValueError: A page is missing, and ``holes`` is FILL; everything goes on.
         """
         serving = self._serving_or_none
-        if self._closed or serving is None:
+        if self._closed or serving is None or serving.faults.is_copy:
+            # In a forked child there is nothing to close, and the loop must not be touched:
+            # its epoll instance is shared with the parent, which would lose its readers.
             self._closed = True
             return
         faults, mapping = serving.faults, serving.mapping
@@ -392,7 +394,8 @@ class LazyMemory:
             mapping.let_go(release)
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True) and self._serving_or_none is not None:
+        serving = getattr(self, "_serving_or_none", None)
+        if serving is not None and not self._closed and not serving.faults.is_copy:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
             with contextlib.suppress(RuntimeError, OSError):
                 self.close(Holes.RAISE)
