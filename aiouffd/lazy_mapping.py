@@ -30,7 +30,7 @@ from .fds import OwnedFd
 from .kernel import abi, calls, pagemap
 from .kernel.buffers import PinnedBuffer
 from .kernel.holding_gil import fill_holding_gil
-from .ranges import PAGE_SIZE, align_up
+from .ranges import PAGE_SIZE, align_down, align_up
 from .uffd import Feature, Mode, Userfaultfd
 
 if TYPE_CHECKING:
@@ -119,7 +119,10 @@ class LazyMapping:
         #: Held for the memory's life: while it is, no ``close`` or ``resize`` unmaps what a
         #: thread may be in the middle of touching.
         self._view: memoryview | None = memoryview(memory)[:length]
-        self.maybe_filled: Final = bytearray(self._size // page_size)
+        # A mapping, not a bytearray: of terabytes of lazy memory it takes only what is used.
+        self.maybe_filled: Final = mmap.mmap(
+            -1, self._size // page_size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         self._memory: mmap.mmap | None = memory
         self._weak = weakref.ref(memory)
 
@@ -232,11 +235,16 @@ class LazyMapping:
 
     def _mark(self, address: int, length: int, value: int) -> None:
         first = (address - self.start) // self.page_size
-        last = (address + length - 1 - self.start) // self.page_size
-        if first == last:
+        end = (address + length - 1 - self.start) // self.page_size + 1
+        if end - first == 1:
             self.maybe_filled[first] = value
-        else:
-            self.maybe_filled[first : last + 1] = bytes((value,)) * (last + 1 - first)
+            return
+        inner, inner_end = align_up(first), align_down(end)
+        if not value and inner < inner_end:
+            self.maybe_filled.madvise(mmap.MADV_DONTNEED, inner, inner_end - inner)
+            self.maybe_filled[first:inner] = bytes(inner - first)
+            first = inner_end
+        self.maybe_filled[first:end] = bytes((value,)) * (end - first)
 
     def poison(self) -> int:
         """Mark every hole as lost, for good: touching one is SIGBUS even without us.

@@ -135,3 +135,22 @@ def test_as_bytes() -> None:
     assert as_bytes(memoryview(data)[::2]) == b"ac"
     with pytest.raises(TypeError):
         as_bytes(5)  # type: ignore[arg-type]
+
+
+def test_what_was_filled_is_noted_without_taking_memory() -> None:
+    """The note has a byte per page, and forgets whole ranges at once."""
+    pages = 3 * PAGE
+    made = LazyMapping(
+        pages * PAGE, shared=False, read_only=False, page_size=PAGE, write_protect=False
+    )
+    try:
+        for at in (0, 10, PAGE, 2 * PAGE + 5, pages - 1):
+            made.fill(made.start + at * PAGE, bytes(PAGE))
+            assert made.maybe_filled[at] == 1
+        made.drop(made.start + 5 * PAGE, (pages - 6) * PAGE)
+        assert [at for at, noted in enumerate(made.maybe_filled[:]) if noted] == [0, pages - 1]
+        made.fill_zeros(made.start, 20 * PAGE)
+        assert made.maybe_filled[:20] == b"\1" * 20
+    finally:
+        made.unmap()
+        made.close_fds()
