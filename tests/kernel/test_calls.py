@@ -475,8 +475,8 @@ def test_a_call_in_the_middle_of_a_call_disturbs_neither(monkeypatch: pytest.Mon
 
     with Target("anon", pages=2, register=MISSING) as target, staged(PAGE) as source:
 
-        def interrupted(*words: int) -> None:
-            pack(*words)
+        def interrupted(argument: bytearray, *words: int) -> None:
+            pack(argument, *words)
             if not inner:
                 inner.append(0)
                 inner[0] = calls.copy(target.uffd, target.at(1), source, PAGE)

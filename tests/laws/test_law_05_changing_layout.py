@@ -67,9 +67,10 @@ async def test_parked_faults_share_one_slow_timer() -> None:
 async def test_a_layout_that_never_settles_meets_the_deadline() -> None:
     """The deadline counts elapsed time, whatever the number of tries."""
     record = Record()
-    settings = {"deadline": 0.2, "observers": [record]}
-    async with serving(leave_out=2, features=Feature.EVENT_UNMAP, **settings) as served:
-        target, pager = served.target, served.pager
+    async with serving(
+        leave_out=2, features=Feature.EVENT_UNMAP, deadline=0.2, observers=[record]
+    ) as served:
+        target = served.target
         with unread(target) as read_on:
             removal = target.start_munmap(0, 3, thread=0)
             await target.in_event(0)

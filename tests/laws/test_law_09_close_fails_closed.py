@@ -6,13 +6,14 @@ import asyncio
 
 import pytest
 
-from aiouffd import Action
 from tests.serving import LAYOUT, MADV_DONTNEED, Gate, serving, within
 from tests.targets import KINDS, Signal, until
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_is_missing_at_close_is_poisoned(kind: str, request: pytest.FixtureRequest) -> None:
+async def test_what_is_missing_at_close_is_poisoned(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
     """Threads in flight and threads that come later see SIGBUS, never a page of zeros."""
     pages = 32
     if kind.startswith("hugetlb"):

@@ -26,9 +26,9 @@ async def test_an_adopted_descriptor_of_ones_own_memory_is_refused_too() -> None
     with (
         Userfaultfd.open(Feature.EVENT_FORK) as opened,
         Userfaultfd.adopt(opened.dup()) as uffd,
+        pytest.raises(ValueError, match="EVENT_FORK"),
     ):
-        with pytest.raises(ValueError, match="EVENT_FORK"):
-            Pager(uffd).start()
+        Pager(uffd).start()
 
 
 async def test_ones_own_memory_without_fork_events_is_served() -> None:
