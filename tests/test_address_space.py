@@ -13,6 +13,7 @@ from aiouffd.address_space import AddressSpace, PageState
 from aiouffd.ranges import PAGE_SIZE, Range
 
 SPACE = 32  # units of addresses
+EXAMPLES = settings().max_examples * 2 // 5  # each is many steps
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,9 @@ class HugeMachine(Machine):
 
 SmallPagesTest = Machine.TestCase
 HugePagesTest = HugeMachine.TestCase
-SmallPagesTest.settings = HugePagesTest.settings = settings(max_examples=60, stateful_step_count=20)
+SmallPagesTest.settings = HugePagesTest.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=20
+)
 
 
 # --- one by one ------------------------------------------------------------------------

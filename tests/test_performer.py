@@ -82,7 +82,7 @@ def test_a_buffer_means_copy(make: Callable[[], bytes]) -> None:
 
 def test_none_means_wake() -> None:
     """The handler has made the page itself."""
-    assert resolution_of(None, FAULT) == Wake()
+    assert resolution_of(None, FAULT) == resolution_of(Wake(), FAULT) == Wake()
     assert span_of(Wake(), FAULT) == Range(AT, PAGE_SIZE)
 
 

@@ -115,6 +115,7 @@ def test_range_refuses_negative_parts(start: int, length: int) -> None:
 # --- RangeMap --------------------------------------------------------------------------
 
 SPACE = 48
+EXAMPLES = settings().max_examples * 2 // 5  # each is many steps
 ranges = st.tuples(st.integers(0, SPACE), st.integers(0, SPACE)).map(
     lambda pair: Range.between(min(pair), max(pair))
 )
@@ -199,7 +200,7 @@ def unroll(items: list[tuple[Range, int]]) -> dict[int, int]:
 
 
 RangeMapTest = RangeMapMachine.TestCase
-RangeMapTest.settings = settings(max_examples=60, stateful_step_count=25)
+RangeMapTest.settings = settings(max_examples=EXAMPLES, stateful_step_count=25)
 
 
 # --- PageSet ---------------------------------------------------------------------------
@@ -286,7 +287,7 @@ class PageSetMachine(RuleBasedStateMachine):
 
 
 PageSetTest = PageSetMachine.TestCase
-PageSetTest.settings = settings(max_examples=60, stateful_step_count=20)
+PageSetTest.settings = settings(max_examples=EXAMPLES, stateful_step_count=20)
 
 
 @pytest.mark.parametrize("where", [Range(1, PAGE_SIZE), Range(0, PAGE_SIZE + 1)])
