@@ -56,6 +56,7 @@ class Options:
         memfd: Send a memfd along, as E2B does.
         blocking: Hand over a blocking userfaultfd, as some relatives do.
         events: Ask for EVENT_REMOVE.
+        forks: Ask for EVENT_FORK, which takes CAP_SYS_PTRACE.
         touch_first: Touch the first page before the hand-over is sent, in a thread.
         huge: Map huge pages of 2 MiB.
         load: Touch all memory in kernel mode before the first command is taken.
@@ -71,6 +72,7 @@ class Options:
     memfd: bool = False
     blocking: bool = False
     events: bool = True
+    forks: bool = False
     touch_first: bool = False
     huge: bool = False
     load: bool = False
@@ -202,6 +204,21 @@ class _Commands:
     def digest(self, seed: int | None = None) -> str:
         return self.guest.digest(seed)
 
+    def fork(self, path: str) -> None:
+        """Leave a child that waits for our end, then writes its memory's digest to a file."""
+        parent = os.getpid()
+        if os.fork():
+            return
+        try:
+            while os.getppid() == parent:
+                time.sleep(0.01)
+            digest = hashlib.sha256(self.guest.read(0, self.guest.length)).hexdigest()
+            with open(path + ".new", "w", encoding="ascii") as file:
+                file.write(digest)
+            os.rename(path + ".new", path)
+        finally:
+            os._exit(0)
+
     def exit(self, status: int = 0) -> None:
         os._exit(status)
 
@@ -222,6 +239,8 @@ def child(options: Options) -> None:
     """Be the VMM."""
     guest = Guest(options)
     features = Feature.EVENT_REMOVE if options.events else Feature(0)
+    if options.forks:
+        features |= Feature.EVENT_FORK
     try:
         uffd = Userfaultfd.open(features)
     except NotSupported:

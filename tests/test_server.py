@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -222,6 +223,24 @@ async def test_the_end_of_a_target_ends_its_session(serving: Serving, how: str) 
         assert serving.ended()[0].session.name.startswith(f"pid {guest.process.pid} ")
         assert len(server.sessions) == 1
         assert await other.read(5 * PAGE) == image(SIZE)[5 * PAGE : 5 * PAGE + 1]
+
+
+@pytest.mark.root
+async def test_forked_children_are_served_to_their_end(serving: Serving, tmp_path: Path) -> None:
+    """The session outlives its peer as long as a child that it forked lives."""
+    digest = tmp_path / "digest"
+    async with serving.run():
+        async with vmm(serving, forks=True) as guest:
+            await guest.ask("write", 0, "aa" * 8)
+            await guest.ask("fork", os.fspath(digest))
+            await guest.ask("write", 8, "bb" * 8)  # after the fork: the child's memory is its own
+            guest.kill()
+            await guest.status()
+        await eventually(digest.exists, "the orphan has read all of its memory")
+        await eventually(serving.ended, "the session ends with the orphan")
+    expected = b"\xaa" * 8 + image(SIZE)[8:]
+    assert digest.read_text() == hashlib.sha256(expected).hexdigest()
+    assert serving.ended()[0].session.outcome == "target exited"
 
 
 # --- removed memory --------------------------------------------------------------------
@@ -529,6 +548,28 @@ async def test_the_slowest_of_too_many_goes(serving: Serving) -> None:
         await eventually(lambda: len(serving.refusals()) >= 12, "the others were refused")
     assert serving.refusals().count("too many peers are connecting; it was the slowest") >= 12
     assert set(serving.refusals()[13:]) == {"the server is closing"}
+
+
+async def test_a_slow_image_holds_up_nobody_and_leaks_nothing(serving: Serving) -> None:
+    """A server that closes while an image is being opened lets go of it once it is open."""
+    opened: list[FileSource] = []
+    slow, go_on = threading.Event(), threading.Event()
+
+    def open_slowly() -> FileSource:
+        if opened:  # the first is the server's own trial
+            slow.set()
+            go_on.wait(30)
+        opened.append(FileSource(serving.image_path))
+        return opened[-1]
+
+    async with serving.run(source=open_slowly) as server, vmm(serving, wait=False):
+        await eventually(slow.is_set, "the image is being opened")
+        closing = asyncio.ensure_future(server.aclose())
+        await asyncio.sleep(0)
+        go_on.set()
+        await closing
+    assert serving.refusals() == ["the server is closing"]
+    assert len(opened) == 2
 
 
 @pytest.mark.root

@@ -76,6 +76,23 @@ class _NeverAtHand(FileSource):
         return None
 
 
+class TestFileSourceOnTmpfs(SourceContract):
+    """A file on tmpfs, found to be memory by its mount."""
+
+    @contextlib.asynccontextmanager
+    async def source_of(self, data: bytes) -> AsyncIterator[Source]:
+        """Write the bytes to a file in /dev/shm."""
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+            file.write(data)
+            file.flush()
+            source = FileSource(file.name)
+            try:
+                assert not data or source.read_nowait(0, 1) is not None
+                yield source
+            finally:
+                await source.aclose()
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Give a file of eight pages."""
@@ -120,6 +137,16 @@ async def test_what_only_the_disk_has_is_read_in_a_thread(path: Path) -> None:
             pytest.skip("this file system keeps dropped pages; use a TMPDIR on a disk")
         assert as_bytes(await source.read(4 * PAGE, PAGE)) == path.read_bytes()[4 * PAGE :][:PAGE]
         assert source.read_nowait(4 * PAGE, PAGE) is not None
+
+
+async def test_a_file_system_without_nowait_is_read_by_thread() -> None:
+    """sysfs refuses RWF_NOWAIT and is no plain memory: nothing is at hand, all can be read."""
+    path = Path("/sys/kernel/btf/vmlinux")
+    if not path.exists():
+        pytest.skip(f"needs {path}: a kernel with CONFIG_DEBUG_INFO_BTF")
+    async with opened(path) as source:
+        assert source.read_nowait(0, 64) is None
+        assert as_bytes(await source.read(64, 8 * PAGE)) == path.read_bytes()[64 : 64 + 8 * PAGE]
 
 
 async def test_holes_are_no_extents(tmp_path: Path) -> None:
