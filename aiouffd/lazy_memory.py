@@ -398,7 +398,10 @@ class LazyMemory:
         if serving is not None and not self._closed and not serving.faults.is_copy:
             warnings.warn(f"{self!r} was never closed", ResourceWarning, source=self, stacklevel=2)
             with contextlib.suppress(RuntimeError, OSError):
-                self.close(Holes.RAISE)
+                if serving.loop.is_closed() or serving.faults.loop_thread == threading.get_ident():
+                    self.close(Holes.RAISE)
+                else:
+                    serving.loop.call_soon_threadsafe(self.close, Holes.RAISE)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._serving_or_none else "not open"
