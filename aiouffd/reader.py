@@ -42,7 +42,8 @@ _BATCH: Final = 64  # messages per read
 _ROUNDS: Final = 64  # reads per wake-up: other work of the loop must run too
 _FD_SHORTAGE_PAUSE: Final = 0.05  # seconds without reading while no descriptor is to be had
 
-_unpack_fault = abi.UFFD_MSG_PAGEFAULT.unpack_from
+_unpack_fault: Final = abi.UFFD_MSG_PAGEFAULT.unpack_from
+_each_fault: Final = abi.UFFD_MSG_PAGEFAULT.iter_unpack
 
 
 class Reader:
@@ -62,7 +63,7 @@ class Reader:
         self._on_child = on_child
         self._buffer = bytearray(_BATCH * MESSAGE_SIZE)
         self._view = memoryview(self._buffer)
-        self._buffers = (self._buffer,)
+        self._read = calls.reader(dispatcher.fd, self._buffer)
 
     def start(self) -> None:
         """Begin to read whenever there is something."""
@@ -92,9 +93,9 @@ class Reader:
 
     def _drain(self) -> None:
         dispatcher = self._dispatcher
-        fd, buffer, buffers, read = dispatcher.fd, self._buffer, self._buffers, calls.read_messages
+        buffer, read = self._buffer, self._read
         for _ in range(_ROUNDS):
-            count = read(fd, buffers)
+            count = read()
             if count == MESSAGE_SIZE and buffer[0] == PAGEFAULT:
                 # A short read means that nothing else was pending: the common case.
                 _, flags, address, thread_id = _unpack_fault(buffer)
@@ -107,16 +108,19 @@ class Reader:
                 return
 
     def _batch(self, count: int) -> None:
-        faults: list[RawFault] = []
+        faults: list[tuple[int, int, int]] = []
         for _ in range(_ROUNDS):
-            for message in decode(self._view[:count]):
-                if isinstance(message, RawFault):
-                    faults.append(message)
-                else:
-                    self._apply(message)
+            messages = self._view[:count]
+            for n, (kind, flags, address, thread_id) in enumerate(_each_fault(messages)):
+                if kind == PAGEFAULT:
+                    faults.append((flags, address, thread_id))
+                    continue
+                for event in decode(messages[n * MESSAGE_SIZE : (n + 1) * MESSAGE_SIZE]):
+                    if not isinstance(event, RawFault):
+                        self._apply(event)
             if count < len(self._buffer):
                 break
-            count = calls.read_messages(self._dispatcher.fd, self._buffers)
+            count = self._read() or 0
         self._dispatcher.serve(faults)
 
     def _apply(self, event: Event) -> None:
