@@ -505,25 +505,26 @@ async def test_a_cancellation_turned_into_an_error() -> None:
 
 @pytest.mark.parametrize("turns", [1, 2])
 def test_what_is_dropped_is_closed(turns: int) -> None:
-    """A rest that never goes on closes its coroutine at once: ``finally`` blocks run."""
+    """A loop that ends before a task goes on: its coroutine is closed, ``finally`` blocks run."""
     closed: list[str] = []
-
-    @types.coroutine
-    def forever() -> Generator[str, None, None]:
-        while True:
-            yield "waits"
+    loop = asyncio.new_event_loop()
 
     async def waits() -> None:
         try:
-            await forever()
+            await loop.create_future()
         finally:
             closed.append("closed")
 
-    coro = waits()
-    rest: Any = eager._rest_of(coro, coro.send(None))
+    def begin() -> None:
+        task: Any = eager.start(loop, waits())[0]
+        task._log_destroy_pending = False
+
+    loop.call_soon(begin)
     for _ in range(turns):
-        rest.send(None)
-    rest.close()
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+    loop.close()
+    gc.collect()
     assert closed == ["closed"]
 
 
