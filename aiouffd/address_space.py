@@ -230,7 +230,8 @@ class AddressSpace(Generic[R, F]):
         where, placement = before
         tail = Range.between(where.end, (address & placement.mask) + placement.page_size)
         self.epoch += 1
-        self.placements.set(tail, placement)
+        # One stretch: memory that grows by a page at a time makes no list of pages.
+        self.placements.set(Range.between(where.start, tail.end), placement)
         self.removed.add(tail)
 
     def fork(self) -> AddressSpace[R, F]:

@@ -326,6 +326,14 @@ def test_nothing_to_grow(space: Space) -> None:
         space.grow(0)
 
 
+def test_growth_makes_no_list_of_pages(space: Space) -> None:
+    """What grows a page at a time stays one stretch."""
+    for page in range(12, 100):
+        space.grow(page * PAGE_SIZE)
+    assert space.ranges_of(1) == [(pages(4, 96), 0)]
+    assert list(space.removed.runs(pages(0, 200))) == [pages(12, 88)]
+
+
 def test_what_changes_the_layout_grows_the_epoch(space: Space) -> None:
     """Removing pages moves nothing."""
     epoch = space.epoch
