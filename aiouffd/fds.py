@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 from .errors import ClosedError
 
@@ -81,6 +81,9 @@ class OwnedFd:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a file descriptor has one owner: it is not copied or pickled; see dup()")
 
     def __repr__(self) -> str:
         return f"<OwnedFd {'closed' if self._fd < 0 else self._fd}>"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 
 import pytest
 
 from aiouffd.errors import ClosedError
+from aiouffd.events import Forked
 from aiouffd.fds import OwnedFd
 
 
@@ -76,6 +80,15 @@ def test_closed_refuses(use: Callable[[OwnedFd], object], end: Callable[[OwnedFd
     end(owned)
     with pytest.raises(ClosedError, match="closed or handed on"):
         use(owned)
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_duty_is_not_copied(make: Callable[[object], object]) -> None:
+    """A copy would close the same number again; an event that has one is no record of it."""
+    with OwnedFd(new()) as owned, pytest.raises(TypeError, match="one owner"):
+        make(owned)
+    with OwnedFd(new()) as owned, pytest.raises(TypeError, match="one owner"):
+        dataclasses.asdict(Forked(owned))
 
 
 def test_repr_shows_the_state() -> None:
