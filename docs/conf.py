@@ -22,11 +22,6 @@ myst_heading_anchors = 3
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-napoleon_custom_sections = [
-    ("Kernel", "notes_style"),
-    ("Cancellation", "notes_style"),
-    ("Sharing", "notes_style"),
-]
 napoleon_use_ivar = True
 add_module_names = False
 python_use_unqualified_type_names = True
