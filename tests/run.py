@@ -189,7 +189,8 @@ def coverage(arguments: list[str]) -> int:
 
 def check(arguments: list[str]) -> int:
     """Check what takes seconds: style, types, and the tests that need no kernel."""
-    status = lint([]) or types([])
+    status = lint([])
+    status = types([]) or status
     inside = environment(pythons()[0], "test")
     tests = ("tests/test_floors.py", *PURE_TESTS)
     return run(inside, "-m", "pytest", "-q", *tests, *arguments) or status
