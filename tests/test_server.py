@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.unix_socket import Connection
 from tests.sources.conformance import image
-from tests.stand_in_vmm import HUGE, PAGE, StandInVmm, eventually
+from tests.stand_in_vmm import HUGE, PAGE, ROOT, StandInVmm, eventually
 
 SIZE: Final = 64 * PAGE
 
@@ -223,6 +224,45 @@ async def test_the_end_of_a_target_ends_its_session(serving: Serving, how: str) 
         assert serving.ended()[0].session.name.startswith(f"pid {guest.process.pid} ")
         assert len(server.sessions) == 1
         assert await other.read(5 * PAGE) == image(SIZE)[5 * PAGE : 5 * PAGE + 1]
+
+
+CLIENTS: Final = """
+# A process that forks a thousand targets; each is served one page, then dies.
+import os, signal, sys
+from tests.stand_in_vmm import Guest, Options, _hand_over
+from aiouffd.uffd import Userfaultfd
+
+options = Options(socket=sys.argv[1], size=4096)
+for number in range(int(sys.argv[2])):
+    pid = os.fork()
+    if not pid:
+        guest = Guest(options)
+        uffd = Userfaultfd.open(allow_user_mode_only=True)
+        uffd.register(guest.starts[0], guest.length)
+        server = _hand_over(options, guest, uffd.fileno())
+        if guest.read(0, 4096) != bytes.fromhex(sys.argv[3]) * 512:
+            os._exit(1)
+        os.kill(os.getpid(), signal.SIGKILL) if number % 2 else os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert status in (0, signal.SIGKILL), status
+"""
+
+
+@pytest.mark.limit(120)
+async def test_a_thousand_targets_leave_nothing(serving: Serving) -> None:
+    """Scenario 10: after a thousand ends, by exit and by signal, descriptors are as before."""
+    source = BufferSource(b"8 bytes!" * 512)
+    async with serving.run(source=source) as server:
+        before = len(os.listdir("/proc/self/fd"))
+        clients = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", CLIENTS, serving.path, "1000", b"8 bytes!".hex(), cwd=ROOT
+        )
+        assert await clients.wait() == 0
+        await eventually(lambda: not server.sessions, "all sessions have ended")
+        assert (server.served, server.failed, server.refused) == (1000, 0, 0)
+        await eventually(
+            lambda: len(os.listdir("/proc/self/fd")) <= before, "no descriptor is left"
+        )
 
 
 @pytest.mark.root

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import queue
+import resource
 import signal
 import sys
 import threading
@@ -138,6 +140,7 @@ def _size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM; give the exit status."""
+    _raise_descriptor_limit()
     with Lines(sys.stdout) as out, Lines(sys.stderr) as diagnostics:
         handler = _LinesHandler(diagnostics)
         handler.setFormatter(logging.Formatter("aiouffd: %(message)s"))
@@ -146,6 +149,13 @@ def run(args: argparse.Namespace) -> int:
             return asyncio.run(_serve(args, out))
         finally:
             logging.getLogger("aiouffd").removeHandler(handler)
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many descriptors as we may: a session takes five, and 1,024 is a usual limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(args: argparse.Namespace, out: Lines) -> int:

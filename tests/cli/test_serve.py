@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import stat
 import sys
@@ -180,7 +181,7 @@ async def test_a_changed_image_ends_in_the_policy(tmp_path: Path) -> None:
 
 async def test_the_options_reach_the_server(tmp_path: Path) -> None:
     """Rights, users, chunk and time limits are what was asked for."""
-    options = ("--uid", "12345", "--mode", "666", "--handshake-timeout", "0.2", "--chunk", "64K")
+    options = ("--uid", "12345", "--mode", "666", "--handshake-timeout", "1", "--chunk", "64K")
     async with serve(tmp_path, *options) as server:
         assert stat.S_IMODE(server.path.lstat().st_mode) == 0o666
         async with StandInVmm.start(server.path, SIZE, wait=False):
@@ -189,7 +190,7 @@ async def test_the_options_reach_the_server(tmp_path: Path) -> None:
     uid = ("--uid", str(os.geteuid()), "--uid", "12345")
     async with serve(tmp_path, *uid, *options[2:], "--replace") as server:
         reader, writer = await asyncio.open_unix_connection(server.path)
-        assert "within 0.2 s" in (await server.event("refused"))["reason"]
+        assert "within 1 s" in (await server.event("refused"))["reason"]
         writer.close()
         await writer.wait_closed()
         async with StandInVmm.start(server.path, SIZE) as guest:
@@ -197,6 +198,13 @@ async def test_the_options_reach_the_server(tmp_path: Path) -> None:
             await guest.read(0, SIZE)
         assert (await server.event("ended"))["faults"] == 2
     del reader
+
+
+async def test_the_limit_of_descriptors_is_raised(tmp_path: Path) -> None:
+    """The usual 1,024 would be some two hundred sessions."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with serve(tmp_path) as server:
+        assert resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 async def test_a_reader_that_goes_away_stops_nothing(tmp_path: Path) -> None:
