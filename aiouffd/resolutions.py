@@ -26,7 +26,8 @@ class Copy:
     """Fill with these bytes, whole pages of the range's page size (UFFDIO_COPY, 4.3).
 
     Attributes:
-        data: Any contiguous buffer; it must not be memory that this process serves.
+        data: Any contiguous buffer; it must not be memory that this process serves, and must
+            stay as it is until the fault has ended.
         address: Where its first byte goes; None is the faulting page.
         protect: Leave the pages write-protected, so that the first write faults again.
     """

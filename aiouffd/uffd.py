@@ -289,9 +289,14 @@ class Userfaultfd:
 
         Nothing is sent when a target exits or calls exec: poll stays quiet and only the
         fills show ESRCH.  So this tries a CONTINUE where hardly anything is ever mapped, and
-        where even a registered anonymous page would be left as it is.
+        where even a registered anonymous page would be left as it is; before Linux 5.13 a COPY
+        from where no user's bytes can be.
         """
-        return calls.continue_(self.fileno(), _LOWEST, mmap.PAGESIZE) != -errno.ESRCH
+        fd = self.fileno()
+        answer = calls.continue_(fd, _LOWEST, mmap.PAGESIZE)
+        if answer == -errno.EINVAL:
+            answer = calls.copy(fd, _LOWEST, _UNREADABLE, mmap.PAGESIZE)
+        return answer != -errno.ESRCH
 
     # --- fills -------------------------------------------------------------------------
 
@@ -413,6 +418,8 @@ class Userfaultfd:
 
 #: The lowest address that any vm.mmap_min_addr allows by default: programs leave it alone.
 _LOWEST: Final = 0x10000
+#: In the kernel's half of the address space.
+_UNREADABLE: Final = 1 << 63
 
 
 def _bytes_done(call: str, done: int, start: int, length: int) -> int:

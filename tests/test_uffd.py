@@ -542,6 +542,17 @@ def test_own_memory_is_alive() -> None:
         assert mine.uffd.target_alive()
 
 
+def test_asking_where_something_is_registered_changes_nothing() -> None:
+    """Even a target that has memory at the lowest address keeps it as it is."""
+    with Target(pages=1) as target, serving(target) as uffd:
+        lowest, flags = 0x10000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | targets.MAP_FIXED
+        rights = mmap.PROT_READ | mmap.PROT_WRITE
+        assert target.call("mmap", lowest, PAGE, rights, flags, -1, 0).result() == lowest
+        uffd.register(lowest, PAGE)
+        assert uffd.target_alive()
+        assert target.pagemap(lowest) == [0]
+
+
 def exits(target: Target) -> None:
     target.exit()
     target.reap()
