@@ -33,10 +33,10 @@ from .kernel import calls
 from .metrics import Counters, Observer
 from .parking import Patience
 from .performer import PIECE_BYTES, Walk
-from .ranges import PAGE_SIZE, Range, is_aligned, is_power_of_two
+from .ranges import PAGE_SIZE, PageSet, Range, is_aligned, is_power_of_two
 from .region import Region
 from .resolutions import Handler
-from .uffd import Mode, Userfaultfd
+from .uffd import Feature, Mode, Userfaultfd
 
 log: Final = logging.getLogger("aiouffd")
 
@@ -175,7 +175,14 @@ class Pager:
 
         Raises:
             RuntimeError: The userfaultfd has a reader already.
+            ValueError: It has EVENT_FORK, and the memory is this process's own.
         """
+        if self.uffd.features & Feature.EVENT_FORK and self.uffd.is_own_memory():
+            raise ValueError(
+                "EVENT_FORK on this process's own memory: its fork would wait, holding the"
+                " allocator's locks, for a reader in this very process; open without"
+                " Feature.EVENT_FORK, or serve from another process"
+            )
         self._dispatcher.start()
 
     async def wait_closed(self) -> None:
@@ -219,11 +226,12 @@ class Pager:
 
     async def _close(self, action: Action) -> None:
         dispatcher = self._dispatcher
-        for child in tuple(self.children):
-            await child.aclose(action)
         tasks = tuple(dispatcher.tasks)
+        for flight in self.space.in_flight.values():
+            flight.cancel()
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # once: another would break into its cleanup
+                task.cancel()
         settled = False
         try:
             settled = self.target_gone or await self._settle(action)
@@ -232,8 +240,17 @@ class Pager:
                 dispatcher.stop()
             dispatcher.end_all(_OUTCOME_AT_CLOSE[action])
             self._release(close=settled)
-            if tasks:  # last: a handler that will not be cancelled holds up no thread
-                await asyncio.wait(tasks)
+            try:
+                # Now that no event is read any more there can be no further child; one of an
+                # unread event has the marks of its parent, all of them.
+                await self._close_children(action)
+            finally:
+                if tasks:  # last: a handler that will not be cancelled holds up no thread
+                    await asyncio.wait(tasks)
+
+    async def _close_children(self, action: Action) -> None:
+        while self.children:
+            await self.children[0].aclose(action)  # its end takes it off the list
 
     async def _settle(self, action: Action) -> bool:
         """Do what ``aclose`` promises for missing pages.
@@ -249,17 +266,20 @@ class Pager:
             await self._dispatcher.gone.wait()
             return True
         for region in self.regions:
-            if action is not Action.ZERO:  # KILL without a pidfd is POISON
-                try:
-                    await self.poison(region)
-                except ResolutionRefused:
-                    if self._dispatcher.recovery.kill():
-                        await self._dispatcher.gone.wait()
-                        return True
-                    raise
-            if self.target_gone:
+            if action is Action.ZERO or self.target_gone:
                 break
-            self.forget(region)
+            try:  # KILL without a pidfd is POISON
+                await self.poison(region)
+            except ResolutionRefused:
+                if self._dispatcher.recovery.kill():
+                    await self._dispatcher.gone.wait()
+                    return True
+                raise
+        # All at once, and the descriptor right after it: what the target moves now is still
+        # registered where no region knows of it, and would not be served.
+        for region in self.regions:
+            if not self.target_gone:
+                self.forget(region)
         return True
 
     def _release(self, *, close: bool) -> None:
@@ -377,29 +397,61 @@ class Pager:
         """
         if not region.modes & (Mode.MISSING | Mode.MINOR):
             return
-        epoch = -1
-        while epoch != self.space.epoch and not self.target_gone:
-            # Memory that moves meanwhile may move to where this pass has been already.
-            epoch = self.space.epoch
-            for where, _ in region.ranges:
-                for run in tuple(self.space.removed.gaps(where)):
-                    await self._poison_run(Walk(run, region.page_size))
-
-    async def _poison_run(self, walk: Walk) -> None:
-        dispatcher = self._dispatcher
+        # What is settled is kept by its place in the source: memory that moves meanwhile takes
+        # its marks along, and a target that moves it all the time must not hold up the close.
+        settled = PageSet()
+        epoch, todo = -1, list[tuple[Range, int]]()
         patience = self.patience()
-        settled = walk.at
-        while walk and not self.target_gone:
-            done = walk.step(dispatcher.poison, dispatcher.wake)
-            if done == -errno.EAGAIN:
-                await patience.wait()
-            elif done == -errno.ESRCH:
-                dispatcher.target_is_gone()
-            elif done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
-                raise dispatcher.refused("UFFDIO_POISON", done, walk.at, walk.end - walk.at)
-            elif walk.at - settled >= PIECE_BYTES:
-                settled = walk.at
+        while not self.target_gone:
+            if epoch != self.space.epoch:
+                epoch, todo = self.space.epoch, self._unsettled(region, settled)
+            if not todo:
+                return
+            budget = PIECE_BYTES
+            while todo and budget > 0:
+                where, offset = todo.pop()
+                done = self._poison_piece(where, region.page_size)
+                settled.add(Range(offset, done))
+                if done < where.length:
+                    todo.append((Range.between(where.start + done, where.end), offset + done))
+                if not done:
+                    break
+                budget -= done
+            if budget < PIECE_BYTES:
+                patience = self.patience()
                 await asyncio.sleep(0)
+            elif not self.target_gone:
+                await patience.wait()
+
+    def _unsettled(self, region: Region, settled: PageSet) -> list[tuple[Range, int]]:
+        """List a region's stretches of addresses, each with its offset, that are not settled."""
+        return [
+            (gap.moved(where.start - offset), gap.start)
+            for where, offset in region.ranges
+            for gap in settled.gaps(Range(offset, where.length))
+        ]
+
+    def _poison_piece(self, where: Range, page_size: int) -> int:
+        """Poison the beginning of a range, save what is there or removed.
+
+        Returns:
+            Bytes settled; 0 if the layout is changing or the target is gone.
+        """
+        dispatcher = self._dispatcher
+        piece = Range(where.start, min(where.length, max(PIECE_BYTES, page_size)))
+        # Asked right before the ioctls: what was removed a moment ago is to read zero.
+        for run in tuple(self.space.removed.gaps(piece)):
+            walk = Walk(run, page_size)
+            while walk:
+                done = walk.step(dispatcher.poison, dispatcher.wake)
+                if done == -errno.EAGAIN:
+                    return walk.at - piece.start
+                if done == -errno.ESRCH:
+                    dispatcher.target_is_gone()
+                    return 0
+                if done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
+                    raise dispatcher.refused("UFFDIO_POISON", done, walk.at, walk.end - walk.at)
+        return piece.length
 
     def check_serving(self) -> None:
         """Refuse work on a pager that no longer serves.
@@ -427,7 +479,7 @@ class Pager:
         """Serve a forked child: the same ranges and handlers, through its own userfaultfd."""
         mine = self._dispatcher
         child = Pager(
-            Userfaultfd.adopt(fd),
+            Userfaultfd(fd, mine.uffd.features),  # nothing is opened: descriptors may be short
             failure=mine.recovery.policy,
             deadline=mine.watchdog.deadline,
             warn_after=mine.watchdog.warn_after,
@@ -451,6 +503,10 @@ class Pager:
     def _retire_child(self) -> None:
         """A child's pager ends by itself with its target: only its parent knows of it."""
         if self._parent is not None and not self.closing:
+            for grandchild in self.children:  # they live on, and somebody must close them
+                grandchild._parent = self._parent
+                self._parent.children.append(grandchild)
+            self.children.clear()
             self._dispatcher.closing = self.on_close
             self._release(close=True)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import errno
 import mmap
+import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -70,7 +71,7 @@ class Userfaultfd:
     Sharing: the fills may be called from any thread; the rest belongs to one.
     """
 
-    __slots__ = ("_buffer", "_fd", "_has_reader", "_view", "features")
+    __slots__ = ("_buffer", "_fd", "_has_reader", "_opened_by", "_view", "features")
 
     def __init__(self, fd: OwnedFd, features: int) -> None:
         """Use ``open`` or ``adopt`` instead.
@@ -81,6 +82,7 @@ class Userfaultfd:
         """
         self._fd = fd
         self._has_reader = False
+        self._opened_by = 0  # whose memory it is, if known: a process id
         self._buffer = bytearray(_BATCH_BYTES)
         self._view = memoryview(self._buffer)
         self.features: Final = Feature(features)
@@ -116,7 +118,9 @@ class Userfaultfd:
         except BaseException:
             fd.close()
             raise
-        return cls(fd, enabled)
+        uffd = cls(fd, enabled)
+        uffd._opened_by = os.getpid()
+        return uffd
 
     @classmethod
     def adopt(cls, fd: OwnedFd | int) -> Self:
@@ -297,6 +301,17 @@ class Userfaultfd:
         if answer == -errno.EINVAL:
             answer = calls.copy(fd, _LOWEST, _UNREADABLE, mmap.PAGESIZE)
         return answer != -errno.ESRCH
+
+    def is_own_memory(self) -> bool:
+        """Say whether the memory is that of the calling process.
+
+        Kernel: UFFDIO_MOVE, since Linux 6.8, refuses other memory before anything else.  On
+        older kernels only a userfaultfd that was opened here, not adopted, is known.
+        """
+        if self._opened_by == os.getpid():
+            return True
+        done = calls.move(self.fileno(), _LOWEST, _LOWEST + mmap.PAGESIZE, mmap.PAGESIZE)
+        return done == -errno.ENOENT
 
     # --- fills -------------------------------------------------------------------------
 

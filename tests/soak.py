@@ -228,7 +228,6 @@ class Life:
     @contextlib.asynccontextmanager
     async def serve(self, **settings: Any) -> AsyncIterator[tuple[Pager, Region]]:
         """Start the process and serve it; at the end it must have gone, and gone well."""
-        mixture = self.mixture
         control_fd = os.memfd_create("control")
         try:
             os.ftruncate(control_fd, _CONTROL_BYTES)
@@ -338,9 +337,8 @@ class Life:
         struct.pack_into("<Q", self.control, 8 * _FIELDS.index(name), value)
 
     def totals(self) -> Totals:
-        names = ("checked", "forks", "moves", "removals", "sigbus")
         faults = sum(pager.counters.faults for pager in self.pagers)
-        return Totals(*(self.get(name) for name in names), faults)
+        return Totals(*[self.get(name) for name in Totals._fields[:-1]], faults)
 
     def _check_errors(self) -> None:
         if self.get("errors"):
@@ -398,8 +396,10 @@ class Life:
                 for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
                     task = Path(f"/proc/{pid}/task/{tid}")
                     state = (task / "stat").read_text().rpartition(")")[2].split()[0]
-                    lines.append(f"  process {pid} thread {tid}: {state} in "
-                                 f"{(task / 'wchan').read_text() or '-'}")
+                    lines.append(
+                        f"  process {pid} thread {tid}: {state} in "
+                        f"{(task / 'wchan').read_text() or '-'}"
+                    )
         doing = struct.unpack_from(f"<{2 * _THREADS}Q", self.control, _DOING)
         lines.append("  doing: " + " ".join(chr(letter) if letter else "-" for letter in doing))
         now = asyncio.get_running_loop().time()
@@ -445,5 +445,4 @@ async def live(mixture: Mixture, seed: int, end: str = "itself") -> Totals:
         elif end == "kill":
             life.popen.kill()
         await life.ends(pager)
-        totals = life.totals()
-    return totals
+        return life.totals()

@@ -83,8 +83,8 @@ static void wrong(const char *format, ...)
     vsnprintf(text, sizeof(text), format, rest);
     va_end(rest);
     if (__sync_fetch_and_add(&control->errors, 1) == 0)
-        snprintf(control->message, sizeof(control->message), "process %d thread %d: %s",
-                 (int)getpid(), self ? self->number : -1, text);
+        snprintf(control->message, sizeof(control->message), "process %d depth %d thread %d: %s",
+                 (int)getpid(), self ? self->depth : 0, self ? self->number : -1, text);
     dprintf(2, "soak_target %d: %s\n", (int)getpid(), text);
 }
 
@@ -238,13 +238,12 @@ static void kernel_writes(size_t page)
     memset(shadow_of(page), 0x5A, 4096);
 }
 
-/* A run of pages that lie side by side. */
-static size_t run_from(size_t page, size_t most)
+/* Pages move by blocks that are one mapping always: a move of several mappings may do a part. */
+#define BLOCK 8
+
+static size_t run_from(size_t page)
 {
-    size_t count = 1, limit = 1 + below(most);
-    while (count < limit && page + count < pages && self->away[page + count] == self->away[page])
-        count++;
-    return count;
+    return 1 + below(BLOCK - page % BLOCK);
 }
 
 static int in_shared_child(void) { return shared && self->depth; }
@@ -254,8 +253,9 @@ static int is_constant(size_t page) { return shared && page % 4 == 1; }
 
 static void remove_pages(size_t page)
 {
-    size_t count = is_constant(page) ? 0 : shared ? 1 : run_from(page, 8);
-    if (!count)
+    size_t count = shared ? 1 : run_from(page);
+    /* In shared memory the kernel keeps a poison mark through MADV_REMOVE. */
+    if (is_constant(page) || (shared && page % 64 == 63))
         return;
     if (madvise(address_of(page), count * page_size, shared ? MADV_REMOVE : MADV_DONTNEED))
         wrong("madvise of page %zu: %s", index_of(page), strerror(errno));
@@ -272,15 +272,15 @@ static void reserve_again(char *old, size_t length, int over)
 
 static void move_pages(size_t page, int leave)
 {
-    size_t count = run_from(page, 16);
+    const size_t count = BLOCK;
+    page = page / BLOCK * BLOCK;
     char *old = address_of(page), *new;
     int flags = MREMAP_MAYMOVE | MREMAP_FIXED | (leave ? MREMAP_DONTUNMAP : 0);
     self->away[page] ^= 1;
     new = address_of(page);
     self->away[page] ^= 1;
     if (mremap(old, count * page_size, count * page_size, flags, new) != new) {
-        if (errno != EFAULT || count == 1) /* EFAULT: they are several mappings */
-            wrong("mremap of %zu pages at %zu: %s", count, index_of(page), strerror(errno));
+        wrong("mremap of %zu pages at %zu: %s", count, index_of(page), strerror(errno));
         return;
     }
     for (size_t i = 0; i < count; i++)
@@ -297,7 +297,7 @@ static void move_pages(size_t page, int leave)
 
 static void protect_pages(size_t page)
 {
-    size_t count = run_from(page, 8);
+    size_t count = run_from(page);
     char *at = address_of(page);
     if (mprotect(at, count * page_size, PROT_READ))
         wrong("mprotect: %s", strerror(errno));

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 
 import pytest
 
 from aiouffd import Feature, Pager, Userfaultfd
-from tests.serving import from_image, image, serving
+from tests.serving import image, serving, unread, within
 from tests.targets import PAGE, until
 
 
@@ -78,15 +80,64 @@ async def test_grandchildren_are_served_and_closed_with_the_rest() -> None:
 
 async def test_a_child_that_is_forked_during_the_close_is_not_forgotten() -> None:
     """Its event is still read; its missing pages are poisoned and its descriptor is closed."""
-    async with serving(from_image, features=Feature.EVENT_FORK, pages=4096) as served:
+    async with serving(leave_out=2, features=Feature.EVENT_FORK | Feature.EVENT_UNMAP) as served:
+        target, pager = served.target, served.pager
+        assert await target.start_read(5) == 6
+        with unread(target) as read_on:
+            removal = target.start_munmap(0, 3, thread=0)
+            await target.in_event(0)
+            closing = asyncio.create_task(pager.aclose())
+            fork = target.start_fork(1)
+            await until(lambda: pager.children, "the child's pager")
+            assert not closing.done()
+            read_on()
+            assert await removal == 0
+            child = await fork
+            await child.ready
+            await within(closing)
+        assert not pager.children
+        for process in (child, target):
+            assert await process.start_words(target.at(4), PAGE, 3) == [None, 6, None]
+
+
+async def test_a_grandchild_outlives_its_parent() -> None:
+    """A child ends before its own child does: the first pager closes that one."""
+    async with serving(features=Feature.EVENT_FORK) as served:
+        child = await served.target.fork()
+        grandchild = await child.fork()
+        await until(lambda: served.pager.children, "the child's pager")
+        (middle,) = served.pager.children
+        await until(lambda: middle.children, "the grandchild's pager")
+        child.kill()
+        child.reap()
+        await until(lambda: middle.uffd.closed, "the child's pager ends by itself")
+        assert await grandchild.start_peek(served.target.at(5)) == 6
+        await served.pager.aclose()
+        assert await grandchild.start_words(served.target.at(5), PAGE, 2) == [6, None]
+
+
+async def test_a_fork_waits_for_a_descriptor_when_there_is_none() -> None:
+    """Its event stays queued; nothing spins, and with a free descriptor the child is served."""
+    async with serving(features=Feature.EVENT_FORK) as served:
         target = served.target
-        assert await target.start_read(0) == 1
-        fork = target.start_fork(0)
-        await target.in_event(0)
-        closing = asyncio.create_task(served.pager.aclose())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        holes = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)]
+        while holes[-1] < highest:
+            holes.append(os.dup(holes[-1]))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (holes[-1] + 1, hard))
+            fork = target.start_fork(0)
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            assert not fork.done
+            assert not served.pager.children
+            os.close(holes.pop())  # exactly one: nothing else may be opened for it
+            await until(lambda: served.pager.children, "the child's pager")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in holes:
+                os.close(fd)
         child = await fork
         await child.ready
-        await closing
-        assert not served.pager.children
-        assert await child.start_words(target.at(8), PAGE, 2) == [None, None]
-        assert await target.start_sweep(8, 2) == [None, None]
+        assert await child.start_read(5) == 6
