@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCALE = float(os.environ.get("AIOUFFD_TIME_SCALE", "1"))
 LIMIT = 10.0 * SCALE  # seconds for one case; a deadlock needs no fine measure
 
+#: Children measure no coverage: its tracer is just what some of them assert the absence of.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
+
 NewLoop = Callable[[], asyncio.AbstractEventLoop]
 Case = Callable[[NewLoop], None]
 
@@ -67,7 +70,12 @@ def _run(module: str, loop: str, names: Sequence[str], limit: float) -> dict[str
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
         ) as child,
     ):
         outcomes: dict[str, str] = {}
@@ -132,6 +140,7 @@ def run_script(text: str, *options: str, limit: float = LIMIT) -> subprocess.Com
     return subprocess.run(
         [sys.executable, *options, "-c", text],
         cwd=ROOT,
+        env=ENVIRONMENT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

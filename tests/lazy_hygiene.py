@@ -102,6 +102,37 @@ def _ctrl_c_in_an_inline_handler(new_loop: NewLoop) -> None:
         assert memory[0] == ord("z")
 
 
+def _nobody_who_waited_reads_a_placeholder(new_loop: NewLoop) -> None:
+    """A page comes while another thread's failed access still needs zeros in its place."""
+    asked: list[int] = []
+    read: list[object] = []
+
+    async def steps(fault: PageFault) -> bytes:
+        asked.append(fault.offset)
+        placeholders = memory._serving.faults._placeholders
+        if asked == [0]:
+            await until(lambda: memory.counters.joined == 1)
+            os.kill(os.getpid(), signal.SIGINT)
+            await until(lambda: bool(placeholders))
+        elif fault.offset == PAGE:  # the interrupted access has gone on to here
+            await until(lambda: any(one.waiters for one in list(placeholders.values())))
+        return CONTENT[fault.offset : fault.offset + fault.length]
+
+    def read_too() -> None:
+        while not asked:
+            time.sleep(0.001)
+        read.append(memory[5])
+
+    with served_elsewhere(new_loop, steps) as (memory, _):
+        other = threading.Thread(target=read_too)
+        other.start()
+        with pytest.raises(KeyboardInterrupt):
+            bytes(memory.view[: 2 * PAGE])
+        other.join()
+        assert read == [CONTENT[5]]
+        assert asked == [0, PAGE, 0]
+
+
 def _signal_handler_touches_another_page(new_loop: NewLoop) -> None:
     seen: list[int | bytes] = []
 
@@ -610,6 +641,7 @@ CASES.update(
     {
         "Ctrl-C": _ctrl_c,
         "Ctrl-C in an inline handler": _ctrl_c_in_an_inline_handler,
+        "nobody who waited reads a placeholder": _nobody_who_waited_reads_a_placeholder,
         "signal handler touches another page": _signal_handler_touches_another_page,
         "signal handler touches the same page": _signal_handler_touches_the_same_page,
         "eviction stress": _eviction_stress,

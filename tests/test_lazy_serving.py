@@ -8,7 +8,7 @@ import gc
 import pytest
 
 from aiouffd import sigbus
-from aiouffd.errors import ClosedError, FaultError, HandlerError, SourceError
+from aiouffd.errors import ClosedError, FaultError, HandlerError, SourceError, StuckPage
 from aiouffd.events import PageFault
 from aiouffd.lazy_memory import Holes, LazyMemory
 from aiouffd.resolutions import Answer, Copy, Move, Poison, Unprotect, Wake, Zero
@@ -347,3 +347,15 @@ async def test_two_memories_are_apart() -> None:
         starts = [target.start for target in sigbus.targets()]
         assert starts == sorted(starts)
         assert len(starts) == 3
+
+
+async def test_a_page_that_faults_for_ever_is_noticed() -> None:
+    """The same thread on the same page, which is there: that cannot go on for ever."""
+    async with LazyMemory(SIZE, fill) as memory:
+        await memory.ensure(0, 2 * PAGE)
+        faults = memory._serving.faults
+        results = [faults.fault(faults.start, False) for _ in range(20_001)]
+        assert results[:-1] == [None] * 20_000
+        assert isinstance(results[-1], StuckPage)
+        assert faults.fault(faults.start + PAGE, False) is None
+        assert not faults.flights

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from aiouffd import sigbus
-from tests.lazy_harness import SCALE, run_script
+from tests.lazy_harness import ENVIRONMENT, ROOT, SCALE, run_script
 
 PRELUDE = """
 import asyncio, ctypes, mmap, os, signal, sys, tempfile, threading
@@ -223,6 +223,8 @@ def _depths(handler: str) -> dict[int, str]:
     children = {
         distance: subprocess.Popen(
             [sys.executable, "-c", _DEPTHS, str(distance), handler],
+            cwd=ROOT,
+            env=ENVIRONMENT,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
