@@ -276,6 +276,17 @@ class Dispatcher:
         if task is not None:
             self.await_handler(self._board(fault, region, started_ns), task)
             return
+        if self._copy_page(fault, answer):  # the shortest way: no flight, no match
+            self._ended(fault, "copy", started_ns)
+        else:
+            self._carry_out(self._board(fault, region, started_ns), answer)
+
+    def _copy_page(self, fault: PageFault, answer: Answer) -> bool:
+        """Carry out the commonest of answers: one page, as bytes.
+
+        Returns:
+            Whether it was that, and the kernel took it.
+        """
         data: Buffer | None = None
         mode = 0
         if type(answer) is Copy and answer.address is None:
@@ -284,7 +295,7 @@ class Dispatcher:
         elif type(answer) is bytes:
             data = answer
         page, size = fault.address, fault.length
-        if (  # the shortest way: one page of bytes, no flight, no match
+        if (
             type(data) is bytes
             and len(data) == size
             and calls.copy(self.fd, page, buffers.bytes_address(data), size, mode) == size
@@ -292,9 +303,8 @@ class Dispatcher:
             self.counters.copied_bytes += size
             if self.resolver.again:
                 self.resolver.again.pop(page, None)
-            self._ended(fault, "copy", started_ns)
-            return
-        self._answered(self._board(fault, region, started_ns), answer)
+            return True
+        return False
 
     # --- handlers that wait ------------------------------------------------------------
 
@@ -345,6 +355,12 @@ class Dispatcher:
                 self._answered(flight, answer)
 
     def _answered(self, flight: Flight, answer: Answer) -> None:
+        if self._copy_page(flight.fault, answer):
+            self.end(flight, "copy")
+        else:
+            self._carry_out(flight, answer)
+
+    def _carry_out(self, flight: Flight, answer: Answer) -> None:
         try:
             resolution = resolution_of(answer, flight.fault)
         except HandlerError as error:
