@@ -161,6 +161,7 @@ class Dispatcher:
         """An error where none may be: stop reading and fail."""
         log.critical("the reader of %r failed", self.uffd, exc_info=error)
         self.stop()
+        self.parking.clear()  # or its timer comes again
         self.fail(error)
 
     def target_is_gone(self) -> None:
@@ -407,8 +408,12 @@ class Dispatcher:
 
     # --- parked and lost faults --------------------------------------------------------
 
-    def retry_parked(self, flight: Flight) -> bool:
+    def retry_parked(self, flight: Flight, tries: int = 1) -> bool:
         """Try a parked fault again, classified anew.
+
+        Args:
+            flight: Parked.
+            tries: How often in a row, as long as the kernel says EAGAIN.
 
         Returns:
             Whether it is worth trying others: an EAGAIN holds up the whole userfaultfd.
@@ -420,7 +425,7 @@ class Dispatcher:
         removed = fault.missing and not flight.final and fault.address in self.space.removed
         if resolution is None or removed:
             resolution = Zero()
-        self.resolver.carry_out(flight, resolution)
+        self.resolver.carry_out(flight, resolution, tries)
         return flight.stage is not Stage.PARKED
 
     def _lost(self, flags: int, address: int, thread_id: int) -> None:

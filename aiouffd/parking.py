@@ -10,22 +10,31 @@ Laws of this file:
 * One timer for all, slower each time nothing moved; when the first must wait again, so must
   the others.
 * Before each round the reader runs: what holds us up may be an unread event.
+* A target that changes its memory without pause must not starve its other threads.  The
+  kernel lets fills through only in the moment between the read of one event and the next
+  change, a few microseconds later: so while events come a round is a burst, and each read
+  is followed by tries at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from .errors import LayoutChanging
+from .errors import HandlerError, LayoutChanging
 from .flight import Flight, Stage
+from .performer import span_of
 
 if TYPE_CHECKING:
     from .dispatcher import Dispatcher
 
 _FIRST: Final = 0.0005  # seconds until the first retry, doubling ...
 _MAX: Final = 0.02  # ... up to this
+_BURST: Final = 16  # reads in a round while events keep coming, each followed by ...
+_TRIES: Final = 20  # ... so many tries: its thread wakes up meanwhile, runs, and changes again
+_QUIET: Final = 2  # reads in a row without an event that end a burst
 
 
 class Parking:
@@ -57,23 +66,58 @@ class Parking:
 
     def _retry(self) -> None:
         dispatcher = self._dispatcher
-        dispatcher.reader.read_all()
+        counters = dispatcher.counters
         before = len(self._flights)
-        try:
-            for flight in tuple(self._flights):
-                if flight not in self._flights:
-                    continue  # the end of another took it along
-                if not dispatcher.retry_parked(flight):
-                    break
-        except Exception as error:
-            dispatcher.crash(error)
+        dispatcher.reader.read_all()
+        if not self._try_all():
             return
+        quiet = 0
+        for _ in range(_BURST):
+            events = counters.events
+            if quiet == _QUIET or not self._try_first():
+                break
+            quiet = 0 if counters.events != events else quiet + 1
         if not self._flights:
             self._delay = _FIRST
             return
         if len(self._flights) >= before:
             self._delay = min(self._delay * 2, _MAX)
         dispatcher.timers.set("park", self._delay, self._retry)
+
+    def _try_all(self) -> bool:
+        """Try each parked fault, until one must wait again.
+
+        Returns:
+            Whether the pager lives.
+        """
+        try:
+            for flight in tuple(self._flights):
+                if flight not in self._flights:
+                    continue  # the end of another took it along
+                if not self._dispatcher.retry_parked(flight):
+                    break
+        except Exception as error:
+            self._dispatcher.crash(error)
+            return False
+        return True
+
+    def _try_first(self) -> bool:
+        """Read a batch, and try the oldest fault in the moment that this opens.
+
+        Returns:
+            Whether there was one.
+        """
+        dispatcher = self._dispatcher
+        for flight in self._flights:
+            if flight.stage is Stage.PARKED and flight.resolution is not None:
+                try:
+                    where = span_of(flight.resolution, flight.fault)
+                except HandlerError:  # carrying it out will say so
+                    return False
+                retry = partial(dispatcher.retry_parked, flight, _TRIES)
+                dispatcher.reader.read_and_try(where, retry)
+                return not dispatcher.target_gone
+        return False
 
 
 class Patience:

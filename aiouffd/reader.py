@@ -32,6 +32,7 @@ from .events import (
 )
 from .fds import OwnedFd
 from .kernel import abi, calls
+from .ranges import Range
 
 if TYPE_CHECKING:
     from .dispatcher import Dispatcher
@@ -42,8 +43,12 @@ _BATCH: Final = 64  # messages per read
 _ROUNDS: Final = 64  # reads per wake-up: other work of the loop must run too
 _FD_SHORTAGE_PAUSE: Final = 0.05  # seconds without reading while no descriptor is to be had
 
+_OF_RANGES: Final = frozenset((abi.UFFD_EVENT_REMOVE, abi.UFFD_EVENT_UNMAP))
+_OF_NO_RANGE: Final = frozenset((PAGEFAULT, abi.UFFD_EVENT_FORK))
+
 _unpack_fault: Final = abi.UFFD_MSG_PAGEFAULT.unpack_from
 _each_fault: Final = abi.UFFD_MSG_PAGEFAULT.iter_unpack
+_unpack_range = abi.UFFD_MSG_RANGE.unpack_from
 
 
 class Reader:
@@ -63,10 +68,12 @@ class Reader:
         self._on_child = on_child
         self._buffer = bytearray(_BATCH * MESSAGE_SIZE)
         self._view = memoryview(self._buffer)
+        self._pausing = False
         self._read = calls.reader(dispatcher.fd, self._buffer)
 
     def start(self) -> None:
         """Begin to read whenever there is something."""
+        self._pausing = False
         dispatcher = self._dispatcher
         dispatcher.loop.add_reader(dispatcher.fd, self.read_all)
 
@@ -77,8 +84,43 @@ class Reader:
 
     def read_all(self) -> None:
         """Read until nothing is pending, apply events, serve faults; never raises."""
+        self._guarded(self._drain)
+
+    def read_and_try(self, where: Range, fill: Callable[[], object]) -> None:
+        """Read one batch, call ``fill`` at once, and only then apply and serve the batch.
+
+        The thread whose event was read runs for a few microseconds until it may change the
+        layout again, and only then are fills let through: applying the batch takes longer.
+        The order does not matter where the batch has nothing to do with ``where``; if it
+        has, ``fill`` is left out.
+        """
+
+        def read_fill_apply() -> None:
+            count = self._read() or 0
+            if not self._concerns(count, where):
+                fill()
+            if count and not self._dispatcher.target_gone:
+                self._batch(count)
+
+        self._guarded(read_fill_apply)
+
+    def _concerns(self, count: int, where: Range) -> bool:
+        """Whether an event of the batch is about a range."""
+        for at in range(0, count, MESSAGE_SIZE):
+            number = self._buffer[at]
+            if number in _OF_RANGES:
+                _, start, end = _unpack_range(self._buffer, at)
+                if start < where.end and where.start < end:
+                    return True
+            elif number not in _OF_NO_RANGE:
+                return True
+        return False
+
+    def _guarded(self, read: Callable[[], None]) -> None:
+        if self._pausing:
+            return
         try:
-            self._drain()
+            read()
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 self._dispatcher.crash(error)
@@ -87,6 +129,7 @@ class Reader:
             # so that going on to listen would spin.
             log.exception("a fork event waits for a file descriptor")
             self.stop()
+            self._pausing = True
             self._dispatcher.timers.set("fds", _FD_SHORTAGE_PAUSE, self.start)
         except Exception as error:
             self._dispatcher.crash(error)
@@ -109,19 +152,21 @@ class Reader:
 
     def _batch(self, count: int) -> None:
         faults: list[tuple[int, int, int]] = []
-        for _ in range(_ROUNDS):
-            messages = self._view[:count]
-            for n, (kind, flags, address, thread_id) in enumerate(_each_fault(messages)):
-                if kind == PAGEFAULT:
-                    faults.append((flags, address, thread_id))
-                    continue
-                for event in decode(messages[n * MESSAGE_SIZE : (n + 1) * MESSAGE_SIZE]):
-                    if not isinstance(event, RawFault):
-                        self._apply(event)
-            if count < len(self._buffer):
-                break
-            count = self._read() or 0
-        self._dispatcher.serve(faults)
+        try:
+            for _ in range(_ROUNDS):
+                messages = self._view[:count]
+                for n, (kind, flags, address, thread_id) in enumerate(_each_fault(messages)):
+                    if kind == PAGEFAULT:
+                        faults.append((flags, address, thread_id))
+                        continue
+                    for event in decode(messages[n * MESSAGE_SIZE : (n + 1) * MESSAGE_SIZE]):
+                        if not isinstance(event, RawFault):
+                            self._apply(event)
+                if count < len(self._buffer):
+                    break
+                count = self._read() or 0
+        finally:  # a later read may fail for want of a descriptor: these are read already
+            self._dispatcher.serve(faults)
 
     def _apply(self, event: Event) -> None:
         """Bring the books up to date, and what was in flight with them."""

@@ -46,8 +46,14 @@ class Resolver:
         self._dispatcher = dispatcher
         self.again: dict[int, int] = {}
 
-    def carry_out(self, flight: Flight, resolution: Resolution) -> None:
-        """Perform a resolution on the faulting page; then what else it covers."""
+    def carry_out(self, flight: Flight, resolution: Resolution, tries: int = 1) -> None:
+        """Perform a resolution on the faulting page; then what else it covers.
+
+        Args:
+            flight: In flight.
+            resolution: That suits it.
+            tries: How often in a row, as long as the kernel says EAGAIN.
+        """
         fault = flight.fault
         page, size = fault.address, fault.length
         flight.resolution = resolution
@@ -56,7 +62,11 @@ class Resolver:
         except HandlerError as error:  # its buffer was released while it was parked
             self._dispatcher.recovery.give_up(flight, error)
             return
-        done = perform(self._dispatcher.fd, resolution, whole.start, page, size, size)
+        fd, start = self._dispatcher.fd, whole.start
+        done = perform(fd, resolution, start, page, size, size)
+        while done == -errno.EAGAIN and tries > 1:
+            tries -= 1
+            done = perform(fd, resolution, start, page, size, size)
         if done != size:
             self._refused(flight, resolution, done)
             return

@@ -32,7 +32,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define MAX_THREADS 64
+#define MAX_THREADS 96
 #define COMMAND_BYTES 512
 #define ANSWER_BYTES (128 * 1024)
 #define MAX_SHADOW 65536

@@ -91,6 +91,24 @@ async def test_a_deadline_counts_time_and_ends_all_that_is_parked() -> None:
             assert await removal == 0
 
 
+async def test_a_target_that_changes_without_pause_starves_nobody(seed: int) -> None:
+    """While one thread frees pages in a tight loop another's faults still end in their bytes."""
+    print(f"seed {seed}")
+    async with serving(features=REMOVE, pages=64, warn_after=None) as served:
+        target = served.target
+        target.pages = 32  # what is freed; the other half is what is read
+        churn = target.start_churn(MADV_DONTNEED, seed, 3)
+        worst = 0.0
+        for page in range(32, 52):
+            began = time.monotonic()
+            assert await target.start_read(page).within(3 * DEADLINE) == page + 1
+            worst = max(worst, time.monotonic() - began)
+        await target.stop(2)
+        assert await churn > 0
+        assert served.pager.counters.failures == 0
+    print(f"the longest took {worst * 1000:.1f} ms")
+
+
 # --- 9: a copy undone ------------------------------------------------------------------
 
 
