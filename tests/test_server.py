@@ -620,8 +620,13 @@ async def test_only_allowed_users_are_served(serving: Serving) -> None:
     assert serving.refusals() == ["uid 0 may not connect; allowed: 12345"]
 
 
-async def test_a_shortage_of_descriptors_delays_and_kills_nobody(serving: Serving) -> None:
-    """While descriptors are short new peers wait in the queue; the living are served."""
+async def test_a_shortage_of_descriptors_delays_and_kills_nobody(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While descriptors are short new peers wait in the queue; the living are served.
+
+    The loop does not spin on the listener meanwhile.
+    """
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -638,6 +643,10 @@ async def test_a_shortage_of_descriptors_delays_and_kills_nobody(serving: Servin
                 waiting.connect(os.fspath(serving.path))
                 assert await guest.read(7 * PAGE) == image(SIZE)[7 * PAGE : 7 * PAGE + 1]
                 assert server.refused == 0
+                caplog.clear()
+                await eventually(lambda: "new peers wait" in "".join(caplog.messages), "a try")
+                await asyncio.sleep(0.25)
+                assert len(caplog.messages) < 10
             finally:
                 for fd in taken:
                     fd.close()

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.fds import OwnedFd
-from aiouffd.sources import Source
+from aiouffd.sources import Source, file
 from aiouffd.sources.file import FileSource
 from tests.sources.conformance import PAGE, SourceContract, as_bytes, image
 
@@ -287,19 +288,40 @@ async def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     assert missing.value.errno == errno.ENOENT
 
 
-async def test_closing_waits_for_the_threads_that_read(path: Path) -> None:
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Hold reads in threads up until the event is set; then they read as ever."""
+    gate = threading.Event()
+    read_all = file._read_all
+
+    def wait_and_read(fd: int, offset: int, length: int) -> file._Read:
+        assert gate.wait(30)
+        return read_all(fd, offset, length)
+
+    monkeypatch.setattr(file, "_read_all", wait_and_read)
+    yield gate
+    gate.set()
+
+
+async def test_closing_waits_for_the_threads_that_read(path: Path, gate: threading.Event) -> None:
     """The descriptor's number is not reused while a thread still reads from it."""
     source = _NeverAtHand(path)
     reads = [asyncio.ensure_future(source.read(0, 8 * PAGE)) for _ in range(8)]
     await asyncio.sleep(0)
-    await source.aclose()
-    for data in await asyncio.gather(*reads):
-        assert as_bytes(data) == path.read_bytes()
+    closing = asyncio.ensure_future(source.aclose())
+    await asyncio.sleep(0)
+    assert not source._fd.closed
+    assert not closing.done()
     with pytest.raises(ClosedError):
         source.read_nowait(0, 1)
+    gate.set()
+    await closing
+    assert source._fd.closed
+    for data in await asyncio.gather(*reads):
+        assert as_bytes(data) == path.read_bytes()
 
 
-async def test_closing_midway_through_a_cancelled_close_leaks_nothing(path: Path) -> None:
+async def test_a_cancelled_close_leaks_nothing(path: Path, gate: threading.Event) -> None:
     """A close that is cancelled leaves the closing to the last reading thread."""
     source = _NeverAtHand(path)
     reads = [asyncio.ensure_future(source.read(0, 8 * PAGE)) for _ in range(8)]
@@ -307,8 +329,28 @@ async def test_closing_midway_through_a_cancelled_close_leaks_nothing(path: Path
     closing = asyncio.ensure_future(source.aclose())
     await asyncio.sleep(0)
     closing.cancel()
-    await asyncio.gather(*reads)
-    with contextlib.suppress(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError):
         await closing
+    assert not source._fd.closed
+    gate.set()
+    await asyncio.gather(*reads)
     await source.aclose()
+    assert source._fd.closed
+
+
+async def test_a_cancelled_read_is_waited_for_by_the_close(
+    path: Path, gate: threading.Event
+) -> None:
+    """Nobody wants its bytes any more, but its thread still has the descriptor."""
+    source = _NeverAtHand(path)
+    read = asyncio.ensure_future(source.read(0, PAGE))
+    await asyncio.sleep(0)
+    read.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await read
+    closing = asyncio.ensure_future(source.aclose())
+    await asyncio.sleep(0)
+    assert not source._fd.closed
+    gate.set()
+    await closing
     assert source._fd.closed
