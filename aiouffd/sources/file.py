@@ -182,8 +182,7 @@ class FileSource:
         reads = [asyncio.wrap_future(read) for read in self._reads.copy()]
         if reads:
             await asyncio.wait(reads)
-        if not self._reads:
-            self._fd.close()
+        self._fd.close()
 
     def _end_read(self, read: Future[_Read]) -> None:
         # In the reading thread.  The number of a closed descriptor is reused at once, and a
