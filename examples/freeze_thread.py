@@ -32,7 +32,7 @@ async def race(price: mmap.mmap, connection: socket.socket, pid: int) -> None:
     """Freeze the till, raise the price, let it go."""
     frozen, go_on = asyncio.Event(), asyncio.Event()
 
-    async def freeze(fault: aiouffd.PageFault) -> aiouffd.Resolution:
+    async def freeze(_fault: aiouffd.PageFault) -> aiouffd.Resolution:
         frozen.set()
         await go_on.wait()
         return aiouffd.Zero()

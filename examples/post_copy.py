@@ -2,8 +2,7 @@
 
     python examples/post_copy.py
 
-The destination runs at once on memory that has not come yet: what it touches is fetched from
-the source, the rest follows, then the two part.
+The destination runs at once: what it touches is fetched, the rest follows, the two part.
 """
 
 import asyncio
@@ -33,6 +32,7 @@ def destination(connection: socket.socket) -> None:
 
 async def source(state: bytes, connection: socket.socket) -> None:
     """Answer what is touched, push the rest, let go."""
+    print("the source:", hashlib.sha256(state).hexdigest()[:16], flush=True)
     touched = asyncio.Event()
 
     async def pull(fault: aiouffd.PageFault) -> bytes:
@@ -47,15 +47,13 @@ async def source(state: bytes, connection: socket.socket) -> None:
         await touched.wait()
         pushed = await region.fill(0, state)
         print(f"pulled {pager.counters.copied_bytes}, pushed {pushed} bytes", flush=True)
-    connection.send(b"!")  # nothing is missing: closing has poisoned no page
+    connection.send(b"!")  # nothing was missing: closing has poisoned no page
 
 
 ours, theirs = socket.socketpair()
 with ours, theirs:
     if pid := os.fork():
-        state = os.urandom(LENGTH - 8) + b"the end."
-        print("the source:", hashlib.sha256(state).hexdigest()[:16], flush=True)
-        asyncio.run(source(state, ours))
+        asyncio.run(source(os.urandom(LENGTH - 8) + b"the end.", ours))
         os.waitpid(pid, 0)
     else:
         destination(theirs)
