@@ -16,6 +16,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import mmap
@@ -49,6 +50,17 @@ _THERE: Final = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
 _kept_in_child: list[memoryview] = []
 
 
+#: Closed while somebody had a view: their descriptors go with the last view.
+_left_to_views: set[LazyMapping] = set()
+
+
+@atexit.register
+def _leave_fds_open() -> None:
+    # Threads may touch the memory to the very end: closing would give them zeros.
+    for mapping in list(_left_to_views):
+        mapping.leave_fds_open()
+
+
 class LazyMapping:
     """Anonymous memory, registered and empty.
 
@@ -57,6 +69,8 @@ class LazyMapping:
         end: One past its last; whole pages of ``page_size``.
         length: What was asked for, in bytes.
         page_size: What one fault brings, in bytes.
+        wake: An eventfd by which a faulting thread wakes the loop; here because it has to live
+            as long as a thread can fault.
         shared: Whether it is shared memory (MAP_SHARED).
         write_protect: Whether filled pages start write-protected.
         maybe_filled: One byte per page of ``page_size``: 0 if nobody has filled anything in it
@@ -97,6 +111,8 @@ class LazyMapping:
         with contextlib.ExitStack() as undo:
             uffd = undo.enter_context(Userfaultfd.open(features, user_mode_only=True))
             pages = undo.enter_context(OwnedFd(pagemap.open_pagemap()))
+            flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+            wake = undo.enter_context(OwnedFd(os.eventfd(0, flags)))
             memory = mmap.mmap(
                 -1,
                 self._size,
@@ -113,6 +129,7 @@ class LazyMapping:
             undo.pop_all()
         self._uffd = uffd
         self._pagemap = pages
+        self.wake = wake
         self.fd = uffd.fileno()
         self.pagemap_fd = pages.fileno()
         self._scan_works = True
@@ -366,13 +383,29 @@ class LazyMapping:
         memory, self._memory, self._view = self._memory, None, None
         if memory is None:
             then()
-        else:
-            weakref.finalize(memory, then).atexit = False
+            return
+        _left_to_views.add(self)
+        weakref.finalize(memory, self._gone, then).atexit = False
+
+    def _gone(self, then: Callable[[], object]) -> None:
+        _left_to_views.discard(self)
+        then()
 
     def close_fds(self) -> None:
-        """Close the userfaultfd and the pagemap.  Holes read as zeros from here on."""
+        """Close the userfaultfd, the pagemap and ``wake``.  Holes read as zeros from here on.
+
+        Nobody may be in the middle of a fault: he would use the numbers after they are given
+        to somebody else.
+        """
         self._uffd.close()
         self._pagemap.close()
+        self.wake.close()
+
+    def leave_fds_open(self) -> None:
+        """Have the descriptors live as long as the process, which is about to end."""
+        self._uffd.detach().detach()
+        self._pagemap.detach()
+        self.wake.detach()
 
     def forked(self) -> None:
         """Give up in a forked child, where the memory does not exist."""

@@ -41,7 +41,7 @@ class Holes(enum.Enum):
 
     REFUSE = "refuse"  #: do not close: BufferError
     RAISE = "raise"  #: touching one raises ClosedError, for as long as a view exists
-    POISON = "poison"  #: touching one kills the process by SIGBUS; nothing of us is left (6.6)
+    POISON = "poison"  #: touching one kills the process by SIGBUS, which is anyone's again (6.6)
     FILL = "fill"  #: none is left: everything is brought first
 
 
@@ -387,11 +387,9 @@ class LazyMemory:
             sigbus.remove(faults)
             mapping.close_fds()
 
-        if unmapped or holes is not Holes.RAISE:
-            mapping.let_go(lambda: None)
-            release()
-        else:
-            mapping.let_go(release)
+        if holes is not Holes.RAISE:
+            sigbus.remove(faults)
+        mapping.let_go(release)
 
     def __del__(self) -> None:
         serving = getattr(self, "_serving_or_none", None)

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, runtime_check
 from . import eager
 from .errors import ClosedError, StuckPage
 from .events import WP, WRITE, PageFault
-from .fds import OwnedFd
 from .lazy_faults import Faults, Flight
 from .lazy_mapping import LazyMapping, as_bytes
 from .ranges import align_down, align_up
@@ -139,21 +138,20 @@ class Serving:
         self.tasks: Final[set[asyncio.Task[None]]] = set()
         self._asking: Final = asking
         self._name: Final = name
-        self._wake: Final = OwnedFd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self.faults: Final = Faults(
             mapping,
             loop,
             deadline=deadline,
             inline=asking.inline,
             inline_may_pass=asking.source is not None,
-            wake_fd=self._wake.fileno(),
+            wake_fd=mapping.wake.fileno(),
             name=name,
         )
 
     async def attach(self) -> None:
         """Begin to serve."""
         self.faults.loop_thread = threading.get_ident()
-        self.loop.add_reader(self._wake.fileno(), self._on_wake)
+        self.loop.add_reader(self.mapping.wake.fileno(), self._on_wake)
 
     def close(self) -> None:
         """Fail whoever waits or touches a hole from now on, and cancel the handlers.
@@ -163,18 +161,16 @@ class Serving:
         faults = self.faults
         faults.closed = True
         if not self.loop.is_closed():
-            self.loop.remove_reader(self._wake.fileno())
+            self.loop.remove_reader(self.mapping.wake.fileno())
             for task in self.tasks:
                 task.cancel()
         closed = faults.answers.blame(ClosedError(f"{self._name} was closed"), faults.start)
         for flight in list(faults.flights.values()):
             faults.finish(flight, closed)
-        faults.wake_fd = -1
-        self._wake.close()
 
     def _on_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._wake.fileno())
+            os.eventfd_read(self.mapping.wake.fileno())
         self.serve_queue()
 
     def serve_queue(self) -> None:
@@ -194,6 +190,7 @@ class Serving:
         try:
             promise = flight.promise
             answer = await (self._asking.later(fault) if promise is None else promise)
+            self._check_open()
             faults.answers.perform(fault, answer)
         except Exception as error:
             faults.finish(flight, faults.answers.blame(error, flight.start))
@@ -205,6 +202,11 @@ class Serving:
             raise
         else:
             faults.finish(flight)
+
+    def _check_open(self) -> None:
+        # After an await: the descriptors may be closed, and their numbers somebody else's.
+        if self.faults.closed:
+            raise ClosedError(f"{self._name} was closed")
 
     # --- whole ranges -------------------------------------------------------------------
 
@@ -221,6 +223,7 @@ class Serving:
         """
         start, end = align_down(start), align_up(end)
         for _ in range(_PASSES):
+            self._check_open()
             clean = True
             for hole in self.mapping.holes(start, end):
                 clean = False
@@ -228,6 +231,7 @@ class Serving:
                     await self._bring_from_source(self._asking.source, *hole)
                 else:
                     await self._bring_from_handler(*hole, 0)
+                self._check_open()
             if write and self.mapping.write_protect:
                 for run in list(self.mapping.protected(start, end)):
                     clean = False
@@ -285,6 +289,7 @@ class Serving:
                     self.faults.finish(flight)
             await self._landed(others)
             await asyncio.sleep(0)
+            self._check_open()
 
     async def _read_run(self, source: PageSource, run: list[Flight]) -> None:
         faults, first = self.faults, run[0].start
@@ -295,6 +300,7 @@ class Serving:
             data = source.read_nowait(offset, length)
             if data is None:
                 data = await source.read(offset, length)
+            self._check_open()
             content = as_bytes(data)
             if len(content) != length:
                 raise ValueError(f"{len(content)} bytes came of {length} at {offset}")
