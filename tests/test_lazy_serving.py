@@ -359,3 +359,39 @@ async def test_a_page_that_faults_for_ever_is_noticed() -> None:
         assert isinstance(results[-1], StuckPage)
         assert faults.fault(faults.start + PAGE, False) is None
         assert not faults.flights
+
+
+async def test_an_ensure_that_is_under_way_ends_when_the_memory_is_closed() -> None:
+    """Whatever the handler or the source then answers is filled nowhere."""
+    gate = asyncio.Event()
+
+    async def stubborn(fault: PageFault) -> bytes:
+        try:
+            await gate.wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)  # a handler that does not want to be cancelled
+        return await fill(fault)
+
+    class Slow(Store):
+        async def read(self, offset: int, length: int) -> bytes:
+            await gate.wait()
+            return await super().read(offset, length)
+
+    for handler in (stubborn, Slow()):
+        gate.clear()
+        memory = await LazyMemory(SIZE, handler).open()
+        view = memory.view
+        bringing = asyncio.ensure_future(memory.ensure())
+        while not memory._serving.faults.flights:
+            await asyncio.sleep(0)
+        await memory.aclose(Holes.RAISE)
+        gate.set()
+        with pytest.raises((ClosedError, SourceError)):
+            await bringing
+        del bringing
+        with pytest.raises(ClosedError):
+            view[0]
+        await asyncio.sleep(0)  # this step of the loop still holds the task that woke us
+        view.release()
+        gc.collect()
+        assert not sigbus.targets()
