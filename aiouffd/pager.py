@@ -29,7 +29,7 @@ from .errors import ClosedError, ResolutionRefused, TargetGone
 from .failure import Action, FailurePolicy
 from .fds import OwnedFd
 from .flight import Flight
-from .kernel import calls
+from .kernel import abi, calls
 from .metrics import Counters, Observer
 from .parking import Patience
 from .performer import PIECE_BYTES, Walk
@@ -400,6 +400,7 @@ class Pager:
         # What is settled is kept by its place in the source: memory that moves meanwhile takes
         # its marks along, and a target that moves it all the time must not hold up the close.
         settled = PageSet()
+        protected = bool(region.modes & Mode.WP)
         epoch, todo = -1, list[tuple[Range, int]]()
         patience = self.patience()
         while not self.target_gone:
@@ -410,7 +411,7 @@ class Pager:
             budget = PIECE_BYTES
             while todo and budget > 0:
                 where, offset = todo.pop()
-                done = self._poison_piece(where, region.page_size)
+                done = self._poison_piece(where, region.page_size, protected=protected)
                 settled.add(Range(offset, done))
                 if done < where.length:
                     todo.append((Range.between(where.start + done, where.end), offset + done))
@@ -431,7 +432,7 @@ class Pager:
             for gap in settled.gaps(Range(offset, where.length))
         ]
 
-    def _poison_piece(self, where: Range, page_size: int) -> int:
+    def _poison_piece(self, where: Range, page_size: int, *, protected: bool) -> int:
         """Poison the beginning of a range, save what is there or removed.
 
         Returns:
@@ -441,6 +442,11 @@ class Pager:
         piece = Range(where.start, min(where.length, max(PIECE_BYTES, page_size)))
         # Asked right before the ioctls: what was removed a moment ago is to read zero.
         for run in tuple(self.space.removed.gaps(piece)):
+            if protected:
+                # Where nothing is there protection leaves a mark, which POISON stops at.
+                mode = abi.UFFDIO_WRITEPROTECT_MODE_DONTWAKE
+                if calls.writeprotect(dispatcher.fd, run.start, run.length, mode) == -errno.EAGAIN:
+                    return run.start - piece.start
             walk = Walk(run, page_size)
             while walk:
                 done = walk.step(dispatcher.poison, dispatcher.wake)

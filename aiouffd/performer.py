@@ -170,7 +170,14 @@ def perform(
                 return calls.copy(fd, start, pinned.address + start - base, length, mode)
         case Zero():
             if page_size == PAGE_SIZE:
-                return calls.zeropage(fd, start, length)
+                done = calls.zeropage(fd, start, length)
+                if done != -errno.EEXIST or length > page_size:
+                    return done
+                # Write protection leaves a mark on a page that is not there, and ZEROPAGE
+                # takes it for the page; COPY does not, and keeps it if asked to.
+                mode, zeros = abi.UFFDIO_COPY_MODE_WP, buffers.zeros_address(page_size)
+                copied = calls.copy(fd, start, zeros, length, mode)
+                return done if copied == -errno.EINVAL else copied
             # hugetlb memory has no ZEROPAGE
             length = min(length, max(buffers.ZEROS_BYTES, page_size))
             return calls.copy(fd, start, buffers.zeros_address(page_size), length)
@@ -183,7 +190,13 @@ def perform(
         case Unprotect():
             return calls.writeprotect(fd, start, length, 0)
         case Poison():
-            return calls.poison(fd, start, length)
+            done = calls.poison(fd, start, length)
+            if done == -errno.EEXIST and length == page_size:
+                # As with ZEROPAGE; a page that is lost needs no mark.
+                mode = abi.UFFDIO_WRITEPROTECT_MODE_DONTWAKE
+                if calls.writeprotect(fd, start, length, mode) == length:
+                    done = calls.poison(fd, start, length)
+            return done
         case Wake():
             calls.wake(fd, start, length)
             return length

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import fcntl
+import functools
 import gc
 import importlib.metadata
 import os
@@ -29,13 +30,13 @@ from aiouffd.errors import NotSupported
 from aiouffd.kernel import abi, calls
 from tests import interpreters
 
-_LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
 try:
     import uvloop
 except ImportError:
     pass  # no wheel for this Python; the header says so
 else:
-    _LOOPS["uvloop"] = uvloop.new_event_loop
+    LOOPS["uvloop"] = uvloop.new_event_loop
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.register_profile("ci", parent=settings.get_profile("default"), max_examples=300)
@@ -48,14 +49,14 @@ settings.load_profile("ci" if "CI" in os.environ else "default")
 def pytest_configure(config: pytest.Config) -> None:
     # xdist's workers inherit the environment, and so the seed.
     os.environ.setdefault("AIOUFFD_SEED", str(random.SystemRandom().randrange(2**32)))
-    if "uvloop" in _LOOPS:
+    if "uvloop" in LOOPS:
         # libuv opens one pipe for signals with its first loop and keeps it for the process's life.
         uvloop.new_event_loop().close()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     loops = "asyncio, no uvloop (pip install uvloop)"
-    if "uvloop" in _LOOPS:
+    if "uvloop" in LOOPS:
         loops = f"asyncio, uvloop {importlib.metadata.version('uvloop')}"
     found = ", ".join(f"{python.version} ({python.path})" for python in interpreters.find_all())
     return [
@@ -73,6 +74,23 @@ def _open_uffd() -> int:
         return calls.open_device(flags)
     except OSError:
         return calls.open_syscall(flags)
+
+
+@functools.cache
+def _may_open() -> bool:
+    try:
+        os.close(_open_uffd())
+    except (OSError, NotSupported):
+        return False
+    return True
+
+
+def _lacks_rights(error: BaseException) -> bool:
+    """Say whether a test failed only because this user may not open a userfaultfd."""
+    if _may_open():
+        return False
+    errors = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
+    return all(isinstance(each, (PermissionError, NotSupported)) for each in errors)
 
 
 def _features() -> str:
@@ -112,7 +130,7 @@ def _rights() -> str:
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    return _LOOPS
+    return LOOPS
 
 
 def _time_scale() -> float:
@@ -137,6 +155,14 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if report.failed and call.excinfo and _lacks_rights(call.excinfo.value):
+        line = report.location[1] or 0
+        report.outcome = "skipped"
+        report.longrepr = (
+            report.location[0],
+            line,
+            "no right to open a userfaultfd here: sudo make test",
+        )
     if report.failed:
         report.sections.append(("run again with", f"AIOUFFD_SEED={os.environ['AIOUFFD_SEED']}"))
     return report

@@ -52,7 +52,7 @@ from tests.serving import LAYOUT, check_books, image
 from tests.targets import HUGE, PAGE, TIME_SCALE
 
 #: Without a step of any of its threads for so long a process counts as hanging, in seconds.
-PATIENCE: Final = 20.0 * TIME_SCALE
+PATIENCE: Final = float(os.environ.get("AIOUFFD_SOAK_PATIENCE", "20")) * TIME_SCALE
 
 _FIELDS: Final = ("stop", "closing", "errors", "checked", "forks", "moves", "removals", "sigbus")
 _THREADS: Final = 16
@@ -161,7 +161,9 @@ class Handlers:
 
     def _copy(self, fault: PageFault) -> Any:
         rng, size = self._rng, self._size
-        if rng.random() < 0.7 or size > PAGE:
+        # What one process removes of shared memory the pager of its child is not told.
+        alone = size > PAGE or (self._mixture.kind == "shmem" and "f" in self._mixture.operations)
+        if alone or rng.random() < 0.7:
             return image(fault.offset, size, size)
         # Neighbours too, as far as they can be answered.
         page = fault.offset // size % _LOST_OF
@@ -263,6 +265,7 @@ class Life:
             [executable(), *map(str, words)],
             pass_fds=(socket_fd, control_fd),
             stdin=subprocess.DEVNULL,
+            process_group=0,
         )
 
     @contextlib.asynccontextmanager
@@ -306,6 +309,11 @@ class Life:
                     chores.append(group.create_task(self._protect(pager, region)))
                 try:
                     yield pager, region
+                except BaseException:
+                    # What it and its children would see from here on is no finding.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self.popen.pid, signal.SIGKILL)
+                    raise
                 finally:
                     for chore in chores:
                         chore.cancel()
@@ -338,7 +346,10 @@ class Life:
 
     def totals(self) -> Totals:
         faults = sum(pager.counters.faults for pager in self.pagers)
-        return Totals(*[self.get(name) for name in Totals._fields[:-1]], faults)
+        get = self.get
+        return Totals(
+            get("checked"), get("forks"), get("moves"), get("removals"), get("sigbus"), faults
+        )
 
     def _check_errors(self) -> None:
         if self.get("errors"):
@@ -404,9 +415,10 @@ class Life:
         lines.append("  doing: " + " ".join(chr(letter) if letter else "-" for letter in doing))
         now = asyncio.get_running_loop().time()
         for pager in self.pagers:
+            if pager.uffd.closed:
+                continue
             lines.append(f"  {pager!r} {pager.counters}")
-            if not pager.uffd.closed:
-                lines.append(f"    {pager.uffd.info()}")
+            lines.append(f"    {pager.uffd.info()}")
             lines += [
                 f"    {describe(flight, now - flight.started)}"
                 for flight in tuple(pager.space.in_flight.values())[:20]

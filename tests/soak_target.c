@@ -123,8 +123,12 @@ static char *shadow_of(size_t page) { return self->shadow + page * page_size; }
 /* Say whether a SIGBUS at a page is right, and count it. */
 static int may_be_lost(size_t page)
 {
+    unsigned char state = self->state[page];
     __sync_fetch_and_add(&control->sigbus, 1);
-    return self->state[page] == LOST || (self->state[page] == IMAGE && control->closing);
+    if (state == LOST)
+        return 1;
+    /* A mark made by the close stays when a page of shared memory is removed after it. */
+    return control->closing && (state == IMAGE || (shared && state == ZERO));
 }
 
 static __attribute__((noinline)) void compare(size_t page, const char *at)

@@ -6,9 +6,19 @@ import asyncio
 
 import pytest
 
-from aiouffd import Action, DeadlineExceeded, FailurePolicy, HandlerError, PageFault, Resolution
+from aiouffd import (
+    Action,
+    DeadlineExceeded,
+    FailurePolicy,
+    Feature,
+    HandlerError,
+    Mode,
+    PageFault,
+    Resolution,
+    Zero,
+)
 from tests.serving import MADV_DONTNEED, Gate, Record, from_image, image, serving
-from tests.targets import Signal
+from tests.targets import PAGE, Signal
 
 
 async def never(fault: PageFault) -> Resolution:
@@ -104,3 +114,26 @@ async def test_a_retry_whose_source_was_cancelled_still_asks_the_fallback() -> N
         assert await served.target.start_read(3) == 4
         counters = served.pager.counters
         assert (counters.retries, counters.fallbacks, counters.failures) == (2, 1, 0)
+
+
+@pytest.mark.parametrize("kind", ["shmem", "shmem-private", "anon"])
+async def test_a_missing_page_that_is_write_protected_ends_too(kind: str) -> None:
+    """Protection leaves a mark where no page is, and POISON and ZEROPAGE stop at it."""
+
+    async def failing(fault: PageFault) -> Resolution:
+        if fault.offset == 5 * PAGE:
+            return Zero()
+        raise RuntimeError
+
+    features = Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM | Feature.PAGEFAULT_FLAG_WP
+    modes = Mode.MISSING | Mode.WP
+    policy = FailurePolicy(retries=0)
+    async with serving(failing, kind, features=features, modes=modes, failure=policy) as served:
+        target = served.target
+        served.uffd.writeprotect(target.base, target.length)
+        assert isinstance(await target.start_read(3), Signal)
+        assert await target.start_read(5) == 0
+        assert target.is_wp(5) or kind == "shmem"  # there ZEROPAGE replaces the mark
+        await served.pager.aclose()
+        words = await target.start_sweep(4, 3)
+        assert words == [None, 0, None]

@@ -140,4 +140,4 @@ async def test_a_fork_waits_for_a_descriptor_when_there_is_none() -> None:
                 os.close(fd)
         child = await fork
         await child.ready
-        assert await child.start_read(5) == 6
+        assert await child.start_peek(target.at(5)) == 6
