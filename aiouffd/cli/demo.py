@@ -33,8 +33,8 @@ from .demo_target import Figures as TargetFigures
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-_MAX_BYTES: Final = 1 << 29  # of the image are served: what fits into memory and 20 seconds
-_MAX_FAULTS: Final = 1 << 15  # a larger image is brought in chunks
+_MAX_BYTES: Final = 1 << 28  # of the image are served: a few seconds even on a busy machine
+_MAX_FAULTS: Final = 1 << 14  # a larger image is brought in chunks
 _SLOW_S: Final = 2.5  # how long the first third takes when somebody watches
 _FRAME_S: Final = 0.05
 _LIMIT_S: Final = 60.0

@@ -21,7 +21,7 @@ from aiouffd.events import PageFault
 from tests.sources.conformance import image
 from tests.stand_in_vmm import PAGE, ROOT
 
-LIMIT_S: Final = 20  # what the README promises
+LIMIT_S: Final = 60  # on a machine that runs many tests at once; alone it takes some seconds
 
 
 def run_demo(*options: str) -> subprocess.CompletedProcess[str]:
@@ -77,10 +77,10 @@ def test_a_large_sparse_file_is_served_in_part_and_in_time(tmp_path: Path) -> No
         out.write(image(1 << 20))
     done = run_demo("--image", os.fspath(file))
     assert done.returncode == 0, done.stderr
-    assert "its first 512.0 MiB are served" in done.stdout
+    assert "its first 256.0 MiB are served" in done.stdout
     rows = rows_of(done.stdout)
     assert rows["the file's own"] == "equal"
-    assert int(rows["faults"].replace(",", "")) < 1 << 16
+    assert int(rows["faults"].replace(",", "")) < 1 << 15
 
 
 def test_a_map_is_drawn_on_a_terminal(tmp_path: Path) -> None:
