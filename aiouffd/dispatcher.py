@@ -21,6 +21,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from . import eager
@@ -65,7 +66,8 @@ class Dispatcher:
         error: Why the pager failed, if it did.
         closing: What becomes of faults while the pager closes; None as long as it serves.
         target_gone: The target has exited or called exec.
-        tasks: Suspended handlers and long fills: awaited when the pager closes.
+        tasks: Suspended handlers with their flights, and long fills: awaited when the pager
+            closes.
 
     Sharing: the loop's thread.
     """
@@ -94,7 +96,7 @@ class Dispatcher:
         self.error: BaseException | None = None
         self.closing: Action | None = None
         self.target_gone = False
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self.tasks: dict[asyncio.Task[Any], Flight | None] = {}
         self.reader = Reader(self, on_child)
         self.parking = Parking(self)
         self.resolver = Resolver(self)
@@ -270,7 +272,9 @@ class Dispatcher:
     def _ask(self, fault: PageFault, region: Region, started_ns: int) -> None:
         """Ask a handler; carry its answer out at once if it has one."""
         try:
-            task, answer = eager.start(self.loop, region.handler(fault))
+            task, answer = eager.start(
+                self.loop, region.handler(fault), receive=self._handler_answered
+            )
         except (Exception, asyncio.CancelledError) as error:
             self.recovery.handler_failed(self._board(fault, region, started_ns), error)
             return
@@ -314,12 +318,23 @@ class Dispatcher:
         flight.task = task
         flight.stage = Stage.ASKED
         self._asked += 1
-        self.tasks.add(task)
-        task.add_done_callback(lambda done: self._handler_done(flight, done))
+        self.tasks[task] = flight
+        task.add_done_callback(partial(self._handler_done, flight))
+
+    def _handler_answered(self, task: asyncio.Task[Answer], answer: Answer) -> None:
+        """Serve the fault within the handler's last step: its end as a task is a turn later."""
+        flight = self.tasks.get(task)
+        if flight is None or flight.task is not task or self.closing is not None:
+            return  # nobody waits for the answer any more
+        flight.task = None
+        try:
+            self._answered(flight, answer)
+        except Exception as error:
+            self.crash(error)
 
     def _handler_done(self, flight: Flight, task: asyncio.Task[Any]) -> None:
         self._asked -= 1
-        self.tasks.discard(task)
+        self.tasks.pop(task, None)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         try:
             if flight.task is not task:
@@ -346,7 +361,11 @@ class Dispatcher:
                 continue  # it ended while it waited
             flight.stage = Stage.ASKED
             try:
-                task, answer = eager.start(self.loop, flight.region.handler(flight.fault))
+                task, answer = eager.start(
+                    self.loop,
+                    flight.region.handler(flight.fault),
+                    receive=self._handler_answered,
+                )
             except (Exception, asyncio.CancelledError) as error:
                 self.recovery.handler_failed(flight, error)
                 continue

@@ -19,6 +19,7 @@ import contextvars
 import sys
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from functools import partial
 from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
@@ -58,13 +59,16 @@ class _LateTask(asyncio.Task[Any]):
 
 
 @types.coroutine
-def _rest_of(coro: Coroutine[Any, Any, T], yielded: Any) -> Generator[Any, Any, T]:
+def _rest_of(
+    coro: Coroutine[Any, Any, T], yielded: Any, receive: Callable[[T], None] | None
+) -> Generator[Any, Any, T]:
     """Be the rest of a coroutine that was driven up to its first suspension.
 
     The first yield belongs to who makes this: what is thrown into a generator that has not
     begun never gets inside.
     """
     thrown: BaseException | None = None
+    result: T
     try:
         try:
             yield
@@ -73,12 +77,14 @@ def _rest_of(coro: Coroutine[Any, Any, T], yielded: Any) -> Generator[Any, Any, 
             if not (asyncio.isfuture(yielded) and yielded.cancel(*error.args)):
                 thrown = error
         else:
-            if yielded is None:  # a bare yield: to be called again, which is now
-                return (yield from coro.__await__())
             if getattr(yielded, "_asyncio_future_blocking", False) and yielded.done():
                 yielded._asyncio_future_blocking = False
                 yielded = None
-                return (yield from coro.__await__())
+            if yielded is None:  # a bare yield: to be called again, which is now
+                result = yield from coro.__await__()
+                if receive is not None:
+                    receive(result)
+                return result
         while True:
             if thrown is None:
                 try:
@@ -89,13 +95,16 @@ def _rest_of(coro: Coroutine[Any, Any, T], yielded: Any) -> Generator[Any, Any, 
                     thrown = error
                 else:
                     yielded = None
-                    return (yield from coro.__await__())
+                    result = yield from coro.__await__()
+                    if receive is not None:
+                        receive(result)
+                    return result
             # Whatever is raised has this frame in its traceback: hold nothing that holds it.
             yielded = None
             try:
                 yielded = coro.throw(thrown)
             except StopIteration as stop:
-                result: T = stop.value
+                result = stop.value
                 return result
             finally:
                 thrown = None
@@ -110,7 +119,10 @@ _leave: Final = asyncio.tasks._leave_task
 
 
 def _start_by_hand(
-    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], name: str | None
+    loop: asyncio.AbstractEventLoop,
+    coro: Coroutine[Any, Any, T],
+    receive: Callable[[asyncio.Task[T], T], None] | None,
+    name: str | None,
 ) -> Started[T]:
     task = _new_task(_LateTask)
     task.early = coro
@@ -126,7 +138,7 @@ def _start_by_hand(
         _leave(loop, task)
         task.early = None
     cancels, message = task.cancelling(), _message_of(task)
-    rest: Any = _rest_of(coro, yielded)
+    rest: Any = _rest_of(coro, yielded, None if receive is None else partial(receive, task))
     rest.send(None)
     make: Any = task.__init__  # type: ignore[misc]  # of this very class
     make(rest, loop=loop, name=name, context=context)
@@ -144,7 +156,10 @@ def _message_of(task: asyncio.Task[Any]) -> tuple[Any, ...]:
 
 
 def _start_eager_task(
-    loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, T], name: str | None
+    loop: asyncio.AbstractEventLoop,
+    coro: Coroutine[Any, Any, T],
+    receive: Callable[[asyncio.Task[T], T], None] | None,  # noqa: ARG001  # a task tells only when done
+    name: str | None,
 ) -> Started[T]:
     # eager_start is unknown to 3.11's stubs
     task: asyncio.Task[T] = _Task(coro, loop=loop, name=name, eager_start=True)
@@ -161,7 +176,11 @@ _start: Final = _start_eager_task if sys.version_info >= (3, 12) else _start_by_
 
 
 def start(
-    loop: asyncio.AbstractEventLoop, awaitable: Awaitable[T], name: str | None = None
+    loop: asyncio.AbstractEventLoop,
+    awaitable: Awaitable[T],
+    name: str | None = None,
+    *,
+    receive: Callable[[asyncio.Task[T], T], None] | None = None,
 ) -> Started[T]:
     """Run an awaitable up to its first suspension.
 
@@ -170,6 +189,9 @@ def start(
     Args:
         loop: The running loop.
         awaitable: Usually a coroutine, not yet started.
+        receive: Told the task and its result in the task's last step, where that is possible
+            (Python 3.11): a done callback comes a turn of the loop later.  Not told of
+            failures, nor after one was caught at the first suspension; must not raise.
         name: Of the task, if one has to be made.
 
     Returns:
@@ -180,5 +202,5 @@ def start(
         Whatever the coroutine raised before it suspended.
     """
     if type(awaitable) is types.CoroutineType or isinstance(awaitable, Coroutine):
-        return _start(loop, awaitable, name)
-    return _start(loop, _await(awaitable), name)
+        return _start(loop, awaitable, receive, name)
+    return _start(loop, _await(awaitable), receive, name)

@@ -136,8 +136,10 @@ class Reader:
 
     def _drain(self) -> None:
         dispatcher = self._dispatcher
+        counters = dispatcher.counters
         buffer, read = self._buffer, self._read
         for _ in range(_ROUNDS):
+            ended = counters.ended
             count = read()
             if count == MESSAGE_SIZE and buffer[0] == PAGEFAULT:
                 # A short read means that nothing else was pending: the common case.
@@ -147,8 +149,8 @@ class Reader:
                 self._batch(count)
             else:
                 return
-            if dispatcher.target_gone:
-                return
+            if counters.ended == ended or dispatcher.target_gone:
+                return  # nobody was woken who could fault at once
 
     def _batch(self, count: int) -> None:
         faults: list[tuple[int, int, int]] = []

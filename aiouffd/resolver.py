@@ -154,8 +154,8 @@ class Resolver:
             return
         dispatcher = self._dispatcher
         task = dispatcher.loop.create_task(self._rest_slowly(resolution, whole, parts, size))
-        dispatcher.tasks.add(task)
-        task.add_done_callback(dispatcher.tasks.discard)
+        dispatcher.tasks[task] = None
+        task.add_done_callback(dispatcher.tasks.pop)
 
     async def _rest_slowly(
         self, resolution: Resolution, whole: Range, parts: list[Range], size: int
