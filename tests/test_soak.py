@@ -16,6 +16,7 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Final
 
 import pytest
@@ -45,7 +46,7 @@ MIXTURES: Final = {
 
 @pytest.mark.limit(SECONDS + 120)
 async def test_everything_at_random(
-    seed: int, caplog: pytest.LogCaptureFixture, record_property: pytest.RecordProperty
+    seed: int, caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None]
 ) -> None:
     """Every byte is right, nobody hangs, the books balance, nothing is left."""
     caplog.set_level(logging.CRITICAL + 1, logger="aiouffd")  # failures are what this is about
