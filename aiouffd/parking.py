@@ -34,6 +34,7 @@ _FIRST: Final = 0.0005  # seconds until the first retry, doubling ...
 _MAX: Final = 0.02  # ... up to this
 _BURST: Final = 16  # reads in a round while events keep coming, each followed by ...
 _TRIES: Final = 20  # ... so many tries: its thread wakes up meanwhile, runs, and changes again
+_TURNS: Final = 16  # of the loop, that fills ahead of demand try before each longer wait
 _QUIET: Final = 2  # reads in a row without an event that end a burst
 
 
@@ -131,15 +132,20 @@ class Patience:
         """
         self._delay = _FIRST
         self._left = limit
+        self._turns = 0
 
     async def wait(self) -> None:
-        """Wait a little longer than the last time.
+        """Wait for some turns of the loop, in which events are read, then ever longer.
 
         Raises:
             LayoutChanging: The waits together would exceed the limit.
 
         Cancellation: nothing has happened.
         """
+        self._turns += 1
+        if self._turns % _TURNS:
+            await asyncio.sleep(0)
+            return
         if self._left is not None:
             self._left -= self._delay
             if self._left < 0:

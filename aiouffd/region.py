@@ -189,19 +189,22 @@ class Region:
             while at < end:
                 length = min(max(PIECE_BYTES, self.page_size), end - at)
                 patience = pager.patience()
-                while (done := self._fill_piece(at, length, pinned.address - offset, mode)) is None:
-                    await patience.wait()
-                total += done
+                settled = False
+                while not settled:
+                    done, settled = self._fill_piece(at, length, pinned.address - offset, mode)
+                    total += done
+                    if not settled:
+                        await patience.wait()
                 at += length
                 await asyncio.sleep(0)
         return total
 
-    def _fill_piece(self, offset: int, length: int, source: int, mode: int) -> int | None:
+    def _fill_piece(self, offset: int, length: int, source: int, mode: int) -> tuple[int, bool]:
         """Install one piece of the source, wherever it lies now.
 
         Returns:
-            Bytes installed; None if the layout is changing: what is there then is stepped
-            over by the next try.
+            Bytes installed, and whether that is all.  If not, the layout is changing; what is
+            there by then is stepped over by the next try.
         """
         pager = self._pager
         pager.check_serving()
@@ -219,10 +222,11 @@ class Region:
                 while walk:
                     at = walk.at
                     done = walk.step(fill, pager.uffd.wake)
-                    if done == -errno.EAGAIN:
-                        return None
-                    if done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
+                    if done > 0:
+                        total += done
+                        pager.counters.filled_bytes += done
+                    elif done == -errno.EAGAIN:
+                        return total, False
+                    elif done not in (-errno.EEXIST, -errno.ENOENT):
                         raise pager.refused("UFFDIO_COPY", done, at, run.end - at)
-                total += walk.done
-        pager.counters.filled_bytes += total
-        return total
+        return total, True

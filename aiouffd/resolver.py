@@ -184,8 +184,8 @@ class Resolver:
                 walk = Walk(run, size)
                 while walk:
                     done = walk.step(fill, self._dispatcher.wake)
-                    if done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
+                    if done > 0 and type(resolution) is Copy:
+                        self._dispatcher.counters.filled_bytes += done
+                    elif done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
                         return False
-                if type(resolution) is Copy:
-                    self._dispatcher.counters.filled_bytes += walk.done
         return True

@@ -11,6 +11,25 @@ from tests.serving import MADV_DONTNEED, check_books, from_image, image, serving
 from tests.targets import PAGE
 
 
+async def test_a_fill_counts_what_it_installed_before_it_had_to_wait(seed: int) -> None:
+    """A fill that is held up in the middle, over and over, still adds up to every page."""
+    print(f"seed {seed}")
+    pages, rounds = 512, 8
+    async with serving(features=Feature.EVENT_REMOVE, pages=2 * pages * rounds) as served:
+        target = served.target
+        for page in range(pages * rounds, 2 * pages * rounds, 8):  # many ioctls for each piece
+            served.uffd.copy(target.at(page), image(page * PAGE))
+        target.pages //= 2  # what is freed meanwhile; the other half is what is filled
+        churn = target.start_churn(MADV_DONTNEED, seed, 3, pause_us=20)
+        for round_ in range(rounds):
+            first = (rounds + round_) * pages
+            installed = await served.region.fill(first * PAGE, image(first * PAGE, pages * PAGE))
+            assert installed == pages * PAGE * 7 // 8
+        await target.stop(2)
+        assert await churn > 0
+        assert served.pager.counters.filled_bytes == rounds * pages * PAGE * 7 // 8
+
+
 async def test_every_fault_is_accounted_for(seed: int) -> None:
     """Errors, retries, fallbacks, removals and prefetch: the sums hold while serving and after."""
     print(f"seed {seed}")
