@@ -16,6 +16,7 @@ from benchmarks.figures import Figure, Settings, microseconds, table, verdict
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("name", report.BENCHMARKS)
 def test_it_runs(name: str) -> None:
     """Each benchmark runs through, with every case, and prints what programs can read."""

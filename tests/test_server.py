@@ -163,6 +163,7 @@ async def test_one_source_can_serve_all(serving: Serving) -> None:
     assert source.read_nowait(0, 1) is not None
 
 
+@pytest.mark.root
 async def test_serving_begins_before_the_hand_over_ends(serving: Serving) -> None:
     """Scenario 25: memory touched before and during the load is served, in kernel mode too."""
     async with (
@@ -436,6 +437,7 @@ class BrokenSource(BufferSource):
         return super().read_nowait(offset, length)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("action", list(Action))
 async def test_a_source_that_fails_later_ends_in_the_policy(
     serving: Serving, action: Action

@@ -113,6 +113,7 @@ async def test_observers_see_every_fault(tmp_path: Path) -> None:
     assert seen == ["begin 3", "end 3 copy", "Removed", "begin 3", "end 3 zero"]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("action", [Action.POISON, Action.ZERO, Action.HANG])
 async def test_closing_settles_what_is_missing(tmp_path: Path, action: Action) -> None:
     """As asked, else as the service says; what was served stays."""

@@ -93,6 +93,7 @@ def test_features_that_another_brings_along() -> None:
         assert uffd.features == uffd.info().features == Feature.WP_ASYNC | Feature.WP_UNPOPULATED
 
 
+@pytest.mark.root
 def test_a_refused_feature_leaves_no_descriptor() -> None:
     """The error names it; the leak check of every test looks for the rest."""
     with pytest.raises(NotSupported, match="bit 40"):

@@ -25,18 +25,21 @@ async def check(name: str) -> None:
         raise
 
 
+@pytest.mark.root
 @unit("move", "each fault is answered by moving one page; the source reads zero afterwards")
 async def test_move() -> None:
     """A page at a time moves in on demand."""
     await check("move")
 
 
+@pytest.mark.root
 @unit("move-pmd", "the same by huge pages: one fault each, moved whole")
 async def test_move_pmd() -> None:
     """A transparent huge page moves as one, and is one afterwards."""
     await check("move-pmd")
 
 
+@pytest.mark.root
 @unit("move-pmd-split", "from huge pages into memory without: the source is split")
 async def test_move_pmd_split() -> None:
     """Where the destination has no huge pages the source's are split."""

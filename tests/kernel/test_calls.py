@@ -65,6 +65,7 @@ def test_a_gate_opens_with_its_flags(gate: Callable[[int], int]) -> None:
         os.close(fd)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("gate", [calls.open_device, calls.open_syscall])
 def test_unknown_flags_are_einval(gate: Callable[[int], int]) -> None:
     """A flag that userfaultfd does not know is refused, by either gate."""

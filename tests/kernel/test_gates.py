@@ -51,6 +51,7 @@ class Kernel:
 ANSWERS = [0, errno.EPERM, errno.EACCES, errno.ENOENT, errno.ENOSYS, errno.EINVAL]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("accepts", [False, True])
 @pytest.mark.parametrize("device", ANSWERS)
 def test_the_permission_matrix(device: int, accepts: bool) -> None:
