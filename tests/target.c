@@ -343,6 +343,25 @@ static void do_churn(uint64_t sequence, uint64_t address, uint64_t step, uint64_
     reply(sequence, "value %llu", (unsigned long long)count);
 }
 
+/* mremap a range to and fro until told to stop; answers how often. */
+static void do_shuttle(uint64_t sequence, uint64_t here, uint64_t there, uint64_t length,
+                       uint64_t pause_us)
+{
+    struct timespec pause = {pause_us / 1000000, pause_us % 1000000 * 1000};
+    uint64_t count = 0;
+    for (; !(stop & 2) || count % 2; count++) {
+        void *from = (void *)(uintptr_t)(count % 2 ? there : here);
+        void *to = (void *)(uintptr_t)(count % 2 ? here : there);
+        if (mremap(from, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, to) == MAP_FAILED) {
+            reply(sequence, "value %lld", (long long)-errno);
+            return;
+        }
+        if (pause_us)
+            nanosleep(&pause, NULL);
+    }
+    reply(sequence, "value %llu", (unsigned long long)count);
+}
+
 static void do_exec(uint64_t sequence)
 {
     char fd[16], threads[16], number[24];
@@ -405,6 +424,8 @@ static void perform(uint64_t sequence, char *command)
         do_locker(sequence, n[0], n[1], n[2], n[3], n[4]);
     } else if (!strcmp(word, "churn")) {
         do_churn(sequence, n[0], n[1], n[2], (int)n[3], n[4], n[5]);
+    } else if (!strcmp(word, "shuttle")) {
+        do_shuttle(sequence, n[0], n[1], n[2], n[3]);
     } else if (!strcmp(word, "pelt")) {
         do_pelt(sequence, n[0], (int)n[1], n[2], n[3]);
     } else if (!strcmp(word, "call")) {

@@ -12,6 +12,8 @@ import sys
 import time
 from typing import Any
 
+import pytest
+
 from aiouffd import Action, Feature, Mode, PageFault, Pager, Resolution, Unprotect, Userfaultfd
 from tests.serving import MADV_DONTNEED, Gate, from_image, image, serving
 from tests.targets import DEADLINE, PAGE, TIME_SCALE, Signal, Target, until
@@ -50,6 +52,22 @@ async def test_exec_retires_a_pager_whose_pidfd_is_quiet() -> None:
         await asyncio.wait_for(served.pager.wait_closed(), DEADLINE)
         assert served.pager.target_gone
         assert not select.select([served.target.pidfd], [], [], 0)[0]
+
+
+@pytest.mark.parametrize("pause_us", [0, 2000])
+async def test_a_target_that_never_holds_still_cannot_hold_up_a_close(pause_us: int) -> None:
+    """Memory that is moved to and fro without end is poisoned, or its process killed, in time."""
+    features = Feature.EVENT_REMAP | Feature.EVENT_UNMAP
+    settings: dict[str, Any] = {"features": features, "deadline": 1.0, "warn_after": None}
+    async with serving(pages=20_000, **settings) as served:
+        target = served.target
+        await served.region.fill(100 * PAGE, bytes(19_900 * PAGE))
+        room = target.reserve(8 * PAGE)
+        target.tell(1, "shuttle", target.base, room, 8 * PAGE, pause_us, convert=int)
+        await until(lambda: served.pager.counters.events > 10, "it moves")
+        await asyncio.wait_for(served.pager.aclose(), 3 * DEADLINE)
+        if not served.pager.target_gone:
+            assert isinstance(await target.start_read(20), Signal)
 
 
 # --- 29: the server crashes ------------------------------------------------------------
