@@ -15,7 +15,7 @@ LENGTH = 16 * PAGE
 def target(connection: socket.socket) -> None:
     memory = mmap.mmap(-1, LENGTH, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    with aiouffd.Userfaultfd.open() as uffd:
+    with aiouffd.Userfaultfd.open(user_mode_only=True) as uffd:
         socket.send_fds(connection, [address.to_bytes(8, "little")], [uffd.fileno()])
         connection.recv(1)  # somebody serves the memory now
         print("the child reads", memory[3 * PAGE : 3 * PAGE + 12], flush=True)

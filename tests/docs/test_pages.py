@@ -78,7 +78,6 @@ def test_sessions_hold(block: re.Match[str]) -> None:
     assert not failures, "".join(failures)
 
 
-@pytest.mark.root
 def test_the_tutorials_program_serves_a_fault(time_scale: float) -> None:
     """The tutorial's program prints what the tutorial says."""
     program = Path(__file__).with_name("first_fault.py")
