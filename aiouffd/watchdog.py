@@ -82,8 +82,10 @@ class Watchdog:
             for limit in limits:
                 left = limit - age
                 next_look = left if next_look is None else min(next_look, left)
-        if next_look is not None and not dispatcher.target_gone:
-            dispatcher.timers.set("watch", max(next_look, 0.001), self._look)
+        if next_look is not None and self._first_look is not None and not dispatcher.target_gone:
+            # A fault that begins meanwhile finds this timer set: it must not fire too late.
+            delay = min(max(next_look, 0.001), self._first_look)
+            dispatcher.timers.set("watch", delay, self._look)
 
 
 def describe(flight: Flight, age: float) -> str:

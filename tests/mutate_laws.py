@@ -261,7 +261,8 @@ def main(arguments: list[str]) -> int:
             bad += passed
             verdict = "NOT NOTICED" if passed else "noticed"
             took = time.monotonic() - began
-            print(f"law {mutation.law:2}: {verdict}, {took:.1f} s: {mutation.what}\n    {text}", flush=True)
+            print(f"law {mutation.law:2}: {verdict}, {took:.1f} s: {mutation.what}", flush=True)
+            print(f"    {text}", flush=True)
     return 1 if bad else 0
 
 
