@@ -19,7 +19,6 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from .errors import HandlerError, StuckPage, refusal
-from .events import PageFault
 from .flight import Flight
 from .kernel import abi, calls
 from .performer import PIECE_BYTES, Walk, outcome_of, perform, span_of
@@ -27,7 +26,9 @@ from .ranges import Range
 from .resolutions import Continue, Copy, Resolution, Wake
 
 if TYPE_CHECKING:
+    from .address_space import Placement
     from .dispatcher import Dispatcher
+    from .region import Region
 
 _STUCK_AFTER: Final = 1000  # answers in a row that left the same page faulting
 _STUCK_PAGES: Final = 4096  # pages for which those are counted
@@ -79,7 +80,7 @@ class Resolver:
             self._dispatcher.counters.copied_bytes += size
         self._dispatcher.end(flight, outcome_of(resolution))
         if whole.length > size:
-            self._rest(fault, resolution, whole)
+            self._rest(flight, resolution, whole)
 
     def _refused(self, flight: Flight, resolution: Resolution, done: int) -> None:
         """React to what the kernel said instead of doing it; see errors.ERRNO_MEANING."""
@@ -144,42 +145,48 @@ class Resolver:
         self._dispatcher.recovery.give_up(flight, error)
         return True
 
-    def _rest(self, fault: PageFault, resolution: Resolution, whole: Range) -> None:
+    def _rest(self, flight: Flight, resolution: Resolution, whole: Range) -> None:
         """Do the rest of a long answer, behind the page that was asked for."""
-        page, size = fault.address, fault.length
+        page, size = flight.fault.address, flight.fault.length
         parts = [Range.between(whole.start, page), Range.between(page + size, whole.end)]
         if whole.length <= _INLINE_REST:
             for part in parts:
-                self._speculate(resolution, whole, part, size)
+                self._speculate(flight, resolution, whole, part)
             return
         dispatcher = self._dispatcher
-        task = dispatcher.loop.create_task(self._rest_slowly(resolution, whole, parts, size))
+        task = dispatcher.loop.create_task(self._rest_slowly(flight, resolution, whole, parts))
         dispatcher.tasks[task] = None
         task.add_done_callback(dispatcher.tasks.pop)
 
     async def _rest_slowly(
-        self, resolution: Resolution, whole: Range, parts: list[Range], size: int
+        self, flight: Flight, resolution: Resolution, whole: Range, parts: list[Range]
     ) -> None:
         for part in parts:
-            for piece in part.pieces(max(PIECE_BYTES, size)):
+            for piece in part.pieces(max(PIECE_BYTES, flight.fault.length)):
                 await asyncio.sleep(0)
                 if self._dispatcher.target_gone or not self._speculate(
-                    resolution, whole, piece, size
+                    flight, resolution, whole, piece
                 ):
                     return
 
-    def _speculate(self, resolution: Resolution, whole: Range, part: Range, size: int) -> bool:
+    def _speculate(self, flight: Flight, resolution: Resolution, whole: Range, part: Range) -> bool:
         """Do a part that nobody waits for; what the kernel refuses is simply left out.
+
+        So is memory that is no neighbour of the faulting page in the source: the target has
+        moved it there, and the answer was not made for it.
 
         Returns:
             Whether it is worth going on.
         """
-        space = self._dispatcher.space
+        space, size = self._dispatcher.space, flight.fault.length
+        delta = flight.fault.offset - flight.fault.address
 
         def fill(start: int, length: int) -> int:
             return perform(self._dispatcher.fd, resolution, whole.start, start, length, size)
 
-        for where, _ in space.placements.overlapping(part):
+        for where, placement in space.placements.overlapping(part):
+            if placement.region is not flight.region or placement.delta != delta:
+                continue
             for run in space.removed.gaps(where) if space.removed else (where,):
                 walk = Walk(run, size)
                 while walk:
