@@ -47,15 +47,19 @@ class _LateTask(asyncio.Task[Any]):
     early: Coroutine[Any, Any, Any] | None  #: the coroutine, as long as there is no task
 
     def get_coro(self) -> Any:
-        """Give the coroutine."""
-        return super().get_coro() if self.early is None else self.early
+        """Give the coroutine; None if it ended without ever making this a task."""
+        if self._coro is None:  # type: ignore[attr-defined]
+            return self.early
+        return super().get_coro()
 
     def get_name(self) -> str:
         """Give the name; there may be none yet."""
         return super().get_name() or "starting"
 
     def __repr__(self) -> str:
-        return super().__repr__() if self.early is None else f"<Task starting {self.early!r}>"
+        if self._coro is None:  # type: ignore[attr-defined]
+            return f"<Task starting {self.early!r}>"
+        return super().__repr__()
 
 
 @types.coroutine

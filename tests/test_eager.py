@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import sys
 import threading
 import types
 import weakref
@@ -274,6 +275,23 @@ async def test_what_a_task_says_before_it_has_begun() -> None:
     assert task is not None
     await task
     assert all(isinstance(name, str) and name for name in said)
+
+
+async def test_what_a_task_says_that_never_was_one() -> None:
+    """Who keeps it after an answer at once may ask it as well, and print it."""
+    kept: list[asyncio.Task[Any]] = []
+
+    async def keeps() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        kept.append(task)
+
+    assert await start(keeps()) == (None, None)
+    assert "Task" in repr(kept[0])
+    if sys.version_info < (3, 12):  # asyncio's own crashes in 3.12.0 to 3.12.3
+        assert kept[0].get_coro() is None
+    assert kept[0].get_name()
+    kept[0].cancel()
 
 
 async def test_a_task_has_the_name_it_was_given() -> None:
