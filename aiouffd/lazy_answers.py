@@ -123,8 +123,8 @@ class Answers:
 
     def _check_resolved(self, fault: PageFault) -> None:
         for page in range(fault.address, fault.address + fault.length, PAGE_SIZE):
-            entry = self.mapping.entry(page)
-            if self.mapping.is_missing(entry):
+            entry = self.mapping.pages.entry(page)
+            if self.mapping.pages.is_missing(entry):
                 raise HandlerError(
                     f"{self.name}: the handler returned None and has not filled the page at"
                     f" {page:#x}",

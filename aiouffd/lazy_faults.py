@@ -23,8 +23,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from .errors import (
     ClosedError,
@@ -38,9 +38,9 @@ from .errors import (
 from .events import WP, WRITE, PageFault
 from .kernel import abi, calls
 from .lazy_answers import Answers, Counters
+from .lazy_flights import Flight, Placeholder, release_all
 from .lazy_mapping import BYTES_HEADER, LazyMapping
 from .ranges import PAGE_SIZE
-from .resolutions import Answer
 
 _PAGE_MASK: Final = -PAGE_SIZE
 _PROTECTED: Final = abi.PM_PRESENT | abi.PM_UFFD_WP
@@ -55,49 +55,6 @@ _new_lock = threading.Lock
 _eventfd_write = os.eventfd_write
 _get_ident = threading.get_ident
 _get_native_id = threading.get_native_id
-
-
-class Releasable(Protocol):
-    """Something that waits for a flight."""
-
-    def release(self) -> None:
-        """Let it go on; called once."""
-
-
-class Flight:
-    """Pages being brought.
-
-    Attributes:
-        start: First address.
-        fault: What the handler is asked; None until the owner has looked.
-        posted: It was handed to the loop.
-        promise: What a plain function returned for the loop to await.
-        done: It is over; ``failure`` says how.
-        failure: Makes the exception for each waiter; None after success.
-    """
-
-    __slots__ = ("done", "failure", "fault", "owner", "posted", "promise", "start", "waiters")
-
-    def __init__(self, start: int, owner: int) -> None:
-        self.start = start
-        self.owner = owner
-        self.fault: PageFault | None = None
-        self.posted = False
-        self.promise: Awaitable[Answer] | None = None
-        self.done = False
-        self.failure: Callable[[], BaseException] | None = None
-        self.waiters: list[Releasable] = []
-
-
-class _Placeholder:
-    """A page of zeros (or an unprotected page) that lets a failed access complete."""
-
-    __slots__ = ("owner", "protect", "waiters")
-
-    def __init__(self, owner: int, protect: bool) -> None:
-        self.owner = owner
-        self.protect = protect
-        self.waiters: list[Releasable] = []
 
 
 class Faults:
@@ -146,7 +103,7 @@ class Faults:
         self.answers: Final = Answers(
             mapping, self.counters, SourceError if inline_may_pass else HandlerError, name
         )
-        self._placeholders: dict[int, _Placeholder] = {}
+        self._placeholders: dict[int, Placeholder] = {}
         self._spins: dict[int, tuple[int, int]] = {}
         self._block_mask: Final = -mapping.page_size
         self._block_shift: Final = mapping.page_size.bit_length() - 1
@@ -174,10 +131,10 @@ class Faults:
                 flags = WRITE if write else 0
                 # Looked at only now: before, another thread's flight may just have ended.
                 if mapping.maybe_filled[offset >> self._block_shift]:
-                    entry = mapping.entry(page)
+                    entry = mapping.pages.entry(page)
                     if entry & _PROTECTED == _PROTECTED and write is not False:
                         flags = WRITE | WP
-                    elif not mapping.is_missing(entry):
+                    elif not mapping.pages.is_missing(entry):
                         self.finish(flight)
                         if self._is_spinning(thread, page):
                             raise StuckPage(
@@ -212,7 +169,7 @@ class Faults:
                         del flights[start]
                         flight.done = True
                         if flight.waiters:
-                            _release_all(flight.waiters)
+                            release_all(flight.waiters)
                         return None
                     if hasattr(answer, "__await__"):
                         flight.promise = answer
@@ -323,12 +280,12 @@ class Faults:
     def let_through(self, address: int) -> None:
         """See sigbus.Target."""
         page = address & _PAGE_MASK
-        entry = self.mapping.entry(page)
+        entry = self.mapping.pages.entry(page)
         if self._wp and entry & abi.PM_PRESENT and entry & abi.PM_UFFD_WP:
-            self._placeholders[page] = _Placeholder(_get_ident(), protect=True)
+            self._placeholders[page] = Placeholder(_get_ident(), protect=True)
             self.mapping.unprotect(page, PAGE_SIZE)
         elif not entry & abi.PM_PRESENT:
-            mine = _Placeholder(_get_ident(), protect=False)
+            mine = Placeholder(_get_ident(), protect=False)
             planted = self._placeholders.setdefault(page, mine)
             if planted.owner == mine.owner and not self.mapping.plant(page):
                 self._clear_placeholder(page)  # the page came meanwhile
@@ -352,7 +309,7 @@ class Faults:
     def _clear_placeholder(self, page: int) -> None:
         placeholder = self._placeholders.pop(page, None)
         if placeholder is not None:
-            _release_all(placeholder.waiters)
+            release_all(placeholder.waiters)
 
     def forget_placeholders(self, start: int, end: int) -> None:
         """Note that these pages are missing again by other means."""
@@ -395,18 +352,9 @@ class Faults:
             del self.flights[flight.start]
         flight.failure = failure
         flight.done = True
-        _release_all(flight.waiters)
+        release_all(flight.waiters)
 
     def forked(self) -> None:
         """See sigbus.Target."""
         self.closed = self.is_copy = True
         self.mapping.forked()
-
-
-def _release_all(waiters: list[Releasable]) -> None:
-    while True:
-        try:
-            waiter = waiters.pop()
-        except IndexError:
-            return
-        waiter.release()

@@ -1,6 +1,6 @@
 """A mapping of this process whose missing pages raise SIGBUS, and every operation on its pages.
 
-Knows: mmap, the userfaultfd over it, the pagemap; what is there, missing or protected.
+Knows: mmap and the userfaultfd over it; filling, protecting, dropping pages.
 Must not know: threads that wait, handlers, loops.
 
 Laws of this file:
@@ -21,9 +21,8 @@ import contextlib
 import errno
 import mmap
 import os
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from .errors import ClosedError, NotSupported, refusal
@@ -31,6 +30,7 @@ from .fds import OwnedFd
 from .kernel import abi, calls, pagemap
 from .kernel.buffers import PinnedBuffer
 from .kernel.holding_gil import fill_holding_gil
+from .lazy_pages import LazyPages
 from .ranges import PAGE_SIZE, align_down, align_up
 from .uffd import Feature, Mode, Userfaultfd
 
@@ -42,8 +42,6 @@ BYTES_HEADER: Final = bytes.__basicsize__ - 1  # CPython: where a bytes object's
 _ZEROS: Final = bytes(PAGE_SIZE)
 _ZEROS_ADDRESS: Final = id(_ZEROS) + BYTES_HEADER
 _RETRIES: Final = 100
-_PAGEMAP_PIECE: Final = 1 << 28  # bytes of memory looked up by one read of the classic pagemap
-_THERE: Final = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
 
 #: Views that a forked child keeps for good: unmapping there would hit what has been mapped at
 #: these addresses since.
@@ -72,6 +70,7 @@ class LazyMapping:
         wake: An eventfd by which a faulting thread wakes the loop; here because it has to live
             as long as a thread can fault.
         shared: Whether it is shared memory (MAP_SHARED).
+        pages: Which of its pages are there.
         write_protect: Whether filled pages start write-protected.
         maybe_filled: One byte per page of ``page_size``: 0 if nobody has filled anything in it
             since it was last dropped.  It only saves a look at the pagemap: 1 proves nothing.
@@ -131,8 +130,7 @@ class LazyMapping:
         self._pagemap = pages
         self.wake = wake
         self.fd = uffd.fileno()
-        self.pagemap_fd = pages.fileno()
-        self._scan_works = True
+        self.pages: Final = LazyPages(pages.fileno(), shared=shared)
         #: Held for the memory's life: while it is, no ``close`` or ``resize`` unmaps what a
         #: thread may be in the middle of touching.
         self._view: memoryview | None = memoryview(memory)[:length]
@@ -250,6 +248,11 @@ class LazyMapping:
         with contextlib.suppress(ValueError):  # closed between the lines
             memory.madvise(advice, address - self.start, length)
 
+    def filled_bytes(self) -> int:
+        """Count the bytes of the pages that are there."""
+        holes = sum(end - start for start, end in self.pages.holes(self.start, self.end))
+        return self._size - holes
+
     def _mark(self, address: int, length: int, value: int) -> None:
         first = (address - self.start) // self.page_size
         end = (address + length - 1 - self.start) // self.page_size + 1
@@ -275,7 +278,7 @@ class LazyMapping:
             NotSupported: The kernel is older.
         """
         marked = 0
-        for start, end in list(self.holes(self.start, self.end)):
+        for start, end in list(self.pages.holes(self.start, self.end)):
             done = 0
             while start + done < end:
                 result = calls.poison(
@@ -288,70 +291,6 @@ class LazyMapping:
                 marked += max(result, 0)
                 done += result if result > 0 else PAGE_SIZE
         return marked
-
-    # --- looking ------------------------------------------------------------------------
-
-    def entry(self, address: int) -> int:
-        """Read the pagemap's word of one page (PM_* bits)."""
-        return int.from_bytes(os.pread(self.pagemap_fd, 8, address // PAGE_SIZE * 8), sys.byteorder)
-
-    def is_missing(self, entry: int) -> bool:
-        """Say whether a pagemap word is that of a hole."""
-        # On shared memory SWAP without PRESENT is a marker that outlived its page.
-        return not entry & (abi.PM_PRESENT if self.shared else abi.PM_PRESENT | abi.PM_SWAP)
-
-    def holes(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Find the runs of missing pages within a range, in order.
-
-        On shared memory a page that the kernel has pushed out to swap counts as missing.
-
-        Kernel: PAGEMAP_SCAN (6.7), else the classic pagemap.
-        """
-        mask = abi.PAGE_IS_PRESENT if self.shared else _THERE
-        return self._runs(start, end, mask, mask, self.is_missing)
-
-    def protected(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Find the runs of pages that are there and write-protected."""
-        for at in range(start, end, _PAGEMAP_PIECE):
-            yield from self._runs_by_entry(
-                at, min(end, at + _PAGEMAP_PIECE), lambda entry: bool(entry & abi.PM_UFFD_WP)
-            )
-
-    def filled_bytes(self) -> int:
-        """Count the bytes of the pages that are there."""
-        holes = sum(end - start for start, end in self.holes(self.start, self.end))
-        return self._size - holes
-
-    def _runs(
-        self, start: int, end: int, required: int, inverted: int, wanted: Callable[[int], bool]
-    ) -> Iterator[tuple[int, int]]:
-        if self._scan_works:
-            try:
-                for found in pagemap.regions(
-                    self.pagemap_fd, start, end, required=required, inverted=inverted
-                ):
-                    yield found.start, found.end
-                return
-            except NotSupported:
-                self._scan_works = False
-        for at in range(start, end, _PAGEMAP_PIECE):
-            yield from self._runs_by_entry(at, min(end, at + _PAGEMAP_PIECE), wanted)
-
-    def _runs_by_entry(
-        self, start: int, end: int, wanted: Callable[[int], bool]
-    ) -> Iterator[tuple[int, int]]:
-        first: int | None = None
-        address = start
-        for entry in pagemap.entries(self.pagemap_fd, start, end - start):
-            if wanted(entry):
-                if first is None:
-                    first = address
-            elif first is not None:
-                yield first, address
-                first = None
-            address += PAGE_SIZE
-        if first is not None:
-            yield first, address
 
     # --- the end ------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import errno
 import os
 import threading
 import warnings
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Coroutine, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -27,6 +27,7 @@ from .errors import ClosedError
 from .fds import OwnedFd
 from .lazy_answers import Counters
 from .lazy_mapping import LazyMapping, as_bytes
+from .lazy_pins import Pins
 from .lazy_serving import LazyHandler, PageSource, Serving, ask
 from .ranges import PAGE_SIZE, align_down, align_up, is_power_of_two
 
@@ -115,8 +116,7 @@ class LazyMemory:
         self._deadline: Final = deadline
         self._asking: Final = ask(handler, length)
         self._loop: Final = loop
-        self._pins: dict[object, tuple[int, int]] = {}
-        self._pinning: Final = threading.RLock()  # a collection may run any destructor
+        self._pins: Final = Pins()
         self._proc_mem: OwnedFd | None = None
 
     # --- opening ------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class LazyMemory:
     def present(self, offset: int = 0, length: int | None = None) -> bool:
         """Say whether every page of a range is there (on shared memory: and not in swap)."""
         start, end = self._range(offset, length)
-        return next(self._mapping.holes(*_pages(start, end)), None) is None
+        return next(self._mapping.pages.holes(*_pages(start, end)), None) is None
 
     @property
     def present_bytes(self) -> int:
@@ -278,9 +278,9 @@ class LazyMemory:
         start = base + align_up(start - base, self.page_size)
         end = base + align_down(end - base, self.page_size)
         evicted = 0
-        with self._pinning:
-            for first, last in _without(start, end, sorted(self._pins.values())):
-                holes = sum(b - a for a, b in self._mapping.holes(first, last))
+        with self._pins.held() as pins:
+            for first, last in pins.unpinned(start, end):
+                holes = sum(b - a for a, b in self._mapping.pages.holes(first, last))
                 evicted += last - first - holes
                 self._mapping.drop(first, last - first)
                 self._serving.faults.forget_placeholders(first, last)
@@ -296,14 +296,6 @@ class LazyMemory:
         """
         start, end = _pages(*self._range(offset, length))
         self._mapping.protect(start, end - start)
-
-    def _pin(self, key: object, start: int, end: int) -> None:
-        with self._pinning:
-            self._pins[key] = start, end
-
-    def _unpin(self, key: object) -> None:
-        with self._pinning:
-            self._pins.pop(key, None)
 
     def _range(self, offset: int, length: int | None) -> tuple[int, int]:
         if length is None:
@@ -433,21 +425,21 @@ class Ensured:
         return await self._bring(keep=True)
 
     async def __aexit__(self, *_: object) -> None:
-        self._memory._unpin(self)
+        self._memory._pins.remove(self)
 
     async def _bring(self, *, keep: bool) -> memoryview:
         memory = self._memory
         serving = memory._serving
         base = serving.mapping.start
         view = memory.view[self._start - base : self._end - base]
-        memory._pin(self, self._start, self._end)
+        memory._pins.add(self, self._start, self._end)
         done = False
         try:
             await _on_loop(serving.loop, serving.bring(self._start, self._end, write=self._write))
             done = True
         finally:
             if not (done and keep):
-                memory._unpin(self)
+                memory._pins.remove(self)
         return view
 
 
@@ -461,16 +453,3 @@ async def _on_loop(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, No
 
 def _pages(start: int, end: int) -> tuple[int, int]:
     return align_down(start), align_up(end)
-
-
-def _without(start: int, end: int, cut: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Give what is left of a range without some sorted others, in whole pages."""
-    for some in cut:
-        first, last = _pages(*some)
-        if last <= start or end <= first:
-            continue
-        if start < first:
-            yield start, first
-        start = max(start, last)
-    if start < end:
-        yield start, end

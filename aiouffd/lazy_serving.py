@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, runtime_check
 from . import eager
 from .errors import ClosedError, StuckPage
 from .events import WP, WRITE, PageFault
-from .lazy_faults import Faults, Flight
+from .lazy_faults import Faults
+from .lazy_flights import Flight
 from .lazy_mapping import LazyMapping, as_bytes
 from .ranges import align_down, align_up
 from .resolutions import Answer, Handler, Unprotect
@@ -225,7 +226,7 @@ class Serving:
         for _ in range(_PASSES):
             self._check_open()
             clean = True
-            for hole in self.mapping.holes(start, end):
+            for hole in self.mapping.pages.holes(start, end):
                 clean = False
                 if self._asking.source is not None:
                     await self._bring_from_source(self._asking.source, *hole)
@@ -233,7 +234,7 @@ class Serving:
                     await self._bring_from_handler(*hole, 0)
                 self._check_open()
             if write and self.mapping.write_protect:
-                for run in list(self.mapping.protected(start, end)):
+                for run in list(self.mapping.pages.protected(start, end)):
                     clean = False
                     if self._asking.source is not None:
                         self.mapping.unprotect(run[0], run[1] - run[0])

@@ -21,7 +21,8 @@ FLOORS = {
     "asyncio": """
         eager metrics uffd
         flight performer region timers parking watchdog recovery resolver reader dispatcher pager
-        lazy_mapping lazy_answers lazy_faults lazy_serving frame_raise sigbus lazy_memory""",
+        lazy_pages lazy_mapping lazy_answers lazy_flights lazy_faults lazy_pins
+        lazy_serving frame_raise sigbus lazy_memory""",
     "pages": "sources sources.buffer sources.file handlers",
     "processes": "unix_socket handover session server protocols protocols.firecracker",
     "tools": """

@@ -26,13 +26,13 @@ def mapping(request: pytest.FixtureRequest) -> Iterator[LazyMapping]:
 @pytest.mark.parametrize("scan", [True, False], ids=["PAGEMAP_SCAN", "pagemap"])
 def test_holes(mapping: LazyMapping, scan: bool) -> None:
     """Runs of missing pages are found, with and without the system call of Linux 6.7."""
-    mapping._scan_works = scan
+    mapping.pages._scan_works = scan
     at = mapping.start
-    assert list(mapping.holes(at, mapping.end)) == [(at, mapping.end)]
+    assert list(mapping.pages.holes(at, mapping.end)) == [(at, mapping.end)]
     assert mapping.fill(at + PAGE, b"x" * (2 * PAGE)) == 2 * PAGE
     assert mapping.fill(at, b"y" * (4 * PAGE)) == 2 * PAGE, "what is there is stepped over"
     assert mapping.fill_zeros(at + 8 * PAGE, PAGE) == PAGE
-    assert list(mapping.holes(at, mapping.end)) == [
+    assert list(mapping.pages.holes(at, mapping.end)) == [
         (at + 4 * PAGE, at + 8 * PAGE),
         (at + 9 * PAGE, mapping.end),
     ]
@@ -40,7 +40,7 @@ def test_holes(mapping: LazyMapping, scan: bool) -> None:
     assert mapping.view[0:PAGE] == b"y" * PAGE
     assert mapping.view[PAGE : 2 * PAGE] == b"x" * PAGE
     mapping.drop(at, 3 * PAGE)
-    assert next(mapping.holes(at, at + 4 * PAGE)) == (at, at + 3 * PAGE)
+    assert next(mapping.pages.holes(at, at + 4 * PAGE)) == (at, at + 3 * PAGE)
     assert mapping.fill(at, b"z" * PAGE) == PAGE, "a dropped page can be filled again"
 
 
@@ -60,7 +60,9 @@ def test_an_old_kernel_is_noticed_once(
 
     monkeypatch.setattr(calls, "pagemap_scan", unknown)
     for _ in range(2):
-        assert list(mapping.holes(mapping.start, mapping.end)) == [(mapping.start, mapping.end)]
+        assert list(mapping.pages.holes(mapping.start, mapping.end)) == [
+            (mapping.start, mapping.end)
+        ]
     assert asked == [1]
 
 
@@ -68,12 +70,12 @@ def test_filled_pages_start_protected(mapping: LazyMapping) -> None:
     """With write_protect the first write to each page is reported; unprotecting ends that."""
     at = mapping.start
     mapping.fill(at, b"x" * (2 * PAGE))
-    assert mapping.entry(at) & abi.PM_UFFD_WP
+    assert mapping.pages.entry(at) & abi.PM_UFFD_WP
     mapping.unprotect(at, PAGE)
-    assert not mapping.entry(at) & abi.PM_UFFD_WP
-    assert list(mapping.protected(at, mapping.end)) == [(at + PAGE, at + 2 * PAGE)]
+    assert not mapping.pages.entry(at) & abi.PM_UFFD_WP
+    assert list(mapping.pages.protected(at, mapping.end)) == [(at + PAGE, at + 2 * PAGE)]
     mapping.protect(at, PAGE)
-    assert mapping.entry(at) & abi.PM_UFFD_WP
+    assert mapping.pages.entry(at) & abi.PM_UFFD_WP
 
 
 def test_a_placeholder_is_planted_in_holes_only(mapping: LazyMapping) -> None:
@@ -82,7 +84,7 @@ def test_a_placeholder_is_planted_in_holes_only(mapping: LazyMapping) -> None:
     assert mapping.plant(at)
     assert not mapping.plant(at)
     assert mapping.view[:PAGE] == bytes(PAGE)
-    assert not mapping.entry(at) & abi.PM_UFFD_WP
+    assert not mapping.pages.entry(at) & abi.PM_UFFD_WP
 
 
 def test_poison_marks_every_hole(mapping: LazyMapping) -> None:

@@ -243,7 +243,7 @@ async def test_write_protected_pages_are_made_writable_by_ensure() -> None:
     async with LazyMemory(PAGE, watch, write_protect=True) as memory:
         await memory.ensure()
         assert kinds == ["missing"]
-        assert list(memory._mapping.protected(memory._mapping.start, memory._mapping.end))
+        assert list(memory._mapping.pages.protected(memory._mapping.start, memory._mapping.end))
         view = await memory.ensure(write=True)
         assert kinds == ["missing", "wp"]
         view[0] = 1
