@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCALE = float(os.environ.get("AIOUFFD_TIME_SCALE", "1"))
-LIMIT = 10.0 * SCALE  # seconds for one case; a deadlock needs no fine measure
+LIMIT = 20.0 * SCALE  # seconds for one case; a deadlock needs no fine measure
 
 #: Children measure no coverage: its tracer is just what some of them assert the absence of.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
