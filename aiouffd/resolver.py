@@ -26,9 +26,7 @@ from .ranges import Range
 from .resolutions import Continue, Copy, Resolution, Wake
 
 if TYPE_CHECKING:
-    from .address_space import Placement
     from .dispatcher import Dispatcher
-    from .region import Region
 
 _STUCK_AFTER: Final = 1000  # answers in a row that left the same page faulting
 _STUCK_PAGES: Final = 4096  # pages for which those are counted

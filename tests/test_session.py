@@ -18,7 +18,9 @@ from aiouffd.errors import PeerError
 from aiouffd.events import Event, PageFault
 from aiouffd.failure import Action
 from aiouffd.fds import OwnedFd
+from aiouffd.handlers import from_source
 from aiouffd.handover import HandedRegion, Handover, Peer, pin_peer
+from aiouffd.pager import Pager
 from aiouffd.protocols import firecracker
 from aiouffd.session import Service, Session
 from aiouffd.sources.buffer import BufferSource
@@ -208,6 +210,26 @@ def touch(address: int, expected: bytes) -> None:
     data = ctypes.create_string_buffer(len(expected))
     _libc.memcpy(data, address, len(expected))
     assert data.raw == expected
+
+
+@pytest.mark.parametrize("pages", [8, 256], ids=["at once", "in pieces"])
+async def test_a_long_answer_stays_in_its_region(pages: int) -> None:
+    """What it covers of a neighbour with other bytes is left to the neighbour's handler."""
+    half = pages // 2 * PAGE
+    data = image(pages * PAGE)
+    memory, start, uffd = own_uffd(pages)
+    with memory:
+        pager = Pager(uffd, on_close=Action.ZERO)
+        chunk = from_source(BufferSource(data), chunk=pages * PAGE)
+        async with pager:
+            pager.register(start, half, chunk, offset=0, registered=True)
+            pager.register(start + half, half, chunk, offset=0, registered=True)
+            await asyncio.to_thread(touch, start, data[:8])
+            while pager.counters.filled_bytes < half - PAGE:
+                await asyncio.sleep(0)
+            for page in range(pages // 2):
+                expected = data[page * PAGE : page * PAGE + 8]
+                await asyncio.to_thread(touch, start + half + page * PAGE, expected)
 
 
 async def test_sessions_that_end_and_begin_at_once_keep_their_bytes(seed: int) -> None:
