@@ -214,6 +214,8 @@ class Dispatcher:
         self._served = set()
         try:
             for flags, address, thread_id in faults:
+                if self.target_gone:
+                    return  # and a child's descriptor is closed: its number may be another's
                 self.fault(flags, address, thread_id)
         finally:
             self._served = None
