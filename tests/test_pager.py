@@ -124,11 +124,13 @@ async def test_closing_does_what_is_asked(action: Action) -> None:
 
 async def test_faults_that_come_during_the_close_get_its_action() -> None:
     """Not the pager's own setting, but what this close was asked for."""
-    async with serving(pages=4096, on_close=Action.POISON) as served:
-        closing = asyncio.create_task(served.pager.aclose(Action.ZERO))
-        touches = [served.target.start_read(page, page) for page in range(4)]
+    async with serving(pages=16384, on_close=Action.ZERO) as served:
+        closing = asyncio.create_task(served.pager.aclose(Action.POISON))
+        await until(lambda: served.pager.closing, "the close has begun")
+        touches = [served.target.start_read(16380 + n, n) for n in range(4)]
         await within(closing)
-        assert [await touch for touch in touches] == [0] * 4
+        for touch in touches:
+            assert isinstance(await touch, Signal)
 
 
 async def test_a_pager_without_a_pidfd_poisons_instead_of_killing() -> None:
