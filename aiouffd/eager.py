@@ -131,6 +131,9 @@ def _start_by_hand(
     task = _new_task(_LateTask)
     task.early = coro
     context = contextvars.copy_context()
+    outer = asyncio.current_task(loop)
+    if outer is not None:
+        _leave(loop, outer)
     _enter(loop, task)
     try:
         yielded = context.run(coro.send, None)
@@ -140,6 +143,8 @@ def _start_by_hand(
         return None, stop.value
     finally:
         _leave(loop, task)
+        if outer is not None:
+            _enter(loop, outer)
         task.early = None
     cancels, message = task.cancelling(), _message_of(task)
     rest: Any = _rest_of(coro, yielded, None if receive is None else partial(receive, task))
@@ -188,7 +193,7 @@ def start(
 ) -> Started[T]:
     """Run an awaitable up to its first suspension.
 
-    Call it from a callback of the running loop, not from within a task.
+    Within another task that one is the current task again afterwards.
 
     Args:
         loop: The running loop.

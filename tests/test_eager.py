@@ -255,6 +255,26 @@ async def test_nobody_is_current_afterwards() -> None:
     await tasks[0]
 
 
+@pytest.mark.parametrize("suspends", [True, False])
+async def test_started_within_a_task(suspends: bool) -> None:
+    """It has a task of its own, and the outer one is current again afterwards."""
+    loop, outer = asyncio.get_running_loop(), asyncio.current_task()
+    inner: list[asyncio.Task[Any] | None] = []
+
+    async def looks() -> None:
+        inner.append(asyncio.current_task())
+        if suspends:
+            await asyncio.sleep(0)
+
+    task, _ = eager.start(loop, looks())
+    assert asyncio.current_task() is outer
+    assert inner[0] is not outer
+    assert (task is not None) == suspends
+    if task is not None:
+        assert inner == [task]
+        await task
+
+
 async def test_what_a_task_says_before_it_has_begun() -> None:
     """Its coroutine, its name, a text for logs: none of them crashes the interpreter."""
     said: list[object] = []
@@ -820,3 +840,66 @@ async def test_a_cancellation_makes_no_cycle(early: bool) -> None:
         assert seen[0]() is None
     finally:
         gc.enable()
+
+
+# --- results within the last step ------------------------------------------------------
+
+TELLS = sys.version_info < (3, 12)
+
+
+@pytest.mark.parametrize("waits", ["bare", "future", "done", "twice"])
+async def test_a_result_is_told_in_the_last_step(waits: str) -> None:
+    """Where asyncio lets us: once, with the task, before the task is done."""
+    loop = asyncio.get_running_loop()
+    told: list[tuple[object, int, bool]] = []
+
+    async def answers() -> int:
+        if waits == "bare":
+            await asyncio.sleep(0)
+            return 7
+        future = loop.create_future()
+        loop.call_soon(future.set_result, None)
+        await future
+        if waits == "twice":
+            await asyncio.sleep(0.001)
+        return 7
+
+    def begin() -> asyncio.Task[int] | None:
+        if waits == "done":
+            # The future's turn comes before the task's first one.
+            loop.call_soon(lambda: None)
+        return eager.start(
+            loop, answers(), receive=lambda task, result: told.append((task, result, task.done()))
+        )[0]
+
+    task = await in_callback(begin)
+    assert task is not None
+    assert await task == 7
+    assert told == ([(task, 7, False)] if TELLS else [])
+
+
+@pytest.mark.parametrize("how", ["at once", "raises", "is cancelled"])
+async def test_what_is_not_told(how: str) -> None:
+    """Answers at once are returned; failures and cancellations are for done callbacks."""
+    loop = asyncio.get_running_loop()
+    told: list[object] = []
+
+    async def ends() -> int:
+        if how != "at once":
+            await asyncio.sleep(0)
+        if how == "raises":
+            raise KeyError("x")
+        if how == "is cancelled":
+            await loop.create_future()
+        return 7
+
+    task, result = await in_callback(
+        lambda: eager.start(loop, ends(), receive=lambda *told_now: told.append(told_now))
+    )
+    if task is not None:
+        if how == "is cancelled":
+            loop.call_later(0.001, task.cancel)
+        await asyncio.wait([task])
+        assert task.cancelled() or isinstance(task.exception(), KeyError)
+    assert told == []
+    assert result == (7 if how == "at once" else None)
