@@ -90,6 +90,10 @@ class Answers:
             HandlerError: The answer does not suit the fault.
             ResolutionRefused: The kernel refused it.
         """
+        if type(answer) is bytes and len(answer) == fault.length and not fault.flags & WP:
+            # The usual answer, ahead of the match: that asks for every class in turn.
+            self.counters.filled_bytes += self.mapping.fill(fault.address, answer)
+            return
         match answer:
             case Copy(data, address, protect):
                 if protect and not self.mapping.write_protect:

@@ -218,12 +218,10 @@ class Faults:
         waiter.acquire()
         flight.waiters.append(waiter)
         limit = time.monotonic() + self.deadline
+        pause = _LOOP_SLICE if thread == self.loop_thread else _SLICE
         while not flight.done:
-            pause = _SLICE
-            if thread == self.loop_thread:
-                if flight.posted:
-                    return self._would_wait_for_itself(flight.start)
-                pause = _LOOP_SLICE
+            if thread == self.loop_thread and flight.posted:
+                return self._would_wait_for_itself(flight.start)
             if flight.posted and self.loop.is_closed():
                 return ClosedError(f"{self.name}: its event loop is closed")
             left = limit - time.monotonic()

@@ -170,8 +170,10 @@ class Serving:
             faults.finish(flight, closed)
 
     def _on_wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             os.eventfd_read(self.mapping.wake.fileno())
+        except BlockingIOError:
+            pass  # read by an earlier turn
         self.serve_queue()
 
     def serve_queue(self) -> None:
