@@ -113,9 +113,15 @@ static void on_signal(int number, siginfo_t *info, void *context)
 
 static size_t index_of(size_t page) { return self->number * pages + page; }
 
+/* Pages move by blocks that are one mapping always: a move of several mappings may do a part. */
+#define BLOCK 8
+
+/* Away from home blocks lie in another order: neighbours there are no neighbours in the image. */
 static char *address_of(size_t page)
 {
-    return (self->away[page] ? away_base : home_base) + index_of(page) * page_size;
+    if (self->away[page])
+        return away_base + (index_of(page) ^ BLOCK) * page_size;
+    return home_base + index_of(page) * page_size;
 }
 
 static char *shadow_of(size_t page) { return self->shadow + page * page_size; }
@@ -241,9 +247,6 @@ static void kernel_writes(size_t page)
     into_shadow(page);
     memset(shadow_of(page), 0x5A, 4096);
 }
-
-/* Pages move by blocks that are one mapping always: a move of several mappings may do a part. */
-#define BLOCK 8
 
 static size_t run_from(size_t page)
 {
