@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,9 @@ from aiouffd.errors import ClosedError, FaultError, HandlerError, SourceError, S
 from aiouffd.events import PageFault
 from aiouffd.lazy_memory import Holes, LazyMemory
 from aiouffd.resolutions import Answer, Copy, Move, Poison, Unprotect, Wake, Zero
+from aiouffd.sources import Source
+from aiouffd.sources.buffer import BufferSource
+from aiouffd.sources.file import FileSource
 from tests.lazy_access import CONTENT, PAGE
 
 SIZE = 64 * PAGE
@@ -395,3 +399,16 @@ async def test_an_ensure_that_is_under_way_ends_when_the_memory_is_closed() -> N
         view.release()
         gc.collect()
         assert not sigbus.targets()
+
+
+async def test_the_sources_of_the_package_fit(tmp_path: Path) -> None:
+    """A file and a buffer, as any server takes them, also fill memory of one's own."""
+    length = 10 * PAGE + 77
+    (tmp_path / "image").write_bytes(CONTENT[:length])
+    sources: list[Source] = [BufferSource(CONTENT[:length]), FileSource(tmp_path / "image")]
+    for source in sources:
+        async with LazyMemory(length, source) as memory:
+            first = await asyncio.to_thread(memory.__getitem__, slice(PAGE - 2, PAGE + 2))
+            assert first == CONTENT[PAGE - 2 : PAGE + 2]
+            assert await memory.ensure() == CONTENT[:length]
+        await source.aclose()
