@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Callable
 from typing import Final
 
 import pytest
@@ -81,3 +82,19 @@ async def _drop(mixture: Mixture, rng: random.Random) -> Totals:
         life.put("stop", 1)
         await life.ends(pager)
         return life.totals()
+
+
+@pytest.mark.limit(120)
+@pytest.mark.parametrize("wp", [False, True])
+async def test_huge_pages(wp: bool, seed: int, huge_pages: Callable[[int], None]) -> None:
+    """Everything that huge pages can do, at random."""
+    huge_pages(66)
+    mixture = Mixture(
+        kind="hugetlb",
+        threads=1,
+        pages=64,
+        operations="r20w8d4m4k3K2",  # their mappings do not merge again after mprotect
+        life=300,
+        wp=wp,
+    )
+    assert (await live(mixture, seed)).checked > 0
