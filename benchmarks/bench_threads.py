@@ -31,6 +31,7 @@ def measure(settings: Settings) -> list[Figure]:
                     floor=results["floor"]["per_second"],
                     at_least=AT_LEAST if kind == "pager" else None,
                     unit=faults_per_second,
+                    remedy="What it would take: a serve thread in C, or one process per CPU.",
                 )
             )
     return figures
