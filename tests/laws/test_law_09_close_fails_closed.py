@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from tests.serving import LAYOUT, MADV_DONTNEED, Gate, serving, within
-from tests.targets import KINDS, Signal, until
+from aiouffd import Feature
+from tests.serving import LAYOUT, MADV_DONTNEED, Gate, serving, unread, within
+from tests.targets import KINDS, PAGE, Signal, until
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,3 +71,37 @@ async def test_memory_that_moves_during_the_close_is_poisoned_too() -> None:
         assert await move == to
         assert await target.start_words(to, 4096, 256) == [None] * 256
         assert await target.start_sweep(0, 256) == [None] * 256
+
+
+async def test_what_the_target_does_meanwhile_is_heeded() -> None:
+    """Moved while the close waits: poisoned at its new place.  Removed meanwhile: zero."""
+    async with serving(leave_out=2, features=LAYOUT) as served:
+        target, pager = served.target, served.pager
+        to = target.reserve(16 * PAGE)
+        with unread(target) as read_on:
+            unmap = target.start_munmap(0, 3, thread=0)
+            await target.in_event(0)
+            closing = asyncio.create_task(pager.aclose())
+            await until(lambda: pager.closing, "the close has begun")
+            assert await target.start_mremap(32, 16, flags=3, to=to, thread=1) == to
+            assert await target.start_madvise(MADV_DONTNEED, page=20, pages=2, thread=2) == 0
+            assert await target.start_madvise(MADV_DONTNEED, page=60, thread=2) == 0
+            assert not closing.done()
+            read_on()
+            assert await unmap == 0
+            await within(closing)
+        assert await target.start_words(to, PAGE, 16) == [None] * 16
+        assert await target.start_sweep(18, 6) == [None, None, 0, 0, None, None]
+        assert await target.start_sweep(59, 3) == [None, 0, None]
+
+
+async def test_children_fail_closed_with_the_rest() -> None:
+    """Each forked child's missing pages are poisoned through its own userfaultfd."""
+    async with serving(features=Feature.EVENT_FORK) as served:
+        target = served.target
+        assert await target.start_read(1) == 2
+        child = await target.fork()
+        await until(lambda: served.pager.children, "the child's pager")
+        await within(served.pager.aclose())
+        for process in (target, child):
+            assert await process.start_words(target.base, PAGE, 3) == [None, 2, None]
