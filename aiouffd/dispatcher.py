@@ -162,7 +162,8 @@ class Dispatcher:
     def crash(self, error: Exception) -> None:
         """An error where none may be: stop reading and fail."""
         log.critical("the reader of %r failed", self.uffd, exc_info=error)
-        self.stop()
+        self.reader.stop()  # not listening for the target's end: a close by KILL waits for it
+        self.timers.cancel_all()
         self.parking.clear()  # or its timer comes again
         self.fail(error)
 

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from aiouffd import Feature
-from tests.serving import LAYOUT, MADV_DONTNEED, Gate, serving, unread, within
-from tests.targets import KINDS, PAGE, Signal, until
+from aiouffd import Action, Feature, PageFault
+from tests.serving import LAYOUT, MADV_DONTNEED, Gate, Record, serving, unread, within
+from tests.targets import KINDS, PAGE, Signal, TargetDied, until
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,3 +105,21 @@ async def test_children_fail_closed_with_the_rest() -> None:
         await within(served.pager.aclose())
         for process in (target, child):
             assert await process.start_words(target.base, PAGE, 3) == [None, 2, None]
+
+
+class Broken(Record):
+    """An observer with a bug."""
+
+    def begin(self, fault: PageFault) -> None:
+        raise ZeroDivisionError
+
+
+async def test_a_pager_that_failed_can_still_kill() -> None:
+    """The target's end is noticed though its faults are no longer read."""
+    with pytest.raises(TargetDied):
+        async with serving(observers=[Broken()]) as served:
+            touch = served.target.start_read(3)
+            with pytest.raises(ZeroDivisionError):
+                await within(served.pager.wait_closed())
+            await within(served.pager.aclose(Action.KILL))
+            await touch
