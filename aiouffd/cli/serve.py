@@ -21,7 +21,6 @@ import json
 import logging
 import os
 import queue
-import resource
 import signal
 import sys
 import threading
@@ -153,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _raise_descriptor_limit() -> None:
     """Allow as many descriptors as we may: a session takes five, and 1,024 is a usual limit."""
+    import resource  # not on every system: importing this module must not fail there
+
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
