@@ -116,7 +116,7 @@ async def test_closing_does_what_is_asked(action: Action) -> None:
                 await touch
         else:
             assert not served.uffd.closed
-            assert served.target.is_blocked()
+            await served.target.blocked()
             with served.uffd:
                 served.uffd.copy(served.target.at(3), image(3 * PAGE))
                 assert await touch == 4
@@ -176,7 +176,7 @@ async def test_the_last_action(action: Action, caplog: pytest.LogCaptureFixture)
                     await touch
             case _:
                 await until(lambda: record.failures, "the failure is told")
-                assert served.target.is_blocked()
+                await served.target.blocked()
                 assert served.pager.in_flight == 1
                 check_books(served.pager)
         (error,) = record.failures
