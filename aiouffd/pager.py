@@ -216,8 +216,10 @@ class Pager:
         """
         action = self.on_close if action is None else _checked(action)
         if not self._dispatcher.started:
-            self._release(close=action is not Action.HANG)
-            return
+            if not self.regions or self.uffd.closed:
+                self._release(close=action is not Action.HANG)
+                return
+            self._dispatcher.start()  # what is registered has missing pages: to settle them
         if self._close_task is None:
             self._dispatcher.closing = action
             coro = self._close(action)
@@ -500,11 +502,11 @@ class Pager:
         space.placements.replace_values(lambda place: place.served_by(clones[id(place.region)]))
         child._dispatcher.space = space
         self.children.append(child)
-        if self._on_fork is not None:
-            self._on_fork(child)
-        child._dispatcher.start()
+        child._dispatcher.start()  # ahead of on_fork, which may raise: only then it fails closed
         if self._dispatcher.closing is not None:
             child._dispatcher.closing = self._dispatcher.closing
+        if self._on_fork is not None:
+            self._on_fork(child)
 
     def _retire_child(self) -> None:
         """A child's pager ends by itself with its target: only its parent knows of it."""

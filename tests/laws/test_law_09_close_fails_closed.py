@@ -6,9 +6,18 @@ import asyncio
 
 import pytest
 
-from aiouffd import Action, Feature, PageFault
-from tests.serving import LAYOUT, MADV_DONTNEED, Gate, Record, serving, unread, within
-from tests.targets import KINDS, PAGE, Signal, TargetDied, until
+from aiouffd import Action, Feature, PageFault, Pager, Userfaultfd
+from tests.serving import (
+    LAYOUT,
+    MADV_DONTNEED,
+    Gate,
+    Record,
+    from_image,
+    serving,
+    unread,
+    within,
+)
+from tests.targets import KINDS, PAGE, Signal, Target, TargetDied, until
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,3 +132,29 @@ async def test_a_pager_that_failed_can_still_kill() -> None:
                 await within(served.pager.wait_closed())
             await within(served.pager.aclose(Action.KILL))
             await touch
+
+
+async def test_a_pager_that_never_started_fails_closed_too() -> None:
+    """Its ranges are registered by then, and their missing pages would read as zeros."""
+    with Target("anon", 4, register=0) as target:
+        pager = Pager(Userfaultfd.adopt(target.take_uffd()))
+        pager.register(target.base, target.length, from_image)
+        await within(pager.aclose())
+        assert pager.uffd.closed
+        assert await target.start_sweep() == [None] * 4
+
+
+async def test_a_child_that_could_not_be_announced_fails_closed_too() -> None:
+    """An error of on_fork ends the pager; the child's missing pages are poisoned all the same."""
+
+    def on_fork(_: Pager) -> None:
+        raise ZeroDivisionError
+
+    async with serving(features=Feature.EVENT_FORK, on_fork=on_fork) as served:
+        child = await served.target.fork()
+        with pytest.raises(ZeroDivisionError):
+            await within(served.pager.wait_closed())
+        with pytest.raises(ZeroDivisionError):
+            await within(served.pager.__aexit__(None, None, None))
+        assert await child.start_words(served.target.base, PAGE, 3) == [None] * 3
+        served.pager._dispatcher.error = None
