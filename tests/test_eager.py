@@ -248,7 +248,7 @@ async def test_a_cancellation_makes_no_cycle(early: bool) -> None:
 TELLS = sys.version_info < (3, 12)
 
 
-@pytest.mark.parametrize("waits", ["bare", "future", "done", "twice"])
+@pytest.mark.parametrize("waits", ["bare", "done", "later", "twice"])
 async def test_a_result_is_told_in_the_last_step(waits: str) -> None:
     """Where asyncio lets us: once, with the task, before the task is done."""
     loop = asyncio.get_running_loop()
@@ -259,16 +259,16 @@ async def test_a_result_is_told_in_the_last_step(waits: str) -> None:
             await asyncio.sleep(0)
             return 7
         future = loop.create_future()
-        loop.call_soon(future.set_result, None)
+        if waits == "later":
+            loop.call_later(0.001, future.set_result, None)
+        else:
+            loop.call_soon(future.set_result, None)  # before the task's first turn
         await future
         if waits == "twice":
             await asyncio.sleep(0.001)
         return 7
 
     def begin() -> asyncio.Task[int] | None:
-        if waits == "done":
-            # The future's turn comes before the task's first one.
-            loop.call_soon(lambda: None)
         return eager.start(
             loop, answers(), receive=lambda task, result: told.append((task, result, task.done()))
         )[0]

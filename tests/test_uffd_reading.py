@@ -107,6 +107,15 @@ def test_own_memory_is_alive() -> None:
         assert mine.uffd.target_alive()
 
 
+def test_whose_memory_it_is() -> None:
+    """Known of what was opened here and of what was adopted; a target's is not ours."""
+    with Userfaultfd.open() as opened, Userfaultfd.adopt(opened.dup()) as adopted:
+        assert opened.is_own_memory()
+        assert adopted.is_own_memory()
+    with Target(pages=1) as target, serving(target) as uffd:
+        assert not uffd.is_own_memory()
+
+
 def test_asking_where_something_is_registered_changes_nothing() -> None:
     """Even a target that has memory at the lowest address keeps it as it is."""
     with Target(pages=1) as target, serving(target) as uffd:
