@@ -334,6 +334,8 @@ class Dispatcher:
             self._answered(flight, answer)
         except Exception as error:
             self.crash(error)
+        else:
+            self.reader.read_on()
 
     def _handler_done(self, flight: Flight, task: asyncio.Task[Any]) -> None:
         self._asked -= 1

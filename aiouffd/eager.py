@@ -164,15 +164,30 @@ def _message_of(task: asyncio.Task[Any]) -> tuple[Any, ...]:
 # --- Python 3.12 and newer -------------------------------------------------------------
 
 
+async def _telling(
+    coro: Coroutine[Any, Any, T],
+    receive: Callable[[asyncio.Task[T], T], None],
+    suspended: list[asyncio.Task[T]],
+) -> T:
+    result = await coro
+    if suspended:
+        receive(suspended.pop(), result)
+    return result
+
+
 def _start_eager_task(
     loop: asyncio.AbstractEventLoop,
     coro: Coroutine[Any, Any, T],
-    receive: Callable[[asyncio.Task[T], T], None] | None,  # noqa: ARG001  # a task tells only when done
+    receive: Callable[[asyncio.Task[T], T], None] | None,
     name: str | None,
 ) -> Started[T]:
+    suspended: list[asyncio.Task[T]] = []
+    if receive is not None:
+        coro = _telling(coro, receive, suspended)
     # eager_start is unknown to 3.11's stubs
     task: asyncio.Task[T] = _Task(coro, loop=loop, name=name, eager_start=True)
     if not task.done():
+        suspended.append(task)
         return task, None
     try:
         return None, task.result()
@@ -198,9 +213,9 @@ def start(
     Args:
         loop: The running loop.
         awaitable: Usually a coroutine, not yet started.
-        receive: Told the task and its result in the task's last step, where that is possible
-            (Python 3.11): a done callback comes a turn of the loop later.  Not told of
-            failures, nor after one was caught at the first suspension; must not raise.
+        receive: Told the task and its result in the task's last step: a done callback comes a
+            turn of the loop later.  Not told of failures, nor always after one was caught at
+            the first suspension; must not raise.
         name: Of the task, if one has to be made.
 
     Returns:

@@ -14,6 +14,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+import contextvars
 import errno
 import logging
 from collections.abc import Callable
@@ -69,6 +70,7 @@ class Reader:
         self._buffer = bytearray(_BATCH * MESSAGE_SIZE)
         self._view = memoryview(self._buffer)
         self._pausing = False
+        self._reading = False
         self._read = calls.reader(dispatcher.fd, self._buffer)
 
     def start(self) -> None:
@@ -76,11 +78,23 @@ class Reader:
         self._pausing = False
         dispatcher = self._dispatcher
         dispatcher.loop.add_reader(dispatcher.fd, self.read_all)
+        self._context = contextvars.copy_context()
+        self._reading = True
 
     def stop(self) -> None:
         """Leave the loop: always before the descriptor is closed, for numbers are reused."""
         dispatcher = self._dispatcher
         dispatcher.loop.remove_reader(dispatcher.fd)
+        self._reading = False
+
+    def read_on(self) -> None:
+        """Read what came meanwhile, from within a task, in a context as the loop's.
+
+        A thread that an answer has woken may fault again within microseconds: to look costs
+        half a microsecond, a turn of the loop two.
+        """
+        if self._reading:
+            self._context.run(self.read_all)
 
     def read_all(self) -> None:
         """Read until nothing is pending, apply events, serve faults; never raises."""

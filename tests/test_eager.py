@@ -245,12 +245,9 @@ async def test_a_cancellation_makes_no_cycle(early: bool) -> None:
 
 # --- results within the last step ------------------------------------------------------
 
-TELLS = sys.version_info < (3, 12)
-
-
 @pytest.mark.parametrize("waits", ["bare", "done", "later", "twice"])
 async def test_a_result_is_told_in_the_last_step(waits: str) -> None:
-    """Where asyncio lets us: once, with the task, before the task is done."""
+    """Once, with the task, before the task is done."""
     loop = asyncio.get_running_loop()
     told: list[tuple[object, int, bool]] = []
 
@@ -276,7 +273,7 @@ async def test_a_result_is_told_in_the_last_step(waits: str) -> None:
     task = await in_callback(begin)
     assert task is not None
     assert await task == 7
-    assert told == ([(task, 7, False)] if TELLS else [])
+    assert told == [(task, 7, False)]
 
 
 @pytest.mark.parametrize("how", ["at once", "raises", "is cancelled"])
