@@ -396,7 +396,9 @@ class Dispatcher:
     # --- ending ------------------------------------------------------------------------
 
     def end(self, flight: Flight, outcome: str) -> None:
-        """Take a fault out of the books."""
+        """Take a fault out of the books; a second call does nothing."""
+        if flight.stage is Stage.ENDED:
+            return  # the target was found to be gone in the middle of this fault's end
         flight.stage = Stage.ENDED
         self.parking.discard(flight)
         page = flight.fault.address
@@ -422,6 +424,8 @@ class Dispatcher:
 
     def removed_in_flight(self, flight: Flight) -> None:
         """The target removed a page whose fault is in flight: it reads zero now."""
+        if flight.stage is Stage.ENDED:
+            return  # with the target, which the fault before it in the range has shown to be gone
         flight.cancel()
         if flight.fault.missing:
             self.counters.removed += 1

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from aiouffd import ClosedError, FailurePolicy, PageFault, TargetGone
-from tests.serving import Gate, Record, from_image, image, serving, within
+from aiouffd import Action, ClosedError, FailurePolicy, PageFault, TargetGone
+from tests.serving import Gate, Record, check_books, from_image, image, serving, within
 from tests.targets import PAGE, TIME_SCALE, until
 
 
@@ -67,6 +67,21 @@ async def test_an_answer_to_a_dead_target_ends_the_session() -> None:
         gate.let_go()
         await within(served.pager.wait_closed(), 0.9 * TIME_SCALE)
         assert served.pager.counters.failures == 0
+
+
+async def test_a_fault_of_a_dead_target_ends_once() -> None:
+    """Killing finds nobody to kill; what ends all faults then has ended this one too."""
+    gate = Gate()
+    record = Record()
+    async with serving(gate, observers=[record]) as served:
+        served.target.start_read(3)
+        await until(lambda: gate.faults, "the handler is asked")
+        (flight,) = served.pager.space.in_flight.values()
+        served.target.kill()
+        served.target.reap()
+        served.pager._dispatcher.recovery.last_action(flight, Action.KILL)
+        check_books(served.pager)
+        assert record.outcomes == ["gone"]
 
 
 async def test_many_short_lives_leave_nothing() -> None:
