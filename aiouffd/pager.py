@@ -116,6 +116,7 @@ class Pager:
             target=OwnedFd(os.dup(target)) if target is not None else None,
             on_child=self._adopt_child,
             on_gone=self._retire_child,
+            on_failure=self._tell_parent,
         )
 
     def __repr__(self) -> str:
@@ -508,6 +509,11 @@ class Pager:
         if self._on_fork is not None:
             self._on_fork(child)
 
+    def _tell_parent(self, error: BaseException) -> None:
+        """A child's pager failed, and its parent's waiters are all who could learn of it."""
+        if self._parent is not None:
+            self._parent._dispatcher.fail(error)
+
     def _retire_child(self) -> None:
         """A child's pager ends by itself with its target: only its parent knows of it."""
         if self._parent is not None and not self.closing:
@@ -515,6 +521,10 @@ class Pager:
                 grandchild._parent = self._parent
                 self._parent.children.append(grandchild)
             self.children.clear()
+            heir = self._parent._dispatcher.tasks
+            for task in tuple(self._dispatcher.tasks):  # cancelled, but not through with it yet
+                heir[task] = None
+                task.add_done_callback(lambda done: heir.pop(done, None))
             self._dispatcher.closing = self.on_close
             self._release(close=True)
 

@@ -197,6 +197,20 @@ async def test_an_error_that_is_raised_reaches_the_waiter() -> None:
             await served.pager.__aexit__(None, None, None)
 
 
+async def test_an_error_in_a_forked_child_reaches_the_waiter_too() -> None:
+    """Nobody waits for the child's own pager."""
+    policy = FailurePolicy(retries=0, then=Action.RAISE)
+    features = Feature.EVENT_FORK
+    with pytest.raises(FaultError):
+        async with serving(failing, features=features, failure=policy) as served:
+            child = await served.target.fork()
+            touch = child.start_peek(served.target.at(3))
+            with pytest.raises(FaultError):
+                await within(served.pager.wait_closed())
+            assert isinstance(await touch, Signal)
+            await served.pager.__aexit__(None, None, None)
+
+
 async def test_a_source_that_fails_for_good_ends_every_fault() -> None:
     """Four threads and a parked fault: each ends within the bound of the policy."""
     policy = FailurePolicy(retries=1, backoff=0.001)
@@ -388,6 +402,32 @@ async def test_children_are_announced_before_they_are_served() -> None:
         (region,) = pager.regions
         assert region is not served.region
         assert region.handler is served.region.handler
+
+
+async def test_handlers_of_a_dead_child_are_awaited_by_its_parent() -> None:
+    """Its pager is gone before they are through with their cleanup."""
+    ended: list[str] = []
+
+    async def with_cleanup(fault: PageFault) -> Resolution:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("began")
+            await asyncio.sleep(0.01)
+            ended.append("ended")
+        raise AssertionError
+
+    async with serving(with_cleanup, features=Feature.EVENT_FORK) as served:
+        child = await served.target.fork()
+        await until(lambda: served.pager.children, "the child's pager")
+        (pager,) = served.pager.children
+        child.start_peek(served.target.at(3))
+        await until(lambda: pager.in_flight, "the fault is read")
+        child.kill()
+        await until(lambda: ended, "the handler is cancelled")
+        await served.pager.aclose()
+        assert ended == ["began", "ended"]
+        child.reap()
 
 
 # --- every kind of memory in one pager -------------------------------------------------
