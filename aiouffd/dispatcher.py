@@ -84,6 +84,7 @@ class Dispatcher:
         target: OwnedFd | None,
         on_child: Callable[[OwnedFd], None],
         on_gone: Callable[[], None],
+        on_failure: Callable[[BaseException], None],
     ) -> None:
         self.uffd = uffd
         self.fd = uffd.fileno()
@@ -104,6 +105,7 @@ class Dispatcher:
         self.watchdog = Watchdog(self, deadline, warn_after)
         self.max_in_flight = max_in_flight
         self._on_gone = on_gone
+        self._on_failure = on_failure
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timers: Timers | None = None
         self._hot: tuple[int, int, Placement[Region] | None] = _NOWHERE
@@ -158,6 +160,7 @@ class Dispatcher:
         if self.error is None:
             self.error = error
         self.over.set()
+        self._on_failure(error)
 
     def crash(self, error: Exception) -> None:
         """An error where none may be: stop reading and fail."""
