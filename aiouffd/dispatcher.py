@@ -249,7 +249,7 @@ class Dispatcher:
         )
         region = placement.region
         started_ns = self._begin(fault) if self.observers else 0
-        if space.removed and page in space.removed and fault.missing:
+        if space.removed and page in space.removed and self._reads_zero(fault):
             counters.removed += 1
             self.resolver.carry_out(self._board(fault, region, started_ns), Zero())
         elif self.closing is not None:
@@ -261,6 +261,23 @@ class Dispatcher:
             self._queue.append(flight)
         else:
             self._ask(fault, region, started_ns)
+
+    def _reads_zero(self, fault: PageFault) -> bool:
+        """Say whether a fault on a removed page is to be answered with zeros."""
+        found = self.space.find(fault.address)
+        if not fault.missing or found is None:
+            return False
+        placement = found[2]
+        if not placement.vacated:
+            return True
+        # MREMAP_DONTUNMAP: anonymous memory is empty where it was moved from, but shared memory
+        # shows the same pages in both places, and a zero here would become the other's.
+        if calls.continue_(self.fd, fault.address, fault.length) == -errno.EINVAL:
+            return True  # anonymous: it has no page cache to continue from
+        region = placement.region
+        hint = region.start - region.offset
+        places = self.space.addresses(region, fault.offset, fault.length, hint)
+        return any(place.start in self.space.removed for place in places)
 
     def _begin(self, fault: PageFault) -> int:
         started_ns = time.perf_counter_ns()
@@ -453,8 +470,8 @@ class Dispatcher:
             self._find_lost(flight)
             return True
         fault, resolution = flight.fault, flight.resolution
-        removed = fault.missing and not flight.final and fault.address in self.space.removed
-        if resolution is None or removed:
+        removed = not flight.final and fault.address in self.space.removed
+        if resolution is None or (removed and self._reads_zero(fault)):
             resolution = Zero()
         self.resolver.carry_out(flight, resolution, tries)
         return flight.stage is not Stage.PARKED

@@ -9,7 +9,7 @@ import pytest
 
 from aiouffd import Action, Feature
 from tests.serving import MADV_DONTNEED, MADV_REMOVE, image, serving
-from tests.targets import HUGE, PAGE
+from tests.targets import HUGE, MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE, PAGE
 
 REMOVE = Feature.EVENT_REMOVE
 
@@ -91,3 +91,20 @@ async def test_a_child_keeps_what_its_parent_freed() -> None:
         assert await child.start_madvise(MADV_DONTNEED, 2) == 0
         assert await child.start_sweep() == [1, 0, 0, 4, 5, 6, 7, 8]
         assert await target.start_sweep() == [1, 0, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(("kind", "left_behind"), [("anon", 0), ("shmem", 12)])
+async def test_memory_that_was_moved_away_but_not_unmapped(kind: str, left_behind: int) -> None:
+    """Anonymous memory is empty where it was; shared memory shows the same pages in both places."""
+    layout = Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
+    async with serving(features=layout, kind=kind) as served:
+        target = served.target
+        to = target.reserve(8 * PAGE)
+        flags = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP
+        assert await target.start_mremap(8, 8, flags=flags, to=to) == to
+        assert await target.start_read(11) == left_behind
+        assert await target.start_peek(to + 3 * PAGE) == 12
+        assert await target.start_peek(to + 4 * PAGE) == 13
+        if kind == "shmem":
+            assert await target.call("madvise", to + 6 * PAGE, PAGE, MADV_REMOVE) == 0
+            assert await target.start_read(14) == 0
