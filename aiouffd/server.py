@@ -38,6 +38,7 @@ from .unix_socket import Connection, Listener
 log: Final = logging.getLogger("aiouffd.server")
 
 _ACCEPT_BATCH: Final = 16  # connections per wake-up: other work of the loop must run too
+_QUEUE: Final = 128  # connections that the kernel holds until they are accepted
 _SHORTAGE_PAUSE: Final = 0.1  # seconds without accepting while descriptors are short
 _SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -213,7 +214,11 @@ class Server:
         else:
             self._extents = await asyncio.to_thread(Extents, self._source.extents())
         self._listener = Listener.bind(
-            self.path, mode=self._mode, replace=self._replace, any_directory=self._any_directory
+            self.path,
+            mode=self._mode,
+            replace=self._replace,
+            any_directory=self._any_directory,
+            backlog=_QUEUE - 1,  # the kernel takes one more
         )
         self._loop.add_reader(self._listener.fileno(), self._on_connection)
 
@@ -262,6 +267,16 @@ class Server:
         self._loop.remove_reader(listener.fileno())
         if self._pause is not None:
             self._pause.cancel()
+        # Who waits in the kernel's queue has connected, and may have handed over already.
+        for _ in range(_QUEUE):
+            try:
+                connection = listener.accept()
+            except OSError as error:
+                log.warning("peers that had connected are lost: %s", error)
+                break
+            if connection is None:
+                break
+            self._admit(connection)
         listener.close()
 
     # --- peers -------------------------------------------------------------------------

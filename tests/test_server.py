@@ -696,6 +696,15 @@ async def test_draining_waits_for_a_hand_over_under_way(serving: Serving) -> Non
     assert server.served == 1
 
 
+async def test_draining_takes_up_who_waits_to_be_accepted(serving: Serving) -> None:
+    """Its hand-over may be on the way already: closing the socket would lose it."""
+    async with serving.run(handshake_timeout=1.0) as server:
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(os.fspath(serving.path))
+            await asyncio.wait_for(server.drain(), 10)
+    assert serving.refusals() == ["no complete hand-over within 1 s"]
+
+
 async def test_closing_settles_living_targets(serving: Serving) -> None:
     """A target whose server closes gets an error for what is missing, and keeps the rest."""
     async with serving.run() as server, vmm(serving) as guest:
