@@ -193,14 +193,14 @@ class Session:
 
         Raises:
             PeerError: A region does not lie in the source, or the userfaultfd cannot be
-                used.  The hand-over is closed.
+                used.  The hand-over is closed, its missing pages settled by ``on_close``.
         """
         try:
-            self._check_regions()
             uffd = Userfaultfd.adopt(self.handover.fd)
             self.pager = self._make_pager(uffd)
             try:
                 self._serve_regions()
+                self._check_regions()  # now that the pager would settle what is refused
                 self.pager.start()
             except BaseException:
                 await self.pager.aclose()

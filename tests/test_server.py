@@ -406,8 +406,11 @@ async def test_an_image_written_in_place_fails_its_sessions(serving: Serving) ->
 
 async def test_a_small_image_is_refused(serving: Serving) -> None:
     """Memory behind the image's end has no bytes: the peer is refused, by name."""
-    async with serving.run(), vmm(serving, size=SIZE + PAGE, wait=False):
+    async with serving.run(), vmm(serving, size=SIZE + PAGE, wait=False) as guest:
         await eventually(serving.refusals, "the peer is refused")
+        with pytest.raises(OSError) as failed:  # and its memory is no page of zeros
+            await guest.ask("read_in_kernel_mode", 0)
+        assert failed.value.errno == errno.EFAULT
     assert "region 0 " in serving.refusals()[0]
     assert "but the image at 0x40000" in serving.refusals()[0]
 
