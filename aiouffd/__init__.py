@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .events import Event, Forked, PageFault, Remapped, Removed, Unmapped
     from .failure import Action, FailurePolicy
     from .fds import OwnedFd
-    from .lazy_memory import LazyMemory
+    from .lazy_memory import Holes, LazyMemory
     from .metrics import Counters, Histogram, Metrics, Observer
     from .pager import Pager
     from .ranges import PAGE_SIZE, Range
@@ -92,10 +92,11 @@ _EXPORTS = {
         "FailurePolicy",
     ),
     "fds": ("OwnedFd",),
-    "lazy_memory": ("LazyMemory",),
+    "lazy_memory": ("Holes", "LazyMemory"),
     "metrics": (
         "Counters",
         "Histogram",
+    "Holes",
         "Metrics",
         "Observer",
     ),
@@ -155,6 +156,7 @@ __all__ = [
     "Handler",
     "HandlerError",
     "Histogram",
+    "Holes",
     "LayoutChanging",
     "LazyMemory",
     "LoopThreadTouch",

@@ -57,6 +57,12 @@ class Source(Protocol):
 
         Returns:
             The bytes, or None if they are not at hand.
+
+        Raises:
+            SourceError: As ``read``.
+            ClosedError: As ``read``.
+
+        Sharing: any thread, several at once: LazyMemory asks in the thread that touches.
         """
 
     def extents(self) -> Iterator[tuple[int, int]]:
