@@ -31,7 +31,7 @@ from .errors import PeerError, UffdError
 from .failure import Action
 from .handover import Receive, peer_credentials, pin_peer
 from .metrics import Observer
-from .session import Service, Session
+from .session import Service, Session, settle
 from .sources import Extents, Source
 from .unix_socket import Connection, Listener
 
@@ -373,7 +373,7 @@ class Server:
                 pin_peer(connection.socket, allow_pid_race=self._allow_pid_race)
             )
             handover = await self._receive(connection)
-            stack.callback(handover.close)
+            stack.push_async_callback(settle, handover, self._service, peer)
             source, extents = await stack.enter_async_context(self._open_source())
             session = Session(
                 handover,

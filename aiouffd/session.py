@@ -26,7 +26,7 @@ from typing import Final, Self
 from .errors import PeerError
 from .events import Event, PageFault
 from .failure import Action, FailurePolicy
-from .handlers import from_source
+from .handlers import from_source, zeroes
 from .handover import Handover, Peer
 from .metrics import Metrics, Observer
 from .pager import Pager
@@ -328,3 +328,39 @@ class Session:
                 self._ended = time.monotonic()
             pager.uffd.close()  # after HANG it is still open: the target's own copy keeps it
             self.handover.close()
+
+
+async def settle(handover: Handover, service: Service, peer: Peer | None) -> None:
+    """Close a hand-over; memory that no session took over is settled by ``on_close`` first.
+
+    Args:
+        handover: Closed already if a session had it.
+        service: Whose ``on_close`` and deadline count.
+        peer: Whose memory it is, if known.
+
+    Raises:
+        UffdError: It could not be settled; it is closed all the same.
+    """
+    try:
+        if not handover.fd.closed:
+            pager = Pager(
+                Userfaultfd.adopt(handover.fd),
+                on_close=service.on_close,
+                deadline=service.deadline,
+                target=peer.pidfd.fileno() if peer is not None else None,
+            )
+            try:
+                for region in handover.regions:
+                    pager.register(
+                        region.start,
+                        region.length,
+                        zeroes,  # never asked: while it closes every fault gets the action
+                        page_size=region.page_size,
+                        registered=True,
+                    )
+            finally:
+                await pager.aclose()
+    except ValueError as error:  # as in Session.start
+        raise PeerError(str(error)) from error
+    finally:
+        handover.close()

@@ -415,6 +415,17 @@ async def test_a_small_image_is_refused(serving: Serving) -> None:
     assert "but the image at 0x40000" in serving.refusals()[0]
 
 
+async def test_an_image_that_has_gone_is_no_page_of_zeros(serving: Serving) -> None:
+    """The peer has handed over, and gets an error for what nobody can bring."""
+    async with serving.run():
+        serving.image_path.unlink()
+        async with vmm(serving, wait=False) as guest:
+            await eventually(serving.refusals, "the peer is refused")
+            with pytest.raises(OSError) as failed:
+                await guest.ask("read_in_kernel_mode", 0)
+            assert failed.value.errno == errno.EFAULT
+
+
 async def test_a_server_without_an_image_does_not_start(serving: Serving) -> None:
     """Better now than with the first peer."""
     serving.image_path.unlink()
