@@ -249,7 +249,12 @@ class Dispatcher:
         )
         region = placement.region
         started_ns = self._begin(fault) if self.observers else 0
-        if space.removed and page in space.removed and self._reads_zero(fault):
+        zero: bool | None = False
+        if space.removed and page in space.removed:
+            zero = self._reads_zero(fault)
+        if zero is None:
+            self.parking.add(self._board(fault, region, started_ns))
+        elif zero:
             counters.removed += 1
             self.resolver.carry_out(self._board(fault, region, started_ns), Zero())
         elif self.closing is not None:
@@ -262,8 +267,12 @@ class Dispatcher:
         else:
             self._ask(fault, region, started_ns)
 
-    def _reads_zero(self, fault: PageFault) -> bool:
-        """Say whether a fault on a removed page is to be answered with zeros."""
+    def _reads_zero(self, fault: PageFault) -> bool | None:
+        """Say whether a fault on a removed page is to be answered with zeros.
+
+        Returns:
+            None if that cannot be told while the layout is changing.
+        """
         found = self.space.find(fault.address)
         if not fault.missing or found is None:
             return False
@@ -272,7 +281,10 @@ class Dispatcher:
             return True
         # MREMAP_DONTUNMAP: anonymous memory is empty where it was moved from, but shared memory
         # shows the same pages in both places, and a zero here would become the other's.
-        if calls.continue_(self.fd, fault.address, fault.length) == -errno.EINVAL:
+        done = calls.continue_(self.fd, fault.address, fault.length)
+        if done == -errno.EAGAIN:
+            return None
+        if done == -errno.EINVAL:
             return True  # anonymous: it has no page cache to continue from
         region = placement.region
         hint = region.start - region.offset
@@ -470,9 +482,17 @@ class Dispatcher:
             self._find_lost(flight)
             return True
         fault, resolution = flight.fault, flight.resolution
-        removed = not flight.final and fault.address in self.space.removed
-        if resolution is None or (removed and self._reads_zero(fault)):
-            resolution = Zero()
+        if not flight.final and fault.address in self.space.removed:
+            zero = self._reads_zero(fault)
+            if zero is None:
+                self.parking.add(flight)
+                return False
+            if zero:
+                resolution = Zero()
+        if resolution is None:  # not zero, as it turns out: its handler is asked anew
+            self.wake(fault.address, fault.length)
+            self.end(flight, "wake")
+            return True
         self.resolver.carry_out(flight, resolution, tries)
         return flight.stage is not Stage.PARKED
 
