@@ -386,6 +386,7 @@ async def test_metrics_hang_on_the_observer() -> None:
     assert isinstance(served.pager.counters, Counters)
 
 
+@pytest.mark.root
 async def test_children_are_announced_before_they_are_served() -> None:
     """on_fork gets the child's pager; its regions are clones with the same handler."""
     announced: list[tuple[Pager, int]] = []
@@ -404,6 +405,7 @@ async def test_children_are_announced_before_they_are_served() -> None:
         assert region.handler is served.region.handler
 
 
+@pytest.mark.root
 async def test_handlers_of_a_dead_child_are_awaited_by_its_parent() -> None:
     """Its pager is gone before they are through with their cleanup."""
     ended: list[str] = []

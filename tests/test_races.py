@@ -18,6 +18,8 @@ import pytest
 from aiouffd import Action
 from tests.soak import Life, Mixture, Totals, live
 
+pytestmark = pytest.mark.root  # fork events take CAP_SYS_PTRACE
+
 RACES: Final = {
     # REMOVE against COPY: the finishing madvise may undo a fill that has succeeded.
     "removal against fills": Mixture(operations="r4w1d8", pages=1024, trouble=0, life=2000),

@@ -24,6 +24,8 @@ import pytest
 from tests import conftest
 from tests.soak import Mixture, live
 
+pytestmark = pytest.mark.root  # fork events take CAP_SYS_PTRACE
+
 SECONDS: Final = float(os.environ.get("AIOUFFD_SOAK_SECONDS", "60"))
 
 _AT_A_TIME: Final = 3

@@ -104,6 +104,7 @@ async def test_what_the_target_does_meanwhile_is_heeded() -> None:
         assert await target.start_sweep(59, 3) == [None, 0, None]
 
 
+@pytest.mark.root
 async def test_children_fail_closed_with_the_rest() -> None:
     """Each forked child's missing pages are poisoned through its own userfaultfd."""
     async with serving(features=Feature.EVENT_FORK) as served:

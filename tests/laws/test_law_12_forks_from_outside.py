@@ -12,6 +12,8 @@ from aiouffd import Feature, Pager, Userfaultfd
 from tests.serving import image, serving, unread, within
 from tests.targets import PAGE, until
 
+pytestmark = pytest.mark.root  # fork events take CAP_SYS_PTRACE
+
 
 async def test_serving_ones_own_memory_with_fork_events_is_refused() -> None:
     """A fork would wait, its process's allocator locked, for a reader in that very process."""
