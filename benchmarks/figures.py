@@ -192,6 +192,7 @@ def environment() -> dict[str, str]:
                 break
     return {
         "kernel": platform.release(),
+        "load": f"{os.getloadavg()[0]:.1f}",
         "machine": f"{model}, {os.cpu_count()} CPUs",
         "python": f"{platform.python_implementation()} {platform.python_version()}",
     }

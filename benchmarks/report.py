@@ -75,7 +75,11 @@ def body(settings: Settings, measured: Mapping[str, Sequence[Figure]]) -> str:
     today = datetime.now(UTC).date()
     size = f"{settings.runs} rounds of {settings.faults:,} faults"
     machine = f"{about['machine']}, Linux {about['kernel']}, {about['python']}"
-    words = [f"Measured on {today}: {machine}; {size}.", ""]
+    words = [
+        f"Measured on {today}: {machine}; {size}.",
+        f"The load average at the end was {about['load']}: about 1 is this measurement's own.",
+        "",
+    ]
     options = f"--runs {settings.runs} --faults {settings.faults}"
     for name, figures in measured.items():
         command = f"python -m benchmarks.{name} {options}"
