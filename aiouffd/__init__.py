@@ -96,7 +96,6 @@ _EXPORTS = {
     "metrics": (
         "Counters",
         "Histogram",
-    "Holes",
         "Metrics",
         "Observer",
     ),
