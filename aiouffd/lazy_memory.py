@@ -285,7 +285,9 @@ class LazyMemory:
                 self._mapping.drop(first, last - first)
                 self._serving.faults.forget_placeholders(first, last)
                 poisoned = self._serving.faults.answers.poisoned
-                poisoned.difference_update([page for page in poisoned if first <= page < last])
+                poisoned.difference_update(
+                    [page for page in list(poisoned) if first <= page < last]
+                )
         self.counters.evicted_bytes += evicted
         return evicted
 
