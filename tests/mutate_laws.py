@@ -109,8 +109,8 @@ MUTATIONS: Final = (
         6,
         "a removed page is asked of its handler",
         "dispatcher.py",
-        "if space.removed and page in space.removed and fault.missing:",
-        "if False:",
+        "            zero = self._reads_zero(fault)\n        if zero is None:",
+        "            pass\n        if zero is None:",
     ),
     Mutation(
         6,
@@ -253,7 +253,10 @@ def main(arguments: list[str]) -> int:
             source = path.read_text()
             began = time.monotonic()
             if source.count(mutation.old) != 1:
-                passed, text = True, f"{mutation.file} has that text {source.count(mutation.old)}x"
+                passed, text = (
+                    True,
+                    f"{mutation.file} has its text {source.count(mutation.old)} times",
+                )
             else:
                 path.write_text(source.replace(mutation.old, mutation.new))
                 passed, text = _run(at, mutation.law)
