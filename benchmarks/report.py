@@ -59,7 +59,7 @@ def escape(text: str) -> str:
 
 def section(heading: str, command: str, figures: Sequence[Figure]) -> str:
     """Write one benchmark's figures as Markdown."""
-    lines = [f"### {heading}", "", "```sh", command, "```", ""]
+    lines = [f"## {heading}", "", "```sh", command, "```", ""]
     lines += ["| case | target | ratio (spread) | ours | against | |", "|---|---|---|---|---|---|"]
     for f in figures:
         cells = (f.case, f.target, shown_ratio(f), f.ours, f.floor, verdict(f))
