@@ -329,3 +329,10 @@ def test_page_set_asks_nothing_of_what_it_does_not_hold() -> None:
     pages.discard(everything)
     assert not pages
     assert time.perf_counter() - start < 0.5  # by chunks of the range it is many seconds
+
+
+def test_an_empty_range_takes_no_place() -> None:
+    """Setting nothing changes nothing."""
+    ranges: RangeMap[str] = RangeMap()
+    assert ranges.set(Range(4096, 0), "nobody") == []
+    assert not len(ranges)

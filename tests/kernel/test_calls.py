@@ -486,3 +486,18 @@ def test_a_call_in_the_middle_of_a_call_disturbs_neither(monkeypatch: pytest.Mon
         assert calls.copy(target.uffd, target.at(0), source, PAGE) == PAGE
         assert inner == [PAGE]
         assert [target.start_read(page).result() for page in range(2)] == [7, 7]
+
+
+def test_a_message_reader_gives_messages_then_none() -> None:
+    """What is pending comes as bytes read; nothing pending is None, not an exception."""
+    with Target("anon", pages=2, register=MISSING) as target:
+        calls.set_nonblocking(target.uffd)
+        buffer = bytearray(4 * abi.UFFD_MSG_SIZE)
+        read = calls.reader(target.uffd, buffer)
+        assert read() is None
+        touch = target.start_read(1)
+        targets.wait_until(target.is_blocked, "the thread faults")
+        assert read() == abi.UFFD_MSG_SIZE
+        assert buffer[0] == abi.UFFD_EVENT_PAGEFAULT
+        assert fill(target, 1) == PAGE
+        assert touch.result() == 7
