@@ -244,6 +244,7 @@ async def test_a_cancellation_makes_no_cycle(early: bool) -> None:
 
 # --- results within the last step ------------------------------------------------------
 
+
 @pytest.mark.parametrize("waits", ["bare", "done", "later", "twice"])
 async def test_a_result_is_told_in_the_last_step(waits: str) -> None:
     """Once, with the task, before the task is done."""
