@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 log: Final = logging.getLogger("aiouffd")
 
+_QUEUED_AT_ONCE: Final = 64  # queued faults whose handlers are asked in one turn of the loop
 _LOST_PATIENCE: Final = 0.25  # seconds for an event to explain an unknown address
 
 _NOWHERE: Final = (0, 0, None)
@@ -65,6 +66,7 @@ class Dispatcher:
         gone: Set when the target is gone.
         error: Why the pager failed, if it did.
         closing: What becomes of faults while the pager closes; None as long as it serves.
+        crashed: The reader failed: nothing is read any more.
         target_gone: The target has exited or called exec.
         tasks: Suspended handlers with their flights, and long fills: awaited when the pager
             closes.
@@ -96,6 +98,7 @@ class Dispatcher:
         self.gone = asyncio.Event()
         self.error: BaseException | None = None
         self.closing: Action | None = None
+        self.crashed = False
         self.target_gone = False
         self.tasks: dict[asyncio.Task[Any], Flight | None] = {}
         self.reader = Reader(self, on_child)
@@ -165,6 +168,7 @@ class Dispatcher:
     def crash(self, error: Exception) -> None:
         """An error where none may be: stop reading and fail."""
         log.critical("the reader of %r failed", self.uffd, exc_info=error)
+        self.crashed = True
         self.reader.stop()  # not listening for the target's end: a close by KILL waits for it
         self.timers.cancel_all()
         self.parking.clear()  # or its timer comes again
@@ -391,8 +395,17 @@ class Dispatcher:
             self._ask_queued()
 
     def _ask_queued(self) -> None:
-        """Let queued faults have the places that became free, in order."""
-        while self._queue and self._asked < self.max_in_flight and self.closing is None:
+        """Let queued faults have the places that became free; never raises."""
+        try:
+            self._ask_some_queued()
+        except Exception as error:
+            self.crash(error)
+
+    def _ask_some_queued(self) -> None:
+        """Ask in order, but no more than a batch at once: other work of the loop must run too."""
+        for _ in range(_QUEUED_AT_ONCE):
+            if not self._queue or self._asked >= self.max_in_flight or self.closing is not None:
+                return
             flight = self._queue.popleft()
             if flight.stage is not Stage.QUEUED or flight.region is None:
                 continue  # it ended while it waited
@@ -410,6 +423,7 @@ class Dispatcher:
                 self.await_handler(flight, task)
             else:
                 self._answered(flight, answer)
+        self.loop.call_soon(self._ask_queued)
 
     def _answered(self, flight: Flight, answer: Answer) -> None:
         if self._copy_page(flight.fault, answer):

@@ -29,13 +29,13 @@ from .errors import ClosedError, ResolutionRefused, TargetGone
 from .failure import Action, FailurePolicy
 from .fds import OwnedFd
 from .flight import Flight
-from .kernel import abi, calls
+from .kernel import calls
 from .metrics import Counters, Observer
 from .parking import Patience
-from .performer import PIECE_BYTES, Walk
-from .ranges import PAGE_SIZE, PageSet, Range, is_aligned, is_power_of_two
+from .ranges import PAGE_SIZE, Range, is_aligned, is_power_of_two
 from .region import Region
 from .resolutions import Handler
+from .settling import Settling
 from .uffd import Feature, Mode, Userfaultfd
 
 log: Final = logging.getLogger("aiouffd")
@@ -187,7 +187,7 @@ class Pager:
         self._dispatcher.start()
 
     async def wait_closed(self) -> None:
-        """Wait until the target is gone or the pager is closed.
+        """Wait until the target and its forked children are gone, or the pager is closed.
 
         Raises:
             FaultError: A fault failed and the policy says Action.RAISE.
@@ -195,9 +195,13 @@ class Pager:
 
         Cancellation: nothing happens to the pager.
         """
-        await self._dispatcher.over.wait()
-        if self._dispatcher.error is not None:
-            raise self._dispatcher.error
+        dispatcher = self._dispatcher
+        await dispatcher.over.wait()
+        while self.children and dispatcher.error is None and not self.closing:
+            await self.children[0]._dispatcher.over.wait()
+            await asyncio.sleep(0)  # it takes itself off the list, or tells why it failed
+        if dispatcher.error is not None:
+            raise dispatcher.error
 
     async def aclose(self, action: Action | None = None) -> None:
         """Stop serving: settle what is missing, unregister, wake everybody, close.
@@ -366,7 +370,9 @@ class Pager:
         See Region.drop, which settles them first.
         """
         dispatcher = self._dispatcher
-        fd = dispatcher.fd
+        if self.uffd.closed:  # while the caller settled what is missing
+            return
+        fd = self.uffd.fileno()
         for where in self.space.all_of(region):
             try:
                 if region.modes & Mode.WP:
@@ -395,72 +401,11 @@ class Pager:
         Raises:
             ResolutionRefused: The kernel cannot.
             LayoutChanging: The target's events went unread for the deadline.
+            ClosedError: The pager was closed meanwhile.
 
         Cancellation: pages poisoned so far stay so.
         """
-        if not region.modes & (Mode.MISSING | Mode.MINOR):
-            return
-        # What is settled is kept by its place in the source: memory that moves meanwhile takes
-        # its marks along, and a target that moves it all the time must not hold up the close.
-        settled = PageSet()
-        protected = bool(region.modes & Mode.WP)
-        epoch, todo = -1, list[tuple[Range, int]]()
-        patience = self.patience()
-        while not self.target_gone:
-            if epoch != self.space.epoch:
-                epoch, todo = self.space.epoch, self._unsettled(region, settled)
-            if not todo:
-                return
-            budget = PIECE_BYTES
-            while todo and budget > 0:
-                where, offset = todo.pop()
-                done = self._poison_piece(where, region.page_size, protected=protected)
-                settled.add(Range(offset, done))
-                if done < where.length:
-                    todo.append((Range.between(where.start + done, where.end), offset + done))
-                if not done:
-                    break
-                budget -= done
-            if budget < PIECE_BYTES:
-                patience = self.patience()
-                await asyncio.sleep(0)
-            elif not self.target_gone:
-                await patience.wait()
-
-    def _unsettled(self, region: Region, settled: PageSet) -> list[tuple[Range, int]]:
-        """List a region's stretches of addresses, each with its offset, that are not settled."""
-        return [
-            (gap.moved(where.start - offset), gap.start)
-            for where, offset in region.ranges
-            for gap in settled.gaps(Range(offset, where.length))
-        ]
-
-    def _poison_piece(self, where: Range, page_size: int, *, protected: bool) -> int:
-        """Poison the beginning of a range, save what is there or removed.
-
-        Returns:
-            Bytes settled; 0 if the layout is changing or the target is gone.
-        """
-        dispatcher = self._dispatcher
-        piece = Range(where.start, min(where.length, max(PIECE_BYTES, page_size)))
-        # Asked right before the ioctls: what was removed a moment ago is to read zero.
-        for run in tuple(self.space.removed.gaps(piece)):
-            if protected:
-                # Where nothing is there protection leaves a mark, which POISON stops at.
-                mode = abi.UFFDIO_WRITEPROTECT_MODE_DONTWAKE
-                if calls.writeprotect(dispatcher.fd, run.start, run.length, mode) == -errno.EAGAIN:
-                    return run.start - piece.start
-            walk = Walk(run, page_size)
-            while walk:
-                done = walk.step(dispatcher.poison, dispatcher.wake)
-                if done == -errno.EAGAIN:
-                    return walk.at - piece.start
-                if done == -errno.ESRCH:
-                    dispatcher.target_is_gone()
-                    return 0
-                if done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
-                    raise dispatcher.refused("UFFDIO_POISON", done, walk.at, walk.end - walk.at)
-        return piece.length
+        await Settling(self._dispatcher, region).run()
 
     def check_serving(self) -> None:
         """Refuse work on a pager that no longer serves.

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log: Final = logging.getLogger("aiouffd")
 
+_LOGGED_EACH: Final = 32  # failures of one pager that are logged one by one; then 64th, 128th ...
+
 
 class Recovery:
     """The failure policy of one pager, at work."""
@@ -76,7 +78,10 @@ class Recovery:
         for observer in dispatcher.observers:
             observer.failure(flight.fault, error)
         action = self.policy.then
-        log.error("%s; then: %s", error, action.value, exc_info=error.__cause__)
+        failures = dispatcher.counters.failures
+        if failures <= _LOGGED_EACH or failures & (failures - 1) == 0:
+            # A source that is gone fails every fault there is: the counters have the rest.
+            log.error("%s; then: %s", error, action.value, exc_info=error.__cause__)
         if action is Action.RAISE or (flight.fault.wp and action is Action.POISON):
             # A page that is there cannot be poisoned.  Its writer goes on, so whoever tracks
             # the writes must learn that one was missed.

@@ -507,3 +507,18 @@ async def test_a_range_that_the_peer_registered() -> None:
             region = pager.register(target.base, target.length, from_image, registered=True)
             assert region.ioctls == 0
             assert await target.start_read(3) == 4
+
+
+async def test_waiting_is_for_the_whole_family() -> None:
+    """A child that outlives its parent is served to its own end."""
+    async with serving(features=Feature.EVENT_FORK) as served:
+        child = await served.target.fork()
+        await until(lambda: served.pager.children, "the child's pager")
+        waiting = asyncio.ensure_future(served.pager.wait_closed())
+        served.target.kill()
+        await until(lambda: served.pager.target_gone, "the parent's end")
+        assert await child.start_read(7) == 8
+        assert not waiting.done()
+        child.kill()
+        child.reap()
+        await asyncio.wait_for(waiting, 10)
