@@ -312,7 +312,9 @@ class Dispatcher:
         """Ask a handler; carry its answer out at once if it has one."""
         try:
             task, answer = eager.start(
-                self.loop, region.handler(fault), receive=self._handler_answered
+                self._loop,  # type: ignore[arg-type]  # started, or no fault would come here
+                region.handler(fault),
+                receive=self._handler_answered,
             )
         except (Exception, asyncio.CancelledError) as error:
             self.recovery.handler_failed(self._board(fault, region, started_ns), error)

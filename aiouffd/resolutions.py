@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
 from .events import PageFault
 
@@ -21,9 +21,11 @@ else:
     Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Fill with these bytes, whole pages of the range's page size (UFFDIO_COPY, 4.3).
+
+    A named tuple, not a frozen dataclass like the others: it is the answer to nearly every
+    fault, and takes 0.25 microseconds to make instead of 0.4.
 
     Attributes:
         data: Any contiguous buffer; it must not be memory that this process serves, and must

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import typing
 
 import pytest
@@ -26,15 +26,21 @@ def test_the_union_is_complete() -> None:
     classes = {
         value
         for value in vars(resolutions).values()
-        if dataclasses.is_dataclass(value) and isinstance(value, type)
+        if isinstance(value, type) and hasattr(value, "__match_args__")
+        if value.__module__ == resolutions.__name__
     }
     assert set(typing.get_args(Resolution)) == classes == {type(each) for each in EACH}
+
+
+def fields_of(resolution: Resolution) -> tuple[str, ...]:
+    """The names of a resolution's fields, in order."""
+    return type(resolution).__match_args__
 
 
 @pytest.mark.parametrize("resolution", EACH)
 def test_by_default_it_is_the_faulting_page(resolution: Resolution) -> None:
     """Without address and length the page that faulted is meant, and no protection."""
-    fields = {field.name for field in dataclasses.fields(resolution)}
+    fields = set(fields_of(resolution))
     for name in fields & {"address", "length"}:
         assert getattr(resolution, name) is None
     for name in fields & {"protect", "allow_holes"}:
@@ -44,12 +50,12 @@ def test_by_default_it_is_the_faulting_page(resolution: Resolution) -> None:
 @pytest.mark.parametrize("resolution", EACH)
 def test_they_are_values(resolution: Resolution) -> None:
     """Equal when their fields are; nobody changes one on its way."""
-    assert resolution == dataclasses.replace(resolution)
-    assert hash(resolution) == hash(dataclasses.replace(resolution))
+    assert resolution == copy.deepcopy(resolution)
+    assert hash(resolution) == hash(copy.deepcopy(resolution))
     assert not hasattr(resolution, "__dict__")
-    for field in dataclasses.fields(resolution):
-        with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(resolution, field.name, 1)
+    for name in fields_of(resolution):
+        with pytest.raises(AttributeError):
+            setattr(resolution, name, 1)
 
 
 def test_positions_follow_the_kernel_structs() -> None:
