@@ -11,19 +11,23 @@ Laws of this file:
 * The session ends when the target does.  Until then every fault is answered, if only by the
   failure policy.
 * What the session was given it closes: the userfaultfd, further descriptors, its own source.
+* A userfaultfd whose memory could not be settled is closed only after its target is dead; if
+  nobody can be killed it stays open for good, for the last close would make zeros.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
-from .errors import PeerError
+from .errors import PeerError, UffdError
 from .events import Event, PageFault
 from .failure import Action, FailurePolicy
 from .handlers import from_source, zeroes
@@ -34,6 +38,8 @@ from .ranges import align_up
 from .resolutions import Handler
 from .sources import Extents, Source
 from .uffd import Userfaultfd
+
+log: Final = logging.getLogger("aiouffd.session")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +176,7 @@ class Session:
         self._began = self._ended = time.monotonic()
         self._over = False
         self._aborted: Action | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
@@ -197,19 +204,26 @@ class Session:
         """
         try:
             uffd = Userfaultfd.adopt(self.handover.fd)
-            self.pager = self._make_pager(uffd)
-            try:
-                self._serve_regions()
-                self._check_regions()  # now that the pager would settle what is refused
-                self.pager.start()
-            except BaseException:
-                await self.pager.aclose()
-                raise
-        except ValueError as error:  # no userfaultfd, or regions that no memory can have
+        except ValueError as error:
             self.handover.close()
             raise PeerError(str(error), self.name) from error
         except BaseException:
             self.handover.close()
+            raise
+        try:
+            self.pager = self._make_pager(uffd)
+        except BaseException as error:
+            await _fail_closed(uffd, self.peer, error)
+            self.handover.close()
+            raise
+        try:
+            self._serve_regions()
+            self._check_regions()  # now that the pager would settle what is refused
+            self.pager.start()
+        except BaseException as error:
+            await self._close(None)
+            if isinstance(error, ValueError):  # regions that no memory can have
+                raise PeerError(str(error), self.name) from error
             raise
 
     def _check_regions(self) -> None:
@@ -318,16 +332,22 @@ class Session:
         Cancellation: the close goes on by itself; call again to wait for it.
         """
         pager = self.pager
-        if not pager.closing and not pager.target_gone:
+        if self._closing is None and not pager.closing and not pager.target_gone:
             self._aborted = self.service.on_close if action is None else action
+        await self._close(action)
+
+    async def _close(self, action: Action | None) -> None:
+        if self._closing is None:
+            coro = self._close_all(action)
+            self._closing = asyncio.create_task(coro, name="aiouffd session close")
+        await asyncio.shield(self._closing)
+
+    async def _close_all(self, action: Action | None) -> None:
         try:
-            await pager.aclose(action)
+            await _let_go(self.pager, action, self.handover, self.peer)
         finally:
-            if not self._over:
-                self._over = True
-                self._ended = time.monotonic()
-            pager.uffd.close()  # after HANG it is still open: the target's own copy keeps it
-            self.handover.close()
+            self._over = True
+            self._ended = time.monotonic()
 
 
 async def settle(handover: Handover, service: Service, peer: Peer | None) -> None:
@@ -339,28 +359,96 @@ async def settle(handover: Handover, service: Service, peer: Peer | None) -> Non
         peer: Whose memory it is, if known.
 
     Raises:
-        UffdError: It could not be settled; it is closed all the same.
+        UffdError: It could not be settled; the peer is killed, or the userfaultfd kept open.
+
+    Cancellation: the close goes on by itself.
     """
+    if handover.fd.closed:
+        handover.close()
+        return
     try:
-        if not handover.fd.closed:
-            pager = Pager(
-                Userfaultfd.adopt(handover.fd),
-                on_close=service.on_close,
-                deadline=service.deadline,
-                target=peer.pidfd.fileno() if peer is not None else None,
-            )
-            try:
-                for region in handover.regions:
-                    pager.register(
-                        region.start,
-                        region.length,
-                        zeroes,  # never asked: while it closes every fault gets the action
-                        page_size=region.page_size,
-                        registered=True,
-                    )
-            finally:
-                await pager.aclose()
+        uffd = Userfaultfd.adopt(handover.fd)
     except ValueError as error:  # as in Session.start
+        handover.close()
+        raise PeerError(str(error)) from error
+    except BaseException:
+        handover.close()
+        raise
+    try:
+        pager = Pager(
+            uffd,
+            on_close=service.on_close,
+            deadline=service.deadline,
+            target=peer.pidfd.fileno() if peer is not None else None,
+        )
+    except BaseException as error:
+        await _fail_closed(uffd, peer, error)
+        handover.close()
+        raise
+    try:
+        for region in handover.regions:
+            pager.register(
+                region.start,
+                region.length,
+                zeroes,  # never asked: while it closes every fault gets the action
+                page_size=region.page_size,
+                registered=True,
+            )
+    except ValueError as error:
         raise PeerError(str(error)) from error
     finally:
+        await asyncio.shield(asyncio.ensure_future(_let_go(pager, None, handover, peer)))
+
+
+async def _let_go(
+    pager: Pager, action: Action | None, handover: Handover, peer: Peer | None
+) -> None:
+    """Close a pager, and then everything that was handed over."""
+    asked = pager.on_close if action is None else action
+    try:
+        await pager.aclose(action)
+    except BaseException as error:
+        if asked not in (Action.ZERO, Action.HANG):
+            await _fail_closed(pager.uffd, peer, error)
+        raise
+    finally:
+        pager.uffd.close()  # after HANG it is still open: the target's own copy keeps it
         handover.close()
+
+
+async def _fail_closed(uffd: Userfaultfd, peer: Peer | None, error: BaseException) -> None:
+    """See to it that closing a userfaultfd whose memory is not settled makes no zeros.
+
+    The target is killed; where that is not possible the descriptor is given up: nobody
+    closes it as long as this process lives.
+    """
+    if uffd.closed:
+        return
+    who = str(peer) if peer is not None else "an unknown peer"
+    if peer is not None:
+        try:
+            peer.kill()
+        except (UffdError, OSError):
+            log.exception("%s cannot be killed", who)
+        else:
+            log.critical("%s is killed: its missing memory cannot be settled: %s", who, error)
+            await _exit_of(peer)  # until it is dead it could still read zeros
+            return
+    number = uffd.detach().detach()
+    log.critical(
+        "%s: its missing memory cannot be settled: %s; descriptor %d stays open, or it would"
+        " read zeros",
+        who,
+        error,
+        number,
+    )
+
+
+async def _exit_of(peer: Peer) -> None:
+    loop, exited = asyncio.get_running_loop(), asyncio.Event()
+    with contextlib.closing(peer.pidfd.dup()) as pidfd:  # the pager may listen to the other
+        loop.add_reader(pidfd.fileno(), exited.set)
+        try:
+            await exited.wait()
+        finally:
+            loop.remove_reader(pidfd.fileno())

@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from aiouffd.errors import PeerError
+from aiouffd.errors import PeerError, ResolutionRefused
 from aiouffd.events import Event, PageFault
 from aiouffd.failure import Action
 from aiouffd.fds import OwnedFd
@@ -22,7 +22,7 @@ from aiouffd.handlers import from_source
 from aiouffd.handover import HandedRegion, Handover, Peer, pin_peer
 from aiouffd.pager import Pager
 from aiouffd.protocols import firecracker
-from aiouffd.session import Service, Session
+from aiouffd.session import Service, Session, settle
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.uffd import Userfaultfd
 from aiouffd.unix_socket import Listener
@@ -158,6 +158,57 @@ async def test_what_cannot_be_served_is_refused_and_closed() -> None:
                 pass
         assert handover.fd.closed
         del start
+
+
+def unsettled_uffd() -> tuple[mmap.mmap, int, Userfaultfd]:
+    """Register memory behind the end of its file: the kernel refuses to poison it."""
+    with OwnedFd(os.memfd_create("short")) as file:
+        os.ftruncate(file.fileno(), 4 * PAGE)
+        memory = mmap.mmap(file.fileno(), 4 * PAGE)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        uffd = Userfaultfd.open(allow_user_mode_only=True)
+        uffd.register(start, 4 * PAGE)
+        os.ftruncate(file.fileno(), PAGE)
+    return memory, start, uffd
+
+
+@pytest.mark.parametrize("how", ["aclose", "start", "settle"])
+async def test_what_cannot_be_settled_stays_open(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody can be killed: the last descriptor is not closed, for that would make zeros."""
+    memory, start, uffd = unsettled_uffd()
+    number = uffd.fileno()
+    handover = Handover(uffd.detach(), (HandedRegion(start, 4 * PAGE, 0, PAGE),))
+    with memory, pytest.raises(ResolutionRefused):
+        if how == "settle":
+            await settle(handover, Service(), None)
+        else:
+            size = 4 * PAGE if how == "aclose" else PAGE  # too small: start() refuses it
+            async with Session(handover, BufferSource(bytes(size))):
+                pass
+    assert handover.fd.closed
+    assert f"descriptor {number} stays open" in caplog.text
+    with Userfaultfd.adopt(number):  # it is one still, and ours to close
+        pass
+
+
+async def test_a_close_whose_waiter_is_cancelled_goes_on() -> None:
+    """The descriptor is closed when everything is poisoned, not when nobody waits any more."""
+    memory, start, uffd = own_uffd(1024)
+    with memory, uffd:
+        region = HandedRegion(start, 1024 * PAGE, 0, PAGE)
+        session = Session(Handover(uffd.dup(), (region,)), BufferSource(bytes(1024 * PAGE)))
+        await session.start()
+        waiter = asyncio.ensure_future(session.aclose())
+        await asyncio.sleep(0)
+        waiter.cancel()
+        await asyncio.wait([waiter])
+        assert waiter.cancelled()
+        assert not session.handover.fd.closed
+        await session.aclose()
+        assert session.handover.fd.closed
+        assert session.outcome == "closed by policy (poison)"
 
 
 @pytest.mark.limit(180)
