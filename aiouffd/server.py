@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 
-from .errors import PeerError, UffdError
+from .errors import PeerError, SourceError, UffdError
 from .failure import Action
 from .handover import Receive, peer_credentials, pin_peer
 from .metrics import Observer
@@ -212,7 +212,7 @@ class Server:
             async with self._open_source():
                 pass
         else:
-            self._extents = await asyncio.to_thread(Extents, self._source.extents())
+            self._extents = await asyncio.to_thread(_extents_of, self._source)
         self._listener = Listener.bind(
             self.path,
             mode=self._mode,
@@ -396,7 +396,7 @@ class Server:
             yield self._source, self._extents
             return
         # A thread cannot be cancelled: whatever it opens is closed, wanted or not.
-        opening = asyncio.ensure_future(asyncio.to_thread(_open, self._source))
+        opening = asyncio.ensure_future(_open(self._source))
         try:
             source, extents = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -425,10 +425,21 @@ class Server:
                 self._report(Ended(session))
 
 
-def _open(opener: Callable[[], Source]) -> tuple[Source, Extents]:
-    """Open a source and collect its extents: both may take a while."""
-    source = opener()
-    return source, Extents(source.extents())
+async def _open(opener: Callable[[], Source]) -> tuple[Source, Extents]:
+    """Open a source and collect its extents, in threads: both may take a while."""
+    source = await asyncio.to_thread(opener)
+    try:
+        return source, await asyncio.to_thread(_extents_of, source)
+    except BaseException:
+        await source.aclose()
+        raise
+
+
+def _extents_of(source: Source) -> Extents:
+    try:
+        return Extents(source.extents())
+    except ValueError as error:
+        raise SourceError(f"the source's extents are unusable: {error}") from error
 
 
 def _mib(size: int) -> str:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from aiouffd.fds import OwnedFd
 from aiouffd.protocols import firecracker
 from aiouffd.server import Ended, Refused, Report, Server, Started
 from aiouffd.session import Service
+from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.unix_socket import Connection
@@ -424,6 +425,26 @@ async def test_an_image_that_has_gone_is_no_page_of_zeros(serving: Serving) -> N
             with pytest.raises(OSError) as failed:
                 await guest.ask("read_in_kernel_mode", 0)
             assert failed.value.errno == errno.EFAULT
+
+
+async def test_a_source_of_unusable_extents_is_closed(serving: Serving) -> None:
+    """The peer is refused by name, and the source that was opened for it let go of."""
+    closed: list[Source] = []
+
+    class Unordered(BufferSource):
+        def extents(self) -> Iterator[tuple[int, int]]:
+            yield PAGE, PAGE
+            yield 0, PAGE
+
+        async def aclose(self) -> None:
+            closed.append(self)
+            await super().aclose()
+
+    kinds: Iterator[type[BufferSource]] = iter((BufferSource, Unordered))  # first: a trial
+    async with serving.run(source=lambda: next(kinds)(image(SIZE))), vmm(serving, wait=False):
+        await eventually(serving.refusals, "the peer is refused")
+    assert "extents are unusable" in serving.refusals()[0]
+    assert len(closed) == 1
 
 
 async def test_a_server_without_an_image_does_not_start(serving: Serving) -> None:
