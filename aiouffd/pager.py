@@ -132,7 +132,7 @@ class Pager:
 
     @property
     def space(self) -> AddressSpace[Region, Flight]:
-        """The books: who serves what, what is removed, what is in flight.  Not to be changed."""
+        """Who serves what, what is removed, what is in flight; not to be changed."""
         return self._dispatcher.space
 
     @property
