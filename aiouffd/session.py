@@ -41,6 +41,8 @@ from .uffd import Userfaultfd
 
 log: Final = logging.getLogger("aiouffd.session")
 
+_REFUSED_AT_ONCE: Final = 64  # children beyond the limit that wait to be settled, at least
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
@@ -54,6 +56,10 @@ class Service:
         warn_after: Seconds after which an unanswered fault is logged.
         chunk: Bytes to bring around each fault; 0 brings one page.
         max_in_flight: Reads at once per session.
+        max_children: Forked children served at once per session, each by a descriptor and a
+            pager; what is missing in further ones is settled by ``on_close`` at once (HANG,
+            which takes a descriptor, is POISON there).  A target that forks faster than that
+            is done ends its session.
     """
 
     failure: FailurePolicy = field(default_factory=FailurePolicy)
@@ -62,6 +68,7 @@ class Service:
     warn_after: float | None = 5.0
     chunk: int = 0
     max_in_flight: int = 256
+    max_children: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +184,10 @@ class Session:
         self._over = False
         self._aborted: Action | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._children: list[Pager] = []  # forked, children of children too
+        self._refusing: set[asyncio.Task[None]] = set()  # closes of children beyond the limit
+        self._many_children = False
+        self._given_up = 0  # descriptors of children that could not be settled
 
     @property
     def name(self) -> str:
@@ -246,9 +257,41 @@ class Session:
             warn_after=service.warn_after,
             max_in_flight=service.max_in_flight,
             on_close=service.on_close,
+            on_fork=self._limit_children,
             target=self.peer.pidfd.fileno() if self.peer is not None else None,
             observers=(self.metrics, self._watch, *self._observers),
         )
+
+    def _limit_children(self, child: Pager) -> None:
+        """Settle a forked child that is one too many; the target itself is served on."""
+        self._children = [one for one in self._children if not one.uffd.closed]
+        self._children.append(child)
+        count, limit = len(self._children) + self._given_up, self.service.max_children
+        if count <= limit:
+            return
+        if not self._many_children:
+            self._many_children = True
+            log.warning("%s: more than %d forked children are not served", self.name, limit)
+        if count > 2 * limit + _REFUSED_AT_ONCE:
+            # An error here ends the pager that read the fork, and with it the session.
+            raise PeerError(f"forks faster than children can be refused ({count})", self.name)
+        task = asyncio.get_running_loop().create_task(
+            self._refuse_child(child), name="aiouffd refuse child"
+        )
+        self._refusing.add(task)
+        task.add_done_callback(self._refusing.discard)
+
+    async def _refuse_child(self, child: Pager) -> None:
+        hang = self.service.on_close is Action.HANG
+        await self._close_child(child, Action.POISON if hang else None)
+
+    async def _close_child(self, child: Pager, action: Action | None) -> None:
+        """Close a child's pager; nobody can kill a child, for it has no pidfd."""
+        try:
+            await _close_pager(child, action, None)
+        except (UffdError, OSError) as error:
+            self._given_up += 1
+            log.warning("a forked child of %s could not be settled: %s", self.name, error)
 
     def _serve_regions(self) -> None:
         if self._extents is None:
@@ -346,6 +389,11 @@ class Session:
         try:
             await _let_go(self.pager, action, self.handover, self.peer)
         finally:
+            if self._refusing:
+                await asyncio.wait(tuple(self._refusing))
+            # The pager has closed its children, unless one of them could not be settled.
+            for child in self._children:
+                await self._close_child(child, action)
             self._over = True
             self._ended = time.monotonic()
 
@@ -404,6 +452,14 @@ async def _let_go(
     pager: Pager, action: Action | None, handover: Handover, peer: Peer | None
 ) -> None:
     """Close a pager, and then everything that was handed over."""
+    try:
+        await _close_pager(pager, action, peer)
+    finally:
+        handover.close()
+
+
+async def _close_pager(pager: Pager, action: Action | None, peer: Peer | None) -> None:
+    """Close a pager and its userfaultfd, failing closed."""
     asked = pager.on_close if action is None else action
     try:
         await pager.aclose(action)
@@ -413,7 +469,6 @@ async def _let_go(
         raise
     finally:
         pager.uffd.close()  # after HANG it is still open: the target's own copy keeps it
-        handover.close()
 
 
 async def _fail_closed(uffd: Userfaultfd, peer: Peer | None, error: BaseException) -> None:

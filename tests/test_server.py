@@ -285,6 +285,28 @@ async def test_forked_children_are_served_to_their_end(serving: Serving, tmp_pat
     assert serving.ended()[0].session.outcome == "target exited"
 
 
+@pytest.mark.root
+async def test_too_many_children_are_settled(
+    serving: Serving, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those within the limit are served, and so is the target; others get no page of zeros."""
+    files = [tmp_path / f"digest {number}" for number in range(5)]
+    async with serving.run(service=Service(max_children=2)) as server:
+        async with vmm(serving, forks=True) as guest:
+            (session,) = server.sessions
+            for file in files:
+                await guest.ask("fork", os.fspath(file))
+            await eventually(lambda: len(session.pager.children) == 2, "the rest is refused")
+            assert await guest.read(0, PAGE) == image(SIZE)[:PAGE]
+            guest.kill()
+            await guest.status()
+        await eventually(serving.ended, "the session ends with the orphans")
+        assert [file.exists() for file in files] == [True, True, False, False, False]
+    assert caplog.text.count("more than 2 forked children are not served") == 1
+    expected = hashlib.sha256(image(SIZE)).hexdigest()
+    assert [file.read_text() for file in files[:2]] == [expected] * 2
+
+
 # --- removed memory --------------------------------------------------------------------
 
 
