@@ -8,17 +8,20 @@ Laws of this file:
 * Answers are checked before anything is done: a wrong one leaves the page missing.
 * A lost page is a matter of these books alone: a hole is SIGBUS and EFAULT already.
 * Each access that fails gets an exception of its own; their cause is shared.
+* A long answer is done piece by piece, the faulting page first; the loop yields in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from .errors import ClosedError, FaultError, HandlerError, SourceError
 from .events import WP, PageFault
 from .kernel import abi
 from .lazy_mapping import LazyMapping, as_bytes
+from .performer import PIECE_BYTES
 from .ranges import PAGE_SIZE
 from .resolutions import Answer, Continue, Copy, Move, Poison, Unprotect, Wake, Zero
 
@@ -52,6 +55,43 @@ class Counters:
         return f"Counters({', '.join(f'{name}={getattr(self, name)}' for name in self.__slots__)})"
 
 
+class Pieces:
+    """A long answer that is still to be done; going over it does it.
+
+    Attributes:
+        start: The first address it covers.
+        end: One past the last.
+    """
+
+    __slots__ = ("_counters", "_fault", "_step", "end", "start")
+
+    def __init__(
+        self,
+        fault: PageFault,
+        where: tuple[int, int],
+        step: Callable[[int, int], int],
+        counters: Counters,
+    ) -> None:
+        self._fault = fault
+        self.start, length = where
+        self.end = self.start + length
+        self._step = step
+        self._counters = counters
+
+    def __iter__(self) -> Iterator[bool]:
+        """Do a piece, then say whether the faulting page is there; and so on."""
+        fault = self._fault
+        covered = self.start <= fault.address < self.end
+        first = fault.address if covered else self.start
+        settled = False
+        for start, end in (first, self.end), (self.start, first):
+            for at in range(start, end, PIECE_BYTES):
+                after = min(at + PIECE_BYTES, end)
+                self._counters.filled_bytes += self._step(at, after - at)
+                settled = settled or (covered and after >= fault.address + fault.length)
+                yield settled
+
+
 class Answers:
     """Performs the answers of one LazyMemory's handler.
 
@@ -80,7 +120,7 @@ class Answers:
         self.poisoned: Final[set[int]] = set()
 
     def perform(self, fault: PageFault, answer: Answer) -> None:
-        """Do what a handler answered.
+        """Do what a handler answered, all of it at once: not for the loop's thread.
 
         Args:
             fault: What it was asked.
@@ -90,18 +130,41 @@ class Answers:
             HandlerError: The answer does not suit the fault.
             ResolutionRefused: The kernel refused it.
         """
-        if type(answer) is bytes and len(answer) == fault.length and not fault.flags & WP:
+        pieces = self.begin(fault, answer)
+        if pieces is not None:
+            for _ in pieces:
+                pass
+
+    def begin(self, fault: PageFault, answer: Answer) -> Pieces | None:
+        """Check what a handler answered, and do it if it is short.
+
+        Args:
+            fault: What it was asked.
+            answer: What it returned.
+
+        Returns:
+            What is left to do; None if that is nothing.
+
+        Raises:
+            HandlerError: The answer does not suit the fault.
+            ResolutionRefused: The kernel refused it.
+        """
+        if (
+            type(answer) is bytes
+            and len(answer) == fault.length <= PIECE_BYTES
+            and not fault.flags & WP
+        ):
             # The usual answer, ahead of the match: that asks for every class in turn.
             self.counters.filled_bytes += self.mapping.fill(fault.address, answer)
-            return
+            return None
         match answer:
             case Copy(data, address, protect):
                 if protect and not self.mapping.write_protect:
                     raise HandlerError("Copy(protect=True) takes write_protect=True", fault.address)
-                self._copy(fault, data, fault.address if address is None else address)
+                return self._copy(fault, data, fault.address if address is None else address)
             case Zero(length, address):
                 where = self._range(fault, address, length)
-                self.counters.filled_bytes += self.mapping.fill_zeros(*where)
+                return self._begin(fault, where, self.mapping.fill_zeros)
             case Unprotect(length, address):
                 self.mapping.unprotect(*self._range(fault, address, length))
             case Poison(length, address):
@@ -114,7 +177,16 @@ class Answers:
             case Continue() | Move():
                 raise HandlerError(f"{answer!r} does not suit lazy memory", fault.address)
             case _:
-                self._copy(fault, answer, fault.address)
+                return self._copy(fault, answer, fault.address)
+        return None
+
+    def _begin(
+        self, fault: PageFault, where: tuple[int, int], step: Callable[[int, int], int]
+    ) -> Pieces | None:
+        if where[1] > PIECE_BYTES:
+            return Pieces(fault, where, step, self.counters)
+        self.counters.filled_bytes += step(*where)
+        return None
 
     def refuse_poisoned(self, start: int) -> None:
         """Raise for a page that the handler has declared lost.
@@ -140,28 +212,31 @@ class Answers:
                     page,
                 )
 
-    def _copy(self, fault: PageFault, answer: Buffer, address: int) -> None:
+    def _copy(self, fault: PageFault, answer: Buffer, address: int) -> Pieces | None:
         try:
-            data = as_bytes(answer)
+            data = _as_bytes_if_short(answer)
         except (TypeError, BufferError):
             raise HandlerError(
                 f"a handler returns a resolution, a buffer or None, not {type(answer).__name__}",
                 fault.address,
             ) from None
         page_size = self.mapping.page_size
-        if (
-            len(data) % page_size
-            and address + len(data) == self.mapping.start + self.mapping.length
-        ):
-            data += bytes(-len(data) % page_size)  # behind the memory's end nobody looks
-        if len(data) % page_size or not data:
+        length = len(data)
+        if length % page_size and address + length == self.mapping.start + self.mapping.length:
+            length += -length % page_size  # behind the memory's end nobody looks
+        if length % page_size or not length:
             raise self.blame_kind(
                 f"{self.name}: {len(data)} bytes are no whole pages of {page_size}", fault.address
             )
-        self._range(fault, address, len(data))
-        if fault.flags & WP and address <= fault.address < address + len(data):
+        where = self._range(fault, address, length)
+        if fault.flags & WP and address <= fault.address < address + length:
             raise HandlerError("a write-protect fault is answered with Unprotect", fault.address)
-        self.counters.filled_bytes += self.mapping.fill(address, data)
+
+        def step(at: int, size: int) -> int:
+            piece = bytes(data[at - address : at - address + size])
+            return self.mapping.fill(at, piece if len(piece) == size else piece.ljust(size, b"\0"))
+
+        return self._begin(fault, where, step)
 
     def _range(self, fault: PageFault, address: int | None, length: int | None) -> tuple[int, int]:
         address = fault.address if address is None else address
@@ -194,3 +269,14 @@ class Answers:
             return raised
 
         return fresh
+
+
+def _as_bytes_if_short(data: Buffer) -> bytes | memoryview:
+    """Give a buffer's bytes; a long one's are copied piece by piece, as they are needed."""
+    if type(data) is bytes:
+        return data
+    view = memoryview(data)
+    if view.nbytes > PIECE_BYTES and view.c_contiguous:
+        with contextlib.suppress(TypeError):  # a format that nothing can be made of
+            return view.cast("B")
+    return as_bytes(data)

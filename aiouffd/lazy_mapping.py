@@ -9,6 +9,7 @@ Laws of this file:
   parked by the kernel.  Reading an event would take the GIL that ``os.fork`` holds.
 * MADV_DONTFORK: a child's touch is a clear SIGSEGV, not a silent zero.
 * Fills are for holes: a page that is there is stepped over (EEXIST), never overwritten.
+* No ioctl is given more than PIECE_BYTES: one holds the mapping's lock as long as it runs.
 * Who holds a view of the memory keeps it mapped.  The last view may outlive this object.
 * Calls may nest: a Python signal handler can run between any two lines and touch a missing
   page.  So bytes are passed by their own address, not through a buffer of the thread.
@@ -31,6 +32,7 @@ from .kernel import abi, calls, pagemap
 from .kernel.buffers import PinnedBuffer
 from .kernel.holding_gil import fill_holding_gil
 from .lazy_pages import LazyPages
+from .performer import PIECE_BYTES
 from .ranges import PAGE_SIZE, align_down, align_up
 from .uffd import Feature, Mode, Userfaultfd
 
@@ -171,7 +173,11 @@ class LazyMapping:
         busy = 0
         while done < length:
             result = calls.copy(
-                self.fd, address + done, source + done, length - done, self.fill_mode
+                self.fd,
+                address + done,
+                source + done,
+                min(length - done, PIECE_BYTES),
+                self.fill_mode,
             )
             if result > 0:
                 filled += result
@@ -201,12 +207,18 @@ class LazyMapping:
     def fill_zeros(self, address: int, length: int) -> int:
         """Fill holes with zeros, as ``fill`` does."""
         if self.write_protect:  # ZEROPAGE cannot protect
-            return self.fill(address, bytes(length))
+            filled = 0
+            for at in range(0, length, PIECE_BYTES):
+                filled += self.fill(address + at, bytes(min(length - at, PIECE_BYTES)))
+            return filled
         self._mark(address, length, 1)
         filled = done = 0
         while done < length:
             result = calls.zeropage(
-                self.fd, address + done, length - done, abi.UFFDIO_ZEROPAGE_MODE_DONTWAKE
+                self.fd,
+                address + done,
+                min(length - done, PIECE_BYTES),
+                abi.UFFDIO_ZEROPAGE_MODE_DONTWAKE,
             )
             if result > 0:
                 filled += result
@@ -282,7 +294,10 @@ class LazyMapping:
             done = 0
             while start + done < end:
                 result = calls.poison(
-                    self.fd, start + done, end - start - done, abi.UFFDIO_POISON_MODE_DONTWAKE
+                    self.fd,
+                    start + done,
+                    min(end - start - done, PIECE_BYTES),
+                    abi.UFFDIO_POISON_MODE_DONTWAKE,
                 )
                 if result == -errno.EINVAL:
                     raise NotSupported("this kernel cannot poison pages", "It takes Linux 6.6.")

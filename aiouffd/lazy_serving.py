@@ -8,6 +8,8 @@ Laws of this file:
 * The loop never touches the memory it serves.
 * Every task is in ``tasks`` until it is done; whoever closes cancels and awaits them.
 * A flight that was started is finished whatever becomes of the handler, cancellation too.
+* A long answer is done piece by piece, and the loop has its turn after each.  Who waits for the
+  faulting page goes on as soon as that is there; a page that is still coming is not asked for.
 * Handlers start eagerly: an answer without a wait costs no task and no turn of the loop.
 """
 
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, runtime_check
 from . import eager
 from .errors import ClosedError, StuckPage
 from .events import WP, WRITE, PageFault
+from .lazy_answers import Pieces
 from .lazy_faults import Faults
 from .lazy_flights import Flight
 from .lazy_mapping import LazyMapping, as_bytes
@@ -138,6 +141,7 @@ class Serving:
         self.loop: Final = loop
         self.tasks: Final[set[asyncio.Task[None]]] = set()
         self._asking: Final = asking
+        self._coming: Final[dict[asyncio.Future[None], Pieces]] = {}  # by what is set at the end
         self._name: Final = name
         self.faults: Final = Faults(
             mapping,
@@ -192,9 +196,12 @@ class Serving:
         faults = self.faults
         try:
             promise = flight.promise
-            answer = await (self._asking.later(fault) if promise is None else promise)
-            self._check_open()
-            faults.answers.perform(fault, answer)
+            if not self._coming or promise is not None or not await self._came(fault):
+                answer = await (self._asking.later(fault) if promise is None else promise)
+                self._check_open()
+                pieces = faults.answers.begin(fault, answer)
+                if pieces is not None:
+                    await self._walk(pieces, flight)
         except Exception as error:
             faults.finish(flight, faults.answers.blame(error, flight.start))
         except BaseException as error:
@@ -205,6 +212,37 @@ class Serving:
             raise
         else:
             faults.finish(flight)
+
+    async def _walk(self, pieces: Pieces, flight: Flight | None = None) -> None:
+        """Do a long answer, and end its flight once the faulting page is there.
+
+        What fails after that is left missing: the next touch asks, and fails, for itself.
+        """
+        ended = self.loop.create_future()
+        self._coming[ended] = pieces
+        try:
+            for settled in pieces:
+                if settled and flight is not None:
+                    self.faults.finish(flight)
+                await asyncio.sleep(0)
+                self._check_open()
+        finally:
+            del self._coming[ended]
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                ended.set_result(None)
+
+    async def _came(self, fault: PageFault) -> bool:
+        """Wait while a page is covered by a long answer, and say whether it was brought."""
+        at = fault.address
+        ends = [end for end, pieces in self._coming.items() if pieces.start <= at < pieces.end]
+        if not ends or fault.flags & WP:
+            return False
+        await asyncio.wait(ends)
+        return self._is_there(at, at + fault.length)
+
+    def _is_there(self, start: int, end: int) -> bool:
+        self._check_open()
+        return next(self.mapping.pages.holes(start, end), None) is None
 
     def _check_open(self) -> None:
         # After an await: the descriptors may be closed, and their numbers somebody else's.
@@ -265,8 +303,11 @@ class Serving:
     async def _bring_from_handler(self, start: int, end: int, flags: int) -> None:
         blocks = self._blocks(start, end)
         for at in range(0, len(blocks), _AT_ONCE):
+            some = blocks[at : at + _AT_ONCE]
+            if not flags and self._is_there(some[0], some[-1] + self.mapping.page_size):
+                continue  # a longer answer to an earlier one has brought them
             flights = []
-            for block in blocks[at : at + _AT_ONCE]:
+            for block in some:
                 flight, mine = self._take_off(block, flags)
                 flights.append(flight)
                 if mine:
@@ -307,7 +348,10 @@ class Serving:
             content = as_bytes(data)
             if len(content) != length:
                 raise ValueError(f"{len(content)} bytes came of {length} at {offset}")
-            faults.answers.perform(PageFault(first, offset, self.mapping.page_size), content)
+            fault = PageFault(first, offset, self.mapping.page_size)
+            pieces = faults.answers.begin(fault, content)
+            if pieces is not None:
+                await self._walk(pieces)
         except Exception as error:
             failure = faults.answers.blame(error, first)
         for flight in run:

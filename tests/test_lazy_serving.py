@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from aiouffd import sigbus
 from aiouffd.errors import ClosedError, FaultError, HandlerError, SourceError, StuckPage
 from aiouffd.events import PageFault
 from aiouffd.lazy_memory import Holes, LazyMemory
+from aiouffd.performer import PIECE_BYTES
 from aiouffd.resolutions import Answer, Copy, Move, Poison, Unprotect, Wake, Zero
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
@@ -93,6 +95,90 @@ async def test_ensure_with_a_handler(shared: bool, page_size: int) -> None:
         assert asked == list(range(0, 300 * PAGE, page_size))
         assert most > 1
         assert memory.view == CONTENT[: 300 * PAGE]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bytearray", "short", "zero"])
+@pytest.mark.parametrize("write_protect", [False, True])
+async def test_a_long_answer_lets_the_loop_go_on(kind: str, write_protect: bool) -> None:
+    """It is done piece by piece, the page that was asked for first, and asked for once."""
+    pieces, middle = 8, 5 * PIECE_BYTES + PAGE
+    size = pieces * PIECE_BYTES - 100
+    content = bytes(size) if kind == "zero" else CONTENT[:PAGE] * (size // PAGE + 1)
+    content = content[:size]
+    answers: dict[str, Callable[[int], Answer]] = {
+        "bytes": lambda start: Copy(content + bytes(100), start),
+        "bytearray": lambda start: Copy(bytearray(content + bytes(100)), start),
+        "short": lambda start: Copy(memoryview(content), start),
+        "zero": lambda start: Zero(pieces * PIECE_BYTES, start),
+    }
+    asked: list[int] = []
+
+    async def answer_all(fault: PageFault) -> Answer:
+        asked.append(fault.offset)
+        return answers[kind](fault.address - fault.offset)
+
+    async with LazyMemory(size, answer_all, write_protect=write_protect) as memory:
+        await memory.ensure(middle, PAGE)
+        first = memory.present_bytes
+        assert first <= 3 * PIECE_BYTES, "the loop had its turn before all was there"
+        assert memory.present(middle, PAGE), "its page came first"
+        turns = 0
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while not memory.present():
+                turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count_turns())
+        view = await memory.ensure()
+        await counting
+        assert view == content
+        assert turns >= pieces - 3
+        assert asked == [middle], "what is coming is not asked for"
+        assert memory.counters.filled_bytes == pieces * PIECE_BYTES
+        del view
+
+
+async def test_a_large_page_comes_piece_by_piece() -> None:
+    """From a handler and from a source; nobody goes on before it is whole."""
+    page_size = 4 * PIECE_BYTES
+    size = 2 * page_size
+    content = CONTENT[:PAGE] * (size // PAGE)
+
+    async def answer(fault: PageFault) -> Answer:
+        return content[fault.offset : fault.offset + fault.length]
+
+    for handler in (answer, BufferSource(content)):
+        async with LazyMemory(size, handler, page_size=page_size) as memory:
+            ensuring = asyncio.ensure_future(memory.ensure(0, page_size))
+            seen = set()
+            while not ensuring.done():
+                seen.add(memory.present_bytes)
+                await asyncio.sleep(0)
+            assert ensuring.result() == content[:page_size]
+            assert len(seen) >= 4
+            assert memory.present_bytes == page_size
+            del ensuring
+
+
+async def test_closing_ends_a_long_answer() -> None:
+    """Between two pieces the descriptors may go: no piece is done after that."""
+    size = 64 * PIECE_BYTES
+
+    async def answer(fault: PageFault) -> Answer:
+        return Zero(size, fault.address - fault.offset)
+
+    memory = await LazyMemory(size, answer).open()
+    ensuring = asyncio.ensure_future(memory.ensure())
+    while not memory.present_bytes:
+        await asyncio.sleep(0)
+    assert not memory.present()
+    filled = memory.counters.filled_bytes
+    await memory.aclose(Holes.RAISE)
+    with pytest.raises(ClosedError):
+        await ensuring
+    assert memory.counters.filled_bytes == filled < size
 
 
 async def test_ensure_with_a_plain_function() -> None:
