@@ -26,6 +26,7 @@ import contextlib
 import errno
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -80,6 +81,7 @@ class FileSource:
         self._executor: ThreadPoolExecutor | None = None
         self._reads: set[Future[_Read]] = set()
         self._closing = False
+        self._close_lock = threading.Lock()
         self._changed: str | None = None
 
     def _check_openable(self) -> tuple[int, int]:
@@ -182,13 +184,18 @@ class FileSource:
         reads = [asyncio.wrap_future(read) for read in self._reads.copy()]
         if reads:
             await asyncio.wait(reads)
-        self._fd.close()
+        self._close()
 
     def _end_read(self, read: Future[_Read]) -> None:
         # In the reading thread.  The number of a closed descriptor is reused at once, and a
         # thread that still read from it would read somebody else's file: the last one closes.
         self._reads.discard(read)
         if self._closing and not self._reads:
+            self._close()
+
+    def _close(self) -> None:
+        # The last readers and ``aclose`` may all come here at once.
+        with self._close_lock:
             self._fd.close()
 
     def _failed(self, offset: int, length: int, error: OSError) -> SourceError:
