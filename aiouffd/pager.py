@@ -256,8 +256,16 @@ class Pager:
                     await asyncio.wait(tasks)
 
     async def _close_children(self, action: Action) -> None:
-        while self.children:
-            await self.children[0].aclose(action)  # its end takes it off the list
+        failed: Exception | None = None
+        tried: set[Pager] = set()
+        while rest := [child for child in self.children if child not in tried]:
+            tried.add(rest[0])
+            try:
+                await rest[0].aclose(action)  # its end takes it off the list
+            except Exception as error:  # the others are settled all the same
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     async def _settle(self, action: Action) -> bool:
         """Do what ``aclose`` promises for missing pages.

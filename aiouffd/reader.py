@@ -168,6 +168,7 @@ class Reader:
 
     def _batch(self, count: int) -> None:
         faults: list[tuple[int, int, int]] = []
+        failed: Exception | None = None
         try:
             for _ in range(_ROUNDS):
                 messages = self._view[:count]
@@ -177,10 +178,17 @@ class Reader:
                         continue
                     for event in decode(messages[n * MESSAGE_SIZE : (n + 1) * MESSAGE_SIZE]):
                         if not isinstance(event, RawFault):
-                            self._apply(event)
+                            # The rest is applied all the same: a fork event behind it has put
+                            # a descriptor into this process already.
+                            try:
+                                self._apply(event)
+                            except Exception as error:
+                                failed = failed or error
                 if count < len(self._buffer):
                     break
                 count = self._read() or 0
+            if failed is not None:
+                raise failed
         finally:  # a later read may fail for want of a descriptor: these are read already
             self._dispatcher.serve(faults)
 
