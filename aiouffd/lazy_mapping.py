@@ -112,6 +112,9 @@ class LazyMapping:
         with contextlib.ExitStack() as undo:
             uffd = undo.enter_context(Userfaultfd.open(features, user_mode_only=True))
             pages = undo.enter_context(OwnedFd(pagemap.open_pagemap()))
+            content = undo.enter_context(
+                OwnedFd(os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC))
+            )
             flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
             wake = undo.enter_context(OwnedFd(os.eventfd(0, flags)))
             memory = mmap.mmap(
@@ -130,6 +133,7 @@ class LazyMapping:
             undo.pop_all()
         self._uffd = uffd
         self._pagemap = pages
+        self._content = content
         self.wake = wake
         self.fd = uffd.fileno()
         self.pages: Final = LazyPages(pages.fileno(), shared=shared)
@@ -153,6 +157,18 @@ class LazyMapping:
         if self._view is None:
             raise ClosedError("this lazy memory is closed")
         return self._view
+
+    def read_present(self, start: int, length: int) -> bytes:
+        """Read up to the first missing page."""
+        view = self.view  # held: a close in another thread leaves the descriptors till we are done
+        try:
+            return os.pread(self._content.fileno(), length, start)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                return b""
+            raise
+        finally:
+            del view
 
     # --- filling -----------------------------------------------------------------------
 
@@ -346,19 +362,21 @@ class LazyMapping:
         then()
 
     def close_fds(self) -> None:
-        """Close the userfaultfd, the pagemap and ``wake``.  Holes read as zeros from here on.
+        """Close all descriptors, ``wake`` too.  Holes read as zeros from here on.
 
         Nobody may be in the middle of a fault: he would use the numbers after they are given
         to somebody else.
         """
         self._uffd.close()
         self._pagemap.close()
+        self._content.close()
         self.wake.close()
 
     def leave_fds_open(self) -> None:
         """Have the descriptors live as long as the process, which is about to end."""
         self._uffd.detach().detach()
         self._pagemap.detach()
+        self._content.detach()
         self.wake.detach()
 
     def forked(self) -> None:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import errno
-import os
 import threading
 import warnings
 from collections.abc import Coroutine, Generator
@@ -24,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from . import sigbus
 from .errors import ClosedError
-from .fds import OwnedFd
 from .lazy_answers import Counters
 from .lazy_mapping import LazyMapping, as_bytes
 from .lazy_pins import Pins
@@ -117,7 +114,6 @@ class LazyMemory:
         self._asking: Final = ask(handler, length)
         self._loop: Final = loop
         self._pins: Final = Pins()
-        self._proc_mem: OwnedFd | None = None
 
     # --- opening ------------------------------------------------------------------------
 
@@ -197,14 +193,7 @@ class LazyMemory:
             The bytes up to the first missing page; none if that is the first.
         """
         start, end = self._range(offset, length)
-        if self._proc_mem is None:
-            self._proc_mem = OwnedFd(os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC))
-        try:
-            return os.pread(self._proc_mem.fileno(), end - start, start)
-        except OSError as error:
-            if error.errno == errno.EIO:
-                return b""
-            raise
+        return self._mapping.read_present(start, end - start)
 
     def present(self, offset: int = 0, length: int | None = None) -> bool:
         """Say whether every page of a range is there (on shared memory: and not in swap)."""
@@ -374,8 +363,6 @@ class LazyMemory:
                 mapping.poison()
         self._closed = True
         serving.close()
-        if self._proc_mem is not None:
-            self._proc_mem.close()
 
         def release() -> None:
             sigbus.remove(faults)
