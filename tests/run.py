@@ -1,6 +1,7 @@
 """What ``make`` does: a virtual environment per interpreter, and the project's checks inside it.
 
-    python3 -m tests.run test|lint|types|docs|coverage|bench|interop|check [arguments for the tool]
+    python3 -m tests.run test|lint|types|docs|coverage|bench|mutations|interop|check
+        [arguments for the tool]
 
 Knows: where interpreters are, how to make ``.venv/<version>`` in the checkout, what each check is.
 Must not know: pytest, aiouffd; it runs before either is installed, on any Python 3.8 and newer.
@@ -191,6 +192,11 @@ def coverage(arguments: list[str]) -> int:
         return run(inside, "-m", "coverage", "report", *report, env=data) or status
 
 
+def mutations(arguments: list[str]) -> int:
+    """Break each law of the pager in a copy, and see its test notice."""
+    return run(environment(pythons()[0], "test"), "-m", "tests.mutate_laws", *arguments)
+
+
 def check(arguments: list[str]) -> int:
     """Check what takes seconds: style, types, and the tests that need no kernel."""
     status = lint([])
@@ -206,7 +212,8 @@ PURE_TESTS = tuple(f"tests/test_{module}.py" for module in PURE)
 COVERED = ("aiouffd/kernel/*", *(f"aiouffd/{module}.py" for module in PURE))
 
 CHECKS = {
-    each.__name__: each for each in (test, lint, types, docs, coverage, bench, interop, check)
+    each.__name__: each
+    for each in (test, lint, types, docs, coverage, bench, mutations, interop, check)
 }
 
 
