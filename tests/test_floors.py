@@ -20,7 +20,8 @@ FLOORS = {
     "values": "fds ranges events resolutions failure address_space",
     "asyncio": """
         eager metrics uffd
-        flight performer region timers parking watchdog recovery resolver reader dispatcher settling pager
+        flight performer region timers parking watchdog recovery resolver reader
+        dispatcher settling pager
         lazy_pages lazy_mapping lazy_answers lazy_flights lazy_faults lazy_pins
         lazy_serving frame_raise sigbus lazy_memory""",
     "pages": "sources sources.buffer sources.file handlers",
