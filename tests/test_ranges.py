@@ -336,3 +336,13 @@ def test_an_empty_range_takes_no_place() -> None:
     ranges: RangeMap[str] = RangeMap()
     assert ranges.set(Range(4096, 0), "nobody") == []
     assert not len(ranges)
+
+
+def test_an_empty_range_overlaps_nothing_wherever_it_lies() -> None:
+    """Inside a range, at its ends and outside of it."""
+    numbers: RangeMap[int] = RangeMap()
+    numbers.set(Range(PAGE_SIZE, 2 * PAGE_SIZE), 1)
+    for start in range(0, 5 * PAGE_SIZE, PAGE_SIZE):
+        assert numbers.overlapping(Range(start, 0)) == []
+        assert numbers.cut(Range(start, 0)) == []
+    assert len(numbers) == 1
