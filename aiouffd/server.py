@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -165,6 +166,7 @@ class Server:
         self.served = 0
         self.refused = 0
         self.failed = 0
+        self._ids = itertools.count(1)
         self._receive = receive
         self._source = source
         self._extents: Extents | None = None
@@ -382,6 +384,7 @@ class Server:
                 service=self._service,
                 extents=extents,
                 observers=self._observers,
+                id=str(next(self._ids)),
             )
             await stack.enter_async_context(session)
             # Only now, being served, does the peer hear of it.

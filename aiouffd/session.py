@@ -144,6 +144,7 @@ class Session:
         handover: What was handed over.
         source: Where its bytes come from.
         peer: Who handed it over, if known; pinned.
+        id: Its name among the sessions of a server, short and of one word; empty without one.
         pager: Its pager, from ``async with`` on.
         metrics: Outcomes and latencies.
 
@@ -159,6 +160,7 @@ class Session:
         service: Service | None = None,
         extents: Extents | None = None,
         observers: Sequence[Observer] = (),
+        id: str = "",  # noqa: A002 - what users call it
     ) -> None:
         """Prepare; nothing is read before ``async with``.
 
@@ -170,7 +172,9 @@ class Session:
             service: How to serve.
             extents: The source's extents, when they have been collected before.
             observers: Told of every fault and event.
+            id: See the attribute.
         """
+        self.id: Final = id
         self.handover: Final = handover
         self.source: Final = source
         self.peer: Final = peer

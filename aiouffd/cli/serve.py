@@ -20,20 +20,18 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TextIO
+from typing import TYPE_CHECKING, Any, Final
 
 from ..failure import Action, FailurePolicy
 from ..protocols import firecracker
 from ..server import Refused, Report, Server, Started
 from ..session import Service
 from ..sources.file import FileSource
+from .output import Lines, LinesHandler
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -141,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM; give the exit status."""
     _raise_descriptor_limit()
     with Lines(sys.stdout) as out, Lines(sys.stderr) as diagnostics:
-        handler = _LinesHandler(diagnostics)
+        handler = LinesHandler(diagnostics)
         handler.setFormatter(logging.Formatter("aiouffd: %(message)s"))
         logging.getLogger("aiouffd").addHandler(handler)
         try:
@@ -234,72 +232,6 @@ async def _run_until_signals(server: Server, tell: Callable[[dict[str, Any], str
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-
-
-# --- output ----------------------------------------------------------------------------
-
-
-class Lines:
-    """Writes lines to a stream, in a thread of its own.
-
-    Sharing: any thread puts.
-    """
-
-    _LIMIT: Final = 10_000  # lines that wait for a slow reader
-    _PATIENCE_S: Final = 5.0  # for the rest, at the end
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._lost = 0
-        self._thread = threading.Thread(target=self._write, daemon=True, name="aiouffd output")
-
-    def put(self, line: str) -> None:
-        """Write one line soon; never waits."""
-        if self._lines.qsize() < self._LIMIT:
-            self._lines.put(line)
-        else:
-            self._lost += 1
-
-    def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
-            try:
-                self._stream.write(line + "\n")
-                self._stream.flush()
-            except (OSError, ValueError):
-                break  # nobody reads any more
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._lost:
-            self._lines.put(f"{self._lost} lines were lost: nobody read them in time")
-        self._lines.put(None)
-        self._thread.join(self._PATIENCE_S)
-        try:
-            self._stream.flush()
-        except OSError:  # what is left in the buffer must not fail at the interpreter's exit
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self._stream.fileno())
-            os.close(nothing)
-
-
-class _LinesHandler(logging.Handler):
-    """Hands log records to a Lines."""
-
-    def __init__(self, lines: Lines) -> None:
-        super().__init__()
-        self._lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.put(self.format(record))
 
 
 def _fields(report: Report) -> dict[str, Any]:
