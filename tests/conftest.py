@@ -30,6 +30,8 @@ from aiouffd.errors import NotSupported
 from aiouffd.kernel import abi, calls
 from tests import interpreters
 
+pytest.register_assert_rewrite("aiouffd.testing.sources")
+
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
 try:
     import uvloop

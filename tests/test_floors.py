@@ -24,10 +24,10 @@ FLOORS = {
         dispatcher settling pager
         lazy_pages lazy_mapping lazy_answers lazy_flights lazy_faults lazy_pins
         lazy_serving frame_raise sigbus lazy_memory""",
-    "pages": "sources sources.buffer sources.file handlers",
+    "pages": "sources sources.buffer sources.file sources.zero handlers",
     "processes": "unix_socket handover session server protocols protocols.firecracker",
     "tools": """
-        . cli.main cli
+        . testing testing.sources cli.main cli
         cli.output cli.info cli.serve cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]
@@ -39,7 +39,9 @@ PURE = {
     *("mmap", "struct", "types", "typing", "warnings"),
 }
 #: Optional packages, each with the few modules that may import it: one per job it is there for.
-OPTIONAL: dict[str, set[str]] = {}
+OPTIONAL: dict[str, set[str]] = {
+    "pytest": {"testing.sources"},
+}
 
 
 def _name(path: Path) -> str:

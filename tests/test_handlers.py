@@ -14,7 +14,7 @@ from aiouffd.handlers import from_source, zeroes
 from aiouffd.resolutions import Answer, Continue, Copy, Unprotect, Zero
 from aiouffd.sources import Extents
 from aiouffd.sources.buffer import BufferSource
-from tests.sources.conformance import PAGE, image
+from aiouffd.testing.sources import PAGE, image
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -27,8 +27,8 @@ from aiouffd.session import Service
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
+from aiouffd.testing.sources import image
 from aiouffd.unix_socket import Connection
-from tests.sources.conformance import image
 from tests.stand_in_vmm import HUGE, PAGE, ROOT, StandInVmm, eventually
 
 SIZE: Final = 64 * PAGE

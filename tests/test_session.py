@@ -24,9 +24,9 @@ from aiouffd.pager import Pager
 from aiouffd.protocols import firecracker
 from aiouffd.session import Service, Session, settle
 from aiouffd.sources.buffer import BufferSource
+from aiouffd.testing.sources import image
 from aiouffd.uffd import Userfaultfd
 from aiouffd.unix_socket import Listener
-from tests.sources.conformance import image
 from tests.stand_in_vmm import PAGE, StandInVmm
 
 SIZE: Final = 16 * PAGE

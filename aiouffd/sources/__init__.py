@@ -3,7 +3,7 @@
 Knows: offsets and lengths in a source.
 Must not know: addresses, page faults, page sizes; the handlers know those.
 
-The contract of a Source (``tests/sources/conformance.py`` holds every source to it):
+The contract of a Source (``aiouffd.testing.sources`` holds every source to it):
 
 * A source never changes: the same offset gives the same bytes for its whole life.  A source
   that cannot keep that promise raises SourceError from then on, and never mixes.
@@ -76,6 +76,30 @@ class Source(Protocol):
 
         Reads in flight end first; later ones raise ClosedError.
         """
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A source that can say which generation of which bytes it is."""
+
+    @property
+    def identity(self) -> str:
+        """One word that two sources share only if they hold the same bytes; "" if unknown.
+
+        It does not change as long as the source is open, and asking costs little.
+        """
+
+
+def identity_of(source: Source) -> str:
+    """Say which generation of which bytes a source holds.
+
+    What was recorded about one generation (a working set, a session's page states) must not
+    be used on another.
+
+    Returns:
+        The source's ``identity``, or "" if it has none.
+    """
+    return source.identity if isinstance(source, Identified) else ""
 
 
 def check_read(offset: int, length: int, size: int) -> None:

@@ -6,14 +6,19 @@ Must not know: files, the event loop.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..errors import ClosedError
 from . import check_read
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+#: What is longer has no identity: making the digest would hold up the loop.
+_DIGEST_BYTES: Final = 16 << 20
 
 
 class BufferSource:
@@ -30,11 +35,21 @@ class BufferSource:
         """
         self._view: memoryview | None = memoryview(data).cast("B").toreadonly()
         self._size = len(self._view)
+        self._identity: str | None = None if self._size <= _DIGEST_BYTES else ""
 
     @property
     def size(self) -> int:
         """Length of the buffer, in bytes."""
         return self._size
+
+    @property
+    def identity(self) -> str:
+        """A digest of the bytes, made when it is first asked for; "" beyond 16 MiB."""
+        if self._identity is None:
+            if self._view is None:
+                return ""
+            self._identity = f"sha256:{hashlib.sha256(self._view).hexdigest()}"
+        return self._identity
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Give a view of the buffer."""

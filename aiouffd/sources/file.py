@@ -73,6 +73,7 @@ class FileSource:
         try:
             self._generation = self._check_openable()
             self._size = self._generation[0]
+            self._identity = self._identify()
             self._extents = Extents(_data_extents(self._fd.fileno(), self._size))
             self._inline_flags: int | None = self._find_inline_flags()
         except BaseException:
@@ -99,6 +100,11 @@ class FileSource:
                 raise  # those three: a file system without locks; the image is served all the same
         return _generation(self._fd.fileno())
 
+    def _identify(self) -> str:
+        status = os.fstat(self._fd.fileno())
+        size, mtime = self._generation
+        return f"file:{status.st_dev:x}:{status.st_ino:x}:{size:x}:{mtime:x}"
+
     def _find_inline_flags(self) -> int | None:
         """Find the flags under which a read does not wait; None if there are none."""
         fd = self._fd.fileno()
@@ -116,6 +122,11 @@ class FileSource:
     def size(self) -> int:
         """Length of the file when it was opened, in bytes."""
         return self._size
+
+    @property
+    def identity(self) -> str:
+        """The inode, its size and its mtime when it was opened."""
+        return self._identity
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Give the stretches that are no holes (SEEK_DATA, SEEK_HOLE), as of the opening."""

@@ -18,7 +18,7 @@ import pytest
 
 from aiouffd.cli import demo, main
 from aiouffd.events import PageFault
-from tests.sources.conformance import image
+from aiouffd.testing.sources import image
 from tests.stand_in_vmm import PAGE, ROOT
 
 LIMIT_S: Final = 60  # on a machine that runs many tests at once; alone it takes some seconds

@@ -17,8 +17,8 @@ from typing import Any, Final
 import pytest
 
 from aiouffd.cli import main
+from aiouffd.testing.sources import image
 from aiouffd.unix_socket import Connection
-from tests.sources.conformance import image
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
 
 SIZE: Final = 32 * PAGE

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.sources.conformance import image
+from aiouffd.testing.sources import image
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
 
 

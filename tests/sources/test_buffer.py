@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from aiouffd.sources import Source
+from aiouffd.sources import Source, identity_of
 from aiouffd.sources.buffer import BufferSource
-from tests.sources.conformance import SourceContract, as_bytes
+from aiouffd.testing.sources import SourceContract, as_bytes
 
 
 class TestBufferSource(SourceContract):
@@ -41,3 +41,10 @@ def test_a_buffer_with_gaps_is_refused() -> None:
     """A view that skips bytes cannot be served as it is."""
     with pytest.raises((TypeError, ValueError)):
         BufferSource(memoryview(b"abcdef")[::2])
+
+
+def test_the_identity_is_that_of_the_bytes() -> None:
+    """Equal bytes are the same image; what is long has no identity that is cheap to ask for."""
+    assert identity_of(BufferSource(b"abc")) == identity_of(BufferSource(bytearray(b"abc")))
+    assert identity_of(BufferSource(b"abc")) != identity_of(BufferSource(b"abd"))
+    assert identity_of(BufferSource(bytes((16 << 20) + 1))) == ""

@@ -16,9 +16,9 @@ import pytest
 
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.fds import OwnedFd
-from aiouffd.sources import Source, file
+from aiouffd.sources import Source, file, identity_of
 from aiouffd.sources.file import FileSource
-from tests.sources.conformance import PAGE, SourceContract, as_bytes, image
+from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
 
 
 class TestFileSource(SourceContract):
@@ -354,3 +354,13 @@ async def test_a_cancelled_read_is_waited_for_by_the_close(
     gate.set()
     await closing
     assert source._fd.closed
+
+
+async def test_the_identity_is_a_generation_of_an_inode(path: Path) -> None:
+    """The same file is the same image, until it is written; a copy of it is another."""
+    async with opened(path) as first, opened(path) as second:
+        assert identity_of(first) == identity_of(second)
+    before = identity_of(first)
+    os.utime(path, ns=(1, 1))
+    async with opened(path) as source:
+        assert identity_of(source) not in (before, "")
