@@ -68,6 +68,11 @@ class Counters:
         """Give all counters by name."""
         return dataclasses.asdict(self)
 
+    def add(self, other: Counters) -> None:
+        """Count what another pager has done as well."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 class Histogram:
     """Counts of durations in powers of two: bucket n holds [2^(n-1), 2^n) nanoseconds."""
@@ -84,6 +89,12 @@ class Histogram:
         self.buckets[elapsed_ns.bit_length()] += 1
         self.count += 1
         self.total_ns += elapsed_ns
+
+    def merge(self, other: Histogram) -> None:
+        """Count what another histogram has counted as well."""
+        self.buckets = [one + two for one, two in zip(self.buckets, other.buckets, strict=True)]
+        self.count += other.count
+        self.total_ns += other.total_ns
 
     def quantile(self, q: float) -> int:
         """Give an upper bound of a quantile, in nanoseconds; 0 if nothing was counted.
@@ -114,6 +125,17 @@ class Metrics:
         self.outcomes: dict[str, int] = {}
         self.events: dict[str, int] = {}
         self.failures: dict[str, int] = {}
+
+    def merge(self, other: Metrics) -> None:
+        """Count what another observer was told as well."""
+        self.latency.merge(other.latency)
+        for mine, others in (
+            (self.outcomes, other.outcomes),
+            (self.events, other.events),
+            (self.failures, other.failures),
+        ):
+            for name, count in others.items():
+                mine[name] = mine.get(name, 0) + count
 
     def begin(self, fault: PageFault) -> None:
         """Nothing to keep."""

@@ -32,7 +32,7 @@ from .events import Event, PageFault
 from .failure import Action, FailurePolicy
 from .handlers import from_source, zeroes
 from .handover import Handover, Peer
-from .metrics import Metrics, Observer
+from .metrics import Counters, Metrics, Observer
 from .pager import Pager
 from .ranges import align_up
 from .resolutions import Handler
@@ -189,6 +189,7 @@ class Session:
         self._aborted: Action | None = None
         self._closing: asyncio.Task[None] | None = None
         self._children: list[Pager] = []  # forked, children of children too
+        self._past = Counters()  # of children that have ended and are forgotten
         self._refusing: set[asyncio.Task[None]] = set()  # closes of children beyond the limit
         self._many_children = False
         self._given_up = 0  # descriptors of children that could not be settled
@@ -268,6 +269,9 @@ class Session:
 
     def _limit_children(self, child: Pager) -> None:
         """Settle a forked child that is one too many; the target itself is served on."""
+        for one in self._children:
+            if one.uffd.closed:
+                self._past.add(one.counters)
         self._children = [one for one in self._children if not one.uffd.closed]
         self._children.append(child)
         count, limit = len(self._children) + self._given_up, self.service.max_children
@@ -334,9 +338,22 @@ class Session:
             return f"{how}; {self.pager.counters.failures} faults failed, first: {self.error}"
         return how
 
+    def counters(self) -> Counters:
+        """Add up the counters of the target and of the children that it forked."""
+        total = Counters()
+        total.add(self._past)
+        for pager in (self.pager, *self._children):
+            total.add(pager.counters)
+        return total
+
+    @property
+    def in_flight(self) -> int:
+        """Faults of the target and its children that have begun and not ended."""
+        return sum(pager.in_flight for pager in (self.pager, *self._children))
+
     def figures(self) -> Figures:
-        """Sum up what was done so far."""
-        counters = self.pager.counters
+        """Sum up what was done so far, for the children that the target forked as well."""
+        counters = self.counters()
         first = self._watch.first_fault
         now = self._ended if self._over else time.monotonic()
         return Figures(

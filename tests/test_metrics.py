@@ -85,3 +85,32 @@ def test_metrics_is_an_observer_that_counts() -> None:
     assert metrics.events == {"Removed": 1, "Remapped": 2}
     assert metrics.failures == {"KeyError": 2}
     assert (metrics.latency.count, metrics.latency.total_ns) == (3, 2005)
+
+
+@given(durations, durations)
+def test_merged_histograms_are_the_histogram_of_both(one: list[int], two: list[int]) -> None:
+    """Nothing is lost and nothing is counted twice."""
+    both, other = filled(one), filled(two)
+    both.merge(other)
+    together = filled(one + two)
+    assert list(both) == list(together)
+    assert (both.count, both.total_ns) == (together.count, together.total_ns)
+    assert list(other) == list(filled(two))
+
+
+def test_counters_and_metrics_add_up() -> None:
+    """What ended is added to what lives."""
+    total = Counters(faults=3, joined=1)
+    total.add(Counters(faults=2, copied_bytes=4096))
+    assert (total.faults, total.joined, total.copied_bytes, total.ended) == (5, 1, 4096, 0)
+    first, second = Metrics(), Metrics()
+    first.end(FAULT, "copy", 5)
+    for outcome in ("copy", "zero"):
+        second.end(FAULT, outcome, 7)
+    second.event(Removed(Range(0, 4096)))
+    second.failure(FAULT, RuntimeError())
+    first.merge(second)
+    assert first.outcomes == {"copy": 2, "zero": 1}
+    assert first.events == {"Removed": 1}
+    assert first.failures == {"RuntimeError": 1}
+    assert first.latency.count == 3
