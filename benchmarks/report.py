@@ -40,6 +40,7 @@ BENCHMARKS = {
     "bench_register": "Registering 64 GiB",
     "bench_fill": "Bulk fill",
     "bench_observer": "Watching",
+    "bench_fuse": "The same image through FUSE, and as a plain mapping",
     "bench_lazy_memory": "Lazy memory inside one's own process",
 }
 
