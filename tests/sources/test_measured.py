@@ -60,7 +60,7 @@ async def test_what_is_at_hand_is_counted_and_not_timed() -> None:
     figures = source.figures
     assert (figures.name, figures.at_hand, figures.bytes, figures.reads) == ("buffer", 2, 4196, 0)
     assert figures.latency.count == 0
-    assert source.identity == ""
+    assert source.identity == BufferSource(bytes(8192)).identity
 
 
 async def test_what_waits_is_timed_and_every_end_is_counted() -> None:
