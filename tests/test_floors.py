@@ -25,7 +25,7 @@ FLOORS = {
         lazy_pages lazy_mapping lazy_answers lazy_flights lazy_faults lazy_pins
         lazy_serving frame_raise sigbus lazy_memory""",
     "pages": "sources sources.buffer sources.file sources.zero sources.measured handlers",
-    "processes": "unix_socket handover session server protocols protocols.firecracker",
+    "processes": "sd_notify unix_socket handover session server protocols protocols.firecracker",
     "tools": """
         . testing testing.sources cli.main cli
         cli.output cli.info cli.serve cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
