@@ -23,16 +23,18 @@ import errno
 import itertools
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self, TypeAlias
+from typing import Final, Self, TypeAlias, assert_never
 
 from .errors import PeerError, SourceError, UffdError
 from .failure import Action
 from .handover import Receive, peer_credentials, pin_peer
 from .metrics import Observer
-from .session import Service, Session, settle
+from .session import Milestone, Service, Session, State, settle
 from .sources import Extents, Source
 from .unix_socket import Connection, Listener
 
@@ -61,6 +63,48 @@ class Started:
             f"session of {self.session.name} started: {len(handover.regions)} regions,"
             f" {_mib(size)}, pages of {handover.regions[0].page_size} bytes, {handover.dialect}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FirstPage:
+    """A thread of the target that waited for a page has it.
+
+    Attributes:
+        session: Whose target.
+        seconds: Since the session began.
+    """
+
+    session: Session
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"session of {self.session.name}: first page served after {self.seconds:.3f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """Every page of the target is there; it is served still.
+
+    Attributes:
+        session: Whose target.
+        seconds: Since the session began.
+    """
+
+    session: Session
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"session of {self.session.name}: fully resident after {self.seconds:.3f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """The target has all of its memory and lives on without us."""
+
+    session: Session
+
+    def __str__(self) -> str:
+        return f"session of {self.session.name}: detached, the target lives on by itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +141,22 @@ class Refused:
         return f"refused {self.peer}: {self.reason}"
 
 
-Report: TypeAlias = Started | Ended | Refused
+Report: TypeAlias = Started | FirstPage | Resident | Detached | Ended | Refused
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handshake:
+    """A peer that has connected and is not served yet.
+
+    Attributes:
+        peer: Who it is, as far as the kernel says.
+        since: When it connected, in seconds of ``time.monotonic``.
+        connection: Its connection.
+    """
+
+    peer: str
+    since: float
+    connection: Connection = field(repr=False)
 
 
 def log_report(report: Report) -> None:
@@ -182,11 +241,24 @@ class Server:
         self._observers = tuple(observers)
         self._listener: Listener | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._handshakes: dict[asyncio.Task[None], Connection] = {}  # oldest first
+        self._handshakes: dict[asyncio.Task[None], Handshake] = {}  # oldest first
         self._ended_why: dict[asyncio.Task[None], str] = {}  # handshakes that we have ended
         self._tasks: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
         self._over = asyncio.Event()
+
+    # --- what it knows -----------------------------------------------------------------
+
+    @property
+    def handshakes(self) -> list[Handshake]:
+        """The peers that have connected and are not served yet, oldest first."""
+        return list(self._handshakes.values())
+
+    def states(self) -> dict[State, int]:
+        """Count the living sessions by state; handshakes are counted as such."""
+        counts = Counter(session.state for session in self.sessions)
+        counts[State.HANDSHAKING] += len(self._handshakes)
+        return {state: counts[state] for state in State if not state.ended}
 
     # --- life --------------------------------------------------------------------------
 
@@ -309,20 +381,21 @@ class Server:
 
     def _admit(self, connection: Connection) -> None:
         assert self._loop is not None  # noqa: S101 - as above
-        task = self._loop.create_task(self._serve_connection(connection), name="aiouffd peer")
+        handshake = Handshake(_who(connection), time.monotonic(), connection)
+        task = self._loop.create_task(self._serve_peer(handshake), name="aiouffd peer")
         self._tasks.add(task)
-        self._handshakes[task] = connection
+        self._handshakes[task] = handshake
         task.add_done_callback(self._forget_task)
         if len(self._handshakes) > self._max_handshakes:
             slowest = next(iter(self._handshakes))
             self._end_handshake(slowest, "too many peers are connecting; it was the slowest")
 
     def _end_handshake(self, task: asyncio.Task[None], reason: str) -> None:
-        connection = self._handshakes.pop(task)
+        handshake = self._handshakes.pop(task)
         self._ended_why[task] = reason
         task.cancel()
         # A task that is cancelled before its first step never runs at all.
-        connection.close()
+        handshake.connection.close()
 
     def _forget_task(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -334,14 +407,13 @@ class Server:
         elif task.exception() is not None:
             log.error("serving a peer failed", exc_info=task.exception())
 
-    async def _serve_connection(self, connection: Connection) -> None:
+    async def _serve_peer(self, handshake: Handshake) -> None:
         """Take one peer from its connection to the end of its session."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - this is one
-        who = "a peer"
+        who, connection = handshake.peer, handshake.connection
         try:
             with contextlib.closing(connection):
-                who = "pid {} (uid {})".format(*peer_credentials(connection.socket))
                 async with contextlib.AsyncExitStack() as stack:
                     session = await self._begin_session(connection, stack)
                     self._handshakes.pop(task, None)
@@ -384,6 +456,7 @@ class Server:
                 service=self._service,
                 extents=extents,
                 observers=self._observers,
+                on_milestone=self._on_milestone,
                 id=str(next(self._ids)),
             )
             await stack.enter_async_context(session)
@@ -411,10 +484,26 @@ class Server:
         finally:
             await source.aclose()
 
+    def _on_milestone(self, session: Session, milestone: Milestone) -> None:
+        if session not in self.sessions:
+            return  # not reported as started yet: a peer may touch its memory before that
+        figures = session.figures()
+        match milestone:
+            case Milestone.FIRST_PAGE:
+                self._report(FirstPage(session, figures.first_page_s or 0.0))
+            case Milestone.RESIDENT:
+                self._report(Resident(session, figures.resident_s or 0.0))
+            case Milestone.DETACHED:
+                self._report(Detached(session))
+            case _:
+                assert_never(milestone)
+
     async def _run_session(self, session: Session) -> None:
         self.sessions.add(session)
         self.served += 1
         self._report(Started(session))
+        for milestone in tuple(session.milestones):
+            self._on_milestone(session, milestone)
         try:
             await session.wait_closed()
         except (UffdError, OSError) as error:
@@ -443,6 +532,14 @@ def _extents_of(source: Source) -> Extents:
         return Extents(source.extents())
     except ValueError as error:
         raise SourceError(f"the source's extents are unusable: {error}") from error
+
+
+def _who(connection: Connection) -> str:
+    """Name a peer, as far as the kernel does."""
+    try:
+        return "pid {} (uid {})".format(*peer_credentials(connection.socket))
+    except OSError:
+        return "a peer"
 
 
 def _mib(size: int) -> str:

@@ -11,6 +11,8 @@ Laws of this file:
 * The session ends when the target does.  Until then every fault is answered, if only by the
   failure policy.
 * What the session was given it closes: the userfaultfd, further descriptors, its own source.
+* A state is entered in one place, and only from those that the table names; what has ended
+  stays ended.
 * A userfaultfd whose memory could not be settled is closed only after its target is dead; if
   nobody can be killed it stays open for good, for the last close would make zeros.
 """
@@ -20,9 +22,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import enum
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
@@ -42,6 +45,43 @@ from .uffd import Userfaultfd
 log: Final = logging.getLogger("aiouffd.session")
 
 _REFUSED_AT_ONCE: Final = 64  # children beyond the limit that wait to be settled, at least
+
+
+class State(enum.Enum):
+    """How it stands with a session."""
+
+    HANDSHAKING = "handshaking"  #: nothing is served yet
+    SERVING = "serving"
+    RESIDENT = "resident"  #: served still, but every page of the target is there
+    DETACHED = "detached"  #: ended: the target has all of its memory and lives on without us
+    TARGET_GONE = "target gone"  #: ended with the target and the children it had forked
+    FAILED = "failed"  #: ended before the target: refused, closed by policy, or broken
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing follows any more."""
+        return not _AFTER[self]
+
+
+_AFTER: Final = {
+    State.HANDSHAKING: {State.SERVING, State.TARGET_GONE, State.FAILED},
+    State.SERVING: {State.RESIDENT, State.DETACHED, State.TARGET_GONE, State.FAILED},
+    State.RESIDENT: {State.DETACHED, State.TARGET_GONE, State.FAILED},
+    State.DETACHED: set[State](),
+    State.TARGET_GONE: set[State](),
+    State.FAILED: set[State](),
+}
+
+
+_HOW_IT_ENDED: Final = {State.DETACHED: "detached", State.TARGET_GONE: "target exited"}
+
+
+class Milestone(enum.Enum):
+    """What a session tells while it goes on, each once at most."""
+
+    FIRST_PAGE = "first page"  #: a thread that waited has its page
+    RESIDENT = "resident"  #: every page of the target is there
+    DETACHED = "detached"  #: the target lives on without us
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +129,8 @@ class Figures:
         p50_us: Median time from the message to the answer, in microseconds.
         p99_us: 99th percentile of the same.
         first_fault_s: Seconds from the beginning to the first fault; None before it.
+        first_page_s: Seconds until the first page was served; None before it.
+        resident_s: Seconds until every page was there; None before it.
     """
 
     seconds: float
@@ -104,25 +146,35 @@ class Figures:
     p50_us: float
     p99_us: float
     first_fault_s: float | None
+    first_page_s: float | None
+    resident_s: float | None
 
     def as_dict(self) -> dict[str, int | float | None]:
         """Give all figures by name."""
         return dataclasses.asdict(self)
 
 
-class _Watch:
-    """The session's own observer: the first fault, and the first failure."""
+#: Outcomes after which a thread that waited has its page.
+_SERVED: Final = frozenset(("copy", "zero", "continue", "move"))
 
-    def __init__(self) -> None:
+
+class _Watch:
+    """The session's own observer: the first fault, the first page, and the first failure."""
+
+    def __init__(self, on_first_page: Callable[[], None]) -> None:
         self.first_fault: float | None = None
+        self.first_page: float | None = None
         self.error: Exception | None = None
+        self._on_first_page = on_first_page
 
     def begin(self, fault: PageFault) -> None:  # noqa: ARG002 - Observer says so
         if self.first_fault is None:
             self.first_fault = time.monotonic()
 
-    def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:
-        pass
+    def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:  # noqa: ARG002
+        if self.first_page is None and outcome in _SERVED:
+            self.first_page = time.monotonic()
+            self._on_first_page()
 
     def event(self, event: Event) -> None:
         pass
@@ -147,6 +199,7 @@ class Session:
         id: Its name among the sessions of a server, short and of one word; empty without one.
         pager: Its pager, from ``async with`` on.
         metrics: Outcomes and latencies.
+        milestones: Those reached so far, in order.
 
     Sharing: the loop's thread.
     """
@@ -160,6 +213,7 @@ class Session:
         service: Service | None = None,
         extents: Extents | None = None,
         observers: Sequence[Observer] = (),
+        on_milestone: Callable[[Session, Milestone], object] | None = None,
         id: str = "",  # noqa: A002 - what users call it
     ) -> None:
         """Prepare; nothing is read before ``async with``.
@@ -172,6 +226,7 @@ class Session:
             service: How to serve.
             extents: The source's extents, when they have been collected before.
             observers: Told of every fault and event.
+            on_milestone: Told of each milestone when it is reached; must not block or raise.
             id: See the attribute.
         """
         self.id: Final = id
@@ -180,12 +235,15 @@ class Session:
         self.peer: Final = peer
         self.service: Final = service if service is not None else Service()
         self.metrics: Final = Metrics()
+        self.milestones: Final[list[Milestone]] = []
         self.pager: Pager
         self._extents = extents
         self._observers = tuple(observers)
-        self._watch = _Watch()
+        self._watch = _Watch(lambda: self._reached(Milestone.FIRST_PAGE))
+        self._on_milestone = on_milestone
+        self._state = State.HANDSHAKING
+        self._resident: float | None = None
         self._began = self._ended = time.monotonic()
-        self._over = False
         self._aborted: Action | None = None
         self._closing: asyncio.Task[None] | None = None
         self._children: list[Pager] = []  # forked, children of children too
@@ -198,6 +256,34 @@ class Session:
     def name(self) -> str:
         """Name the session in messages: who is served."""
         return str(self.peer) if self.peer is not None else "an unknown peer"
+
+    @property
+    def state(self) -> State:
+        """How it stands with the session."""
+        return self._state
+
+    def _enter(self, state: State) -> bool:
+        """Enter a state.
+
+        Returns:
+            Whether it can follow on the present one; else nothing is done.
+        """
+        if state not in _AFTER[self._state]:
+            return False
+        self._state = state
+        if state.ended:
+            self._ended = time.monotonic()
+        elif state is State.SERVING:
+            self._began = time.monotonic()
+        elif state is State.RESIDENT:
+            self._resident = time.monotonic()
+            self._reached(Milestone.RESIDENT)
+        return True
+
+    def _reached(self, milestone: Milestone) -> None:
+        self.milestones.append(milestone)
+        if self._on_milestone is not None:
+            self._on_milestone(self, milestone)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -219,6 +305,13 @@ class Session:
                 used.  The hand-over is closed, its missing pages settled by ``on_close``.
         """
         try:
+            await self._start()
+        except BaseException:
+            self._enter(State.FAILED)
+            raise
+
+    async def _start(self) -> None:
+        try:
             uffd = Userfaultfd.adopt(self.handover.fd)
         except ValueError as error:
             self.handover.close()
@@ -235,6 +328,7 @@ class Session:
         try:
             self._serve_regions()
             self._check_regions()  # now that the pager would settle what is refused
+            self._enter(State.SERVING)
             self.pager.start()
         except BaseException as error:
             await self._close(None)
@@ -304,7 +398,6 @@ class Session:
     def _serve_regions(self) -> None:
         if self._extents is None:
             self._extents = Extents(self.source.extents())
-        self._began = self._ended = time.monotonic()
         for number, region in enumerate(self.handover.regions):
             self.pager.register(
                 region.start,
@@ -329,9 +422,9 @@ class Session:
     @property
     def outcome(self) -> str:
         """Say in a few words how it stands with the session, or how it ended."""
-        if not self._over:
-            return "serving"
-        how = "target exited"
+        if not self._state.ended:
+            return self._state.value
+        how = _HOW_IT_ENDED.get(self._state, "not served")
         if self._aborted is not None:
             how = f"closed by policy ({self._aborted.value})"
         if self.error is not None:
@@ -354,8 +447,11 @@ class Session:
     def figures(self) -> Figures:
         """Sum up what was done so far, for the children that the target forked as well."""
         counters = self.counters()
-        first = self._watch.first_fault
-        now = self._ended if self._over else time.monotonic()
+        now = self._ended if self._state.ended else time.monotonic()
+
+        def since(moment: float | None) -> float | None:
+            return None if moment is None else round(moment - self._began, 6)
+
         return Figures(
             seconds=round(now - self._began, 6),
             memory_bytes=sum(region.length for region in self.handover.regions),
@@ -369,7 +465,9 @@ class Session:
             events=counters.events,
             p50_us=self.metrics.latency.quantile(0.5) / 1000,
             p99_us=self.metrics.latency.quantile(0.99) / 1000,
-            first_fault_s=None if first is None else round(first - self._began, 6),
+            first_fault_s=since(self._watch.first_fault),
+            first_page_s=since(self._watch.first_page),
+            resident_s=since(self._resident),
         )
 
     async def wait_closed(self) -> None:
@@ -415,8 +513,8 @@ class Session:
             # The pager has closed its children, unless one of them could not be settled.
             for child in self._children:
                 await self._close_child(child, action)
-            self._over = True
-            self._ended = time.monotonic()
+            gone = self.pager.target_gone and self._aborted is None
+            self._enter(State.TARGET_GONE if gone else State.FAILED)
 
 
 async def settle(handover: Handover, service: Service, peer: Peer | None) -> None:

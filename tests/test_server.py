@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -22,8 +23,8 @@ from aiouffd.errors import SourceError
 from aiouffd.failure import Action, FailurePolicy
 from aiouffd.fds import OwnedFd
 from aiouffd.protocols import firecracker
-from aiouffd.server import Ended, Refused, Report, Server, Started
-from aiouffd.session import Service
+from aiouffd.server import Ended, FirstPage, Refused, Report, Server, Started
+from aiouffd.session import Service, State
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
@@ -172,7 +173,8 @@ async def test_serving_begins_before_the_hand_over_ends(serving: Serving) -> Non
         vmm(serving, touch_first=True, load=True, dialect="stratovirt") as guest,
     ):
         assert await guest.read(0, SIZE) == image(SIZE)
-        await eventually(lambda: serving.reports, "the session is reported")
+        await eventually(lambda: len(serving.reports) == 2, "the session is reported")
+        assert [type(report) for report in serving.reports] == [Started, FirstPage]
 
 
 async def test_a_vmm_that_fails_after_the_hand_over_leaves_nothing(serving: Serving) -> None:
@@ -186,13 +188,17 @@ async def test_a_vmm_that_fails_after_the_hand_over_leaves_nothing(serving: Serv
 
 
 async def test_each_session_is_reported_with_its_figures(serving: Serving) -> None:
-    """One report at the start, one at the end, each a line for people."""
+    """One report at the start, at the first page and at the end, each a line for people."""
     async with serving.run():
         async with vmm(serving) as guest:
             await guest.read(0, SIZE)
             pid = guest.process.pid
         await eventually(serving.ended, "the session ends")
-    started, ended = serving.reports
+    started, first, ended = serving.reports
+    assert isinstance(first, FirstPage)
+    assert first.session.figures().first_page_s == first.seconds > 0
+    who = f"pid {pid} (uid {os.geteuid()})"
+    assert str(first) == f"session of {who}: first page served after {first.seconds:.3f} s"
     assert isinstance(started, Started)
     assert str(started) == (
         f"session of pid {pid} (uid {os.geteuid()}) started: 1 regions, 0.2 MiB,"
@@ -205,8 +211,26 @@ async def test_each_session_is_reported_with_its_figures(serving: Serving) -> No
     assert figures.copied_bytes == figures.memory_bytes == SIZE
     assert figures.failures == 0
     assert figures.first_fault_s is not None
-    assert 0 < figures.first_fault_s <= figures.seconds
+    assert 0 < figures.first_fault_s <= first.seconds <= figures.seconds
+    assert ended.session.state is State.TARGET_GONE
     assert figures.as_dict()["faults"] == SIZE // PAGE
+
+
+async def test_peers_that_have_not_handed_over_are_seen(serving: Serving) -> None:
+    """Who connected, since when; counted beside the sessions, by state."""
+    async with serving.run() as server, vmm(serving) as guest:
+        before = time.monotonic()
+        with socket.socket(socket.AF_UNIX) as late:
+            late.connect(os.fspath(serving.path))
+            await eventually(lambda: server.handshakes, "the peer is seen")
+            (handshake,) = server.handshakes
+            assert handshake.peer == f"pid {os.getpid()} (uid {os.geteuid()})"
+            assert before <= handshake.since <= time.monotonic()
+            counts = {State.HANDSHAKING: 1, State.SERVING: 1, State.RESIDENT: 0}
+            assert server.states() == counts
+        await eventually(lambda: not server.handshakes, "it is refused")
+        assert server.states()[State.HANDSHAKING] == 0
+        assert await guest.read(0) == image(SIZE)[:1]
 
 
 # --- the end of a target ---------------------------------------------------------------

@@ -22,7 +22,7 @@ from aiouffd.handlers import from_source
 from aiouffd.handover import HandedRegion, Handover, Peer, pin_peer
 from aiouffd.pager import Pager
 from aiouffd.protocols import firecracker
-from aiouffd.session import Service, Session, settle
+from aiouffd.session import Milestone, Service, Session, State, settle
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.testing.sources import image
 from aiouffd.uffd import Userfaultfd
@@ -77,6 +77,32 @@ async def test_a_session_serves_without_a_server(tmp_path: Path) -> None:
         assert first.copied_bytes == SIZE
 
 
+async def test_states_follow_one_another(tmp_path: Path) -> None:
+    """Handshaking, serving, gone; the first page is told once, when a thread has it."""
+    reached: list[tuple[Milestone, State]] = []
+    async with handed_over(tmp_path / "socket") as (vmm, handover, peer):
+        session = Session(
+            handover,
+            BufferSource(image(SIZE)),
+            peer=peer,
+            on_milestone=lambda session, milestone: reached.append((milestone, session.state)),
+        )
+        states = [session.state]
+        async with session:
+            states.append(session.state)
+            assert session.figures().first_page_s is None
+            assert await vmm.read(0, 2 * PAGE) == image(SIZE)[: 2 * PAGE]
+            assert reached == [(Milestone.FIRST_PAGE, State.SERVING)]
+            vmm.kill()
+            await asyncio.wait_for(session.wait_closed(), 10)
+        states.append(session.state)
+        await session.aclose()
+        states.append(session.state)  # what has ended stays so
+        gone = State.TARGET_GONE
+        assert states == [State.HANDSHAKING, State.SERVING, gone, gone]
+        assert session.milestones == [Milestone.FIRST_PAGE]
+
+
 async def test_the_exit_is_noticed_without_a_peer_too(tmp_path: Path) -> None:
     """Nobody said who the target is: asking the kernel now and then finds out."""
     async with handed_over(tmp_path / "socket") as (vmm, handover, _):
@@ -125,6 +151,7 @@ async def test_closing_settles_what_is_missing(tmp_path: Path, action: Action) -
             await session.aclose(action)
             await session.aclose()
             assert session.outcome == f"closed by policy ({action.value})"
+            assert session.state is State.FAILED
             missing = vmm.tell("read_in_kernel_mode", PAGE)
             if action is Action.HANG:  # the VMM's own copy of the descriptor keeps it waiting
                 assert await vmm.read(0, PAGE) == image(SIZE)[:PAGE]
@@ -153,10 +180,11 @@ async def test_what_cannot_be_served_is_refused_and_closed() -> None:
             assert handover.fd.closed
             assert others[0].closed
         handover = Handover(OwnedFd(os.memfd_create("no uffd")), ())
+        session = Session(handover, BufferSource(b""))
         with pytest.raises(PeerError, match="no userfaultfd"):
-            async with Session(handover, BufferSource(b"")):
-                pass
+            await session.start()
         assert handover.fd.closed
+        assert session.state is State.FAILED
         del start
 
 

@@ -7,7 +7,8 @@ Laws of this file:
 
 * SIGTERM or SIGINT drains: no new peers, the living are served to their end, exit status 0.
   A second one closes what lives by the policy, exit status 1.
-* One line per session start and end, and per refusal, on stdout; diagnostics go to stderr.
+* One line per session start, milestone and end, and per refusal, on stdout; diagnostics go to
+  stderr.
 * Output never holds up serving: a thread writes it.  A reader that is slow loses lines, one
   that goes away ends the output, not the server.
 """
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..failure import Action, FailurePolicy
 from ..protocols import firecracker
-from ..server import Refused, Report, Server, Started
+from ..server import Detached, Ended, FirstPage, Refused, Report, Resident, Server, Started
 from ..session import Service
 from ..sources.file import FileSource
 from .output import Lines, LinesHandler
@@ -234,14 +235,27 @@ async def _run_until_signals(server: Server, tell: Callable[[dict[str, Any], str
             loop.remove_signal_handler(number)
 
 
+_EVENTS: Final[dict[type[Report], str]] = {
+    Started: "started",
+    FirstPage: "first_page",
+    Resident: "resident",
+    Detached: "detached",
+    Ended: "ended",
+}
+
+
 def _fields(report: Report) -> dict[str, Any]:
     """Give a report as what a program wants to read."""
     if isinstance(report, Refused):
         return {"event": "refused", "peer": report.peer, "reason": report.reason}
     session = report.session
-    event: dict[str, Any] = {"event": "started" if isinstance(report, Started) else "ended"}
+    event: dict[str, Any] = {"event": _EVENTS[type(report)], "session": session.id}
     if session.peer is not None:
         event |= {"pid": session.peer.pid, "uid": session.peer.uid}
+    if isinstance(report, FirstPage | Resident):
+        return event | {"seconds": report.seconds}
+    if isinstance(report, Detached):
+        return event
     if isinstance(report, Started):
         regions = session.handover.regions
         return event | {

@@ -38,8 +38,10 @@ class Serve:
             return (await self.process.stdout.readline()).decode().rstrip("\n")
 
     async def event(self, name: str) -> dict[str, Any]:
-        """Read its next line, which has to be this event."""
+        """Read its next line, which has to be this event; other milestones are passed over."""
         fields = json.loads(await self.line())
+        while fields["event"] in {"first_page", "resident"} - {name}:
+            fields = json.loads(await self.line())
         assert fields["event"] == name, fields
         assert isinstance(fields, dict)
         return fields
@@ -82,11 +84,12 @@ async def serve(tmp_path: Path, *options: str, plain: bool = False) -> AsyncIter
 
 
 async def test_a_session_is_two_lines(tmp_path: Path) -> None:
-    """One JSON object when it starts, one with its figures when it ends; SIGTERM ends it all."""
+    """One JSON object at its start, at its first page, and at its end, then with its figures."""
     async with serve(tmp_path) as server:
         async with StandInVmm.start(server.path, SIZE) as guest:
             started = await server.event("started")
             assert await guest.read(0, SIZE) == image(SIZE)
+            assert (await server.event("first_page"))["seconds"] > 0
             pid = guest.process.pid
         ended = await server.event("ended")
         server.process.terminate()
@@ -112,6 +115,7 @@ async def test_people_get_lines_of_text(tmp_path: Path) -> None:
         async with StandInVmm.start(server.path, SIZE) as guest:
             assert f"session of pid {guest.process.pid}" in await server.line()
             await guest.read(0)
+            assert "first page served after" in await server.line()
         assert "1 faults" in await server.line()
         server.process.send_signal(signal.SIGINT)
         assert await server.line() == "draining: no new peers, 0 sessions live on"
