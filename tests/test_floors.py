@@ -24,7 +24,10 @@ FLOORS = {
         dispatcher settling pager
         lazy_pages lazy_mapping lazy_answers lazy_flights lazy_faults lazy_pins
         lazy_serving frame_raise sigbus lazy_memory""",
-    "pages": "sources sources.buffer sources.file sources.zero sources.measured handlers",
+    "pages": """
+        sources sources.buffer sources.file sources.zero sources.measured
+        sources.cached
+        handlers""",
     "processes": "sd_notify unix_socket handover session server protocols protocols.firecracker",
     "tools": """
         . testing testing.sources cli.main cli
