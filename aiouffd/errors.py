@@ -20,6 +20,7 @@ The tree::
     │   ├── LoopThreadTouch   the loop's own thread touched a page that only the loop can bring
     │   └── StuckPage         the same page faults again and again though the kernel has it
     ├── PeerError             the other side of a hand-over broke its protocol
+    ├── WorkingSetError       a recorded set of pages cannot be read, or is another image's
     └── MigrationFailed       a migration cannot go on
 
 Programs test classes and attributes, never the text.  Blame is in the class: NotSupported is
@@ -152,6 +153,10 @@ class PeerError(UffdError):
     def __str__(self) -> str:
         text = str(self.args[0])
         return f"{self.peer}: {text}" if self.peer else text
+
+
+class WorkingSetError(UffdError):
+    """A recorded set of pages cannot be read, or was made for another image."""
 
 
 class MigrationFailed(UffdError):
