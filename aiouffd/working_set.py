@@ -316,6 +316,9 @@ class WorkingSet:
         if first < 0 or count < 0 or end > self.granules:
             raise ValueError(f"granules [{first}, {end}) of an image of {self.granules}")
         bits = self._bits
+        if count == 1:
+            bits[first >> 3] |= 1 << (first & 7)
+            return
         low, high = -(-first // 8), end // 8
         if low < high:
             bits[low:high] = b"\xff" * (high - low)

@@ -27,7 +27,7 @@ FLOORS = {
     "pages": """
         sources sources.buffer sources.file sources.zero sources.measured
         sources.cached
-        working_set
+        working_set recording
         handlers""",
     "processes": "sd_notify unix_socket handover session server protocols protocols.firecracker",
     "tools": """
