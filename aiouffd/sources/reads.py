@@ -1,0 +1,67 @@
+"""Reads under way, for sources around sources: a close waits for them.
+
+Knows: how many there are, and whether more may begin.
+Must not know: what is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+from ..errors import ClosedError
+
+
+class ReadsUnderWay:
+    """What a read enters, and a close waits for.
+
+    Sharing: the loop's thread; ``closed`` may be asked anywhere.
+    """
+
+    __slots__ = ("_count", "_idle", "closed", "name")
+
+    def __init__(self, name: str) -> None:
+        """Begin with none.
+
+        Args:
+            name: What is closed, for messages: ``these layers``.
+        """
+        self.name = name
+        self.closed = False
+        self._count = 0
+        self._idle: asyncio.Future[None] | None = None
+
+    def check(self) -> None:
+        """Refuse if it is closed.
+
+        Raises:
+            ClosedError: It is.
+        """
+        if self.closed:
+            raise ClosedError(f"{self.name} is closed")
+
+    def __enter__(self) -> None:
+        self._count += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._count -= 1
+        if not self._count and self._idle is not None:
+            if not self._idle.done():
+                self._idle.set_result(None)
+            self._idle = None
+
+    async def end(self) -> None:
+        """Refuse new reads, and wait until those under way have ended.
+
+        Cancellation: new reads stay refused; call again to wait.
+        """
+        self.closed = True
+        if self._count:
+            if self._idle is None:
+                self._idle = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
