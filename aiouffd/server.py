@@ -11,6 +11,8 @@ Laws of this file:
   ``max_handshakes`` of them, since the oldest goes when one more comes.
 * A peer is admitted by the uid that the kernel names, and pinned before its message is read.
 * Serving begins before the peer's hand-over is acknowledged.
+* Beyond ``max_sessions`` a peer is refused when it has handed over, never before: what it
+  handed over is settled by policy, or it would freeze.
 * Draining refuses new peers and serves the living to their end.  A peer that has connected
   before is no new one: it may have handed over already, and would freeze.
 """
@@ -32,7 +34,7 @@ from typing import Final, Self, TypeAlias, assert_never
 
 from .errors import PeerError, SourceError, UffdError
 from .failure import Action
-from .handover import Receive, peer_credentials, pin_peer
+from .handover import Handover, Peer, Receive, peer_credentials, pin_peer
 from .metrics import Observer
 from .session import Milestone, Service, Session, State, settle
 from .sources import Extents, Source
@@ -48,6 +50,10 @@ _SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 #: One source for all sessions, which stays its maker's to close; or a function that opens one
 #: for each session, in a thread, which the session closes.
 SourceOrOpener: TypeAlias = Source | Callable[[], Source]
+
+#: One service for all sessions; or a function that gives each peer its own.  It may raise
+#: PeerError to refuse one, whose memory is settled as ``Service()`` says.
+ServiceOrChooser: TypeAlias = Service | Callable[[Peer, Handover], Service]
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +197,8 @@ class Server:
         receive: Receive,
         source: SourceOrOpener,
         *,
-        service: Service | None = None,
+        service: ServiceOrChooser | None = None,
+        max_sessions: int | None = None,
         uids: Collection[int] | None = None,
         handshake_timeout: float = 10.0,
         max_handshakes: int = 64,
@@ -209,7 +216,9 @@ class Server:
             receive: Takes a new connection and gives the hand-over: a protocol.
             source: A source for all, or a function that opens one per session.  With the
                 function a session keeps its file though another takes the name.
-            service: How sessions serve.
+            service: How sessions serve, or a function that says so for each peer.
+            max_sessions: Sessions at once; further peers are refused, and what is missing in
+                their memory is settled by their service's ``on_close``.
             uids: Who may connect; None is the server's own user only.
             handshake_timeout: Seconds from the connection to the complete hand-over.
             max_handshakes: Peers at once that have not handed over yet.
@@ -229,7 +238,9 @@ class Server:
         self._receive = receive
         self._source = source
         self._extents: Extents | None = None
-        self._service = service if service is not None else Service()
+        self._service: ServiceOrChooser = service if service is not None else Service()
+        self._max_sessions = max_sessions
+        self._admitted = 0  # sessions that live, and those about to
         self._uids = frozenset((os.geteuid(),) if uids is None else uids)
         self._handshake_timeout = handshake_timeout
         self._max_handshakes = max_handshakes
@@ -447,13 +458,18 @@ class Server:
                 pin_peer(connection.socket, allow_pid_race=self._allow_pid_race)
             )
             handover = await self._receive(connection)
-            stack.push_async_callback(settle, handover, self._service, peer)
+            service = Service()
+            try:
+                service = self._service_for(peer, handover)
+            finally:
+                stack.push_async_callback(settle, handover, service, peer)
+            self._admit_session(stack)
             source, extents = await stack.enter_async_context(self._open_source())
             session = Session(
                 handover,
                 source,
                 peer=peer,
-                service=self._service,
+                service=service,
                 extents=extents,
                 observers=self._observers,
                 on_milestone=self._on_milestone,
@@ -464,6 +480,23 @@ class Server:
             if handover.acknowledge:
                 await connection.send(handover.acknowledge)
         return session
+
+    def _service_for(self, peer: Peer, handover: Handover) -> Service:
+        return self._service(peer, handover) if callable(self._service) else self._service
+
+    def _admit_session(self, stack: contextlib.AsyncExitStack) -> None:
+        """Take one of the places for sessions until the stack is unwound.
+
+        Raises:
+            PeerError: There is none.
+        """
+        if self._max_sessions is not None and self._admitted >= self._max_sessions:
+            raise PeerError(f"there are {self._admitted} sessions already, as many as allowed")
+        self._admitted += 1
+        stack.callback(self._leave_session)
+
+    def _leave_session(self) -> None:
+        self._admitted -= 1
 
     @contextlib.asynccontextmanager
     async def _open_source(self) -> AsyncIterator[tuple[Source, Extents]]:

@@ -11,6 +11,7 @@ at its deadline the failure policy takes over.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from .errors import DeadlineExceeded
@@ -45,13 +46,24 @@ class Watchdog:
     def start(self) -> None:
         """Begin to ask whether the target is alive.
 
-        A pidfd shows an exit at once; only an ioctl shows that the target called exec.
+        A pidfd shows an exit at once; only an ioctl shows that the target called exec.  With a
+        pidfd the questions become rarer and rarer as long as the target is quiet, for hundreds
+        of idle targets would wake us all the time: that one called exec is seen at the latest
+        when it has been quiet for twice as long.
         """
-        self._dispatcher.timers.set("alive", _ALIVE_EVERY, self._check_alive)
+        self._ask_later(_ALIVE_EVERY)
 
-    def _check_alive(self) -> None:
+    def _ask_later(self, delay: float) -> None:
+        counters = self._dispatcher.counters
+        heard = counters.faults + counters.events
+        self._dispatcher.timers.set("alive", delay, partial(self._ask_alive, delay, heard))
+
+    def _ask_alive(self, delay: float, heard: int) -> None:
         if self._dispatcher.uffd.target_alive():
-            self.start()
+            counters = self._dispatcher.counters
+            quiet = heard == counters.faults + counters.events
+            known = self._dispatcher.target is not None
+            self._ask_later(2 * delay if quiet and known else _ALIVE_EVERY)
         else:
             self._dispatcher.target_is_gone()
 

@@ -131,7 +131,7 @@ MUTATIONS: Final = (
         "nobody asks whether the target is alive",
         "watchdog.py",
         "            self._dispatcher.target_is_gone()\n",
-        "            self.start()\n",
+        "            self._ask_later(delay)\n",
     ),
     Mutation(
         7,

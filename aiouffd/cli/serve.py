@@ -90,6 +90,12 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("how to serve")
     how.add_argument(
+        "--max-sessions",
+        type=_count,
+        metavar="N",
+        help="refuse peers while so many are served (default: no limit)",
+    )
+    how.add_argument(
         "--handshake-timeout",
         type=_seconds,
         default=10.0,
@@ -119,6 +125,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def _octal(text: str) -> int:
     return int(text, 8)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of sessions")
+    return value
 
 
 def _seconds(text: str) -> float:
@@ -174,6 +187,7 @@ async def _serve(args: argparse.Namespace, out: Lines) -> int:
             deadline=args.deadline,
             chunk=args.chunk,
         ),
+        max_sessions=args.max_sessions,
         uids=args.uid,
         handshake_timeout=args.handshake_timeout,
         allow_pid_race=args.allow_pid_race,

@@ -269,3 +269,22 @@ def test_a_missing_image_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["serve", f"{tmp_path}/none", "--socket", f"{tmp_path}/socket"]) == 1
     assert "none" in capsys.readouterr().err
     assert not (tmp_path / "socket").exists()
+
+
+async def test_peers_beyond_the_limit_are_refused(tmp_path: Path) -> None:
+    """One line says why; who is served goes on."""
+    options = ("--max-sessions", "1", "--policy", "zero")
+    async with serve(tmp_path, *options) as server, StandInVmm.start(server.path, SIZE) as guest:
+        await server.event("started")
+        async with StandInVmm.start(server.path, SIZE) as other:
+            refused = await server.event("refused")
+            assert refused["reason"] == "there are 1 sessions already, as many as allowed"
+            assert await other.read(0) == b"\0"
+        assert await guest.read(0, SIZE) == image(SIZE)
+
+
+def test_a_limit_is_a_number_of_sessions(capsys: pytest.CaptureFixture[str]) -> None:
+    """Zero would serve nobody."""
+    with pytest.raises(SystemExit):
+        main(["serve", "image", "--socket", "socket", "--max-sessions", "0"])
+    assert "0 is no number of sessions" in capsys.readouterr().err

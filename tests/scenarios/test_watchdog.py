@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aiouffd import DeadlineExceeded, PageFault, Resolution
+from aiouffd import DeadlineExceeded, PageFault, Pager, Resolution
 from tests.serving import Record, from_image, serving
 from tests.targets import PAGE, Signal, until
 
@@ -50,3 +50,22 @@ async def test_a_source_that_waits_for_its_target_is_named_and_ended(
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+async def test_quiet_targets_are_asked_ever_more_rarely() -> None:
+    """An idle target costs no wake-ups in the long run; one that was heard of is asked soon."""
+    async with serving() as served, serving(know_target=False) as unknown:
+        loop = asyncio.get_running_loop()
+
+        def next_question(pager: Pager, after: float, *, heard_something: bool) -> float:
+            dispatcher = pager._dispatcher
+            counters = dispatcher.counters
+            heard = counters.faults + counters.events
+            dispatcher.timers.cancel_all()
+            dispatcher.watchdog._ask_alive(after, heard - heard_something)
+            return dispatcher.timers._handles["alive"].when() - loop.time()
+
+        assert await served.target.start_read(0) == 1
+        assert next_question(served.pager, 64.0, heard_something=False) > 120
+        assert next_question(served.pager, 64.0, heard_something=True) <= 1
+        assert next_question(unknown.pager, 64.0, heard_something=False) <= 1  # its exit, too
