@@ -38,6 +38,7 @@ from .handover import Handover, Peer, Receive, peer_credentials, pin_peer
 from .metrics import Observer
 from .session import Milestone, Service, Session, State, settle
 from .sources import Extents, Source
+from .totals import Totals
 from .unix_socket import Connection, Listener
 
 log: Final = logging.getLogger("aiouffd.server")
@@ -235,6 +236,7 @@ class Server:
         self.refused = 0
         self.failed = 0
         self._ids = itertools.count(1)
+        self._past = Totals()  # of ended sessions
         self._receive = receive
         self._source = source
         self._extents: Extents | None = None
@@ -264,6 +266,15 @@ class Server:
     def handshakes(self) -> list[Handshake]:
         """The peers that have connected and are not served yet, oldest first."""
         return list(self._handshakes.values())
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new peers any more."""
+        return self._loop is not None and self._listener is None
+
+    def totals(self) -> Totals:
+        """Add up what all sessions have done, those that have ended included."""
+        return self._past.plus(self.sessions)
 
     def states(self) -> dict[State, int]:
         """Count the living sessions by state; handshakes are counted as such."""
@@ -546,6 +557,7 @@ class Server:
                 await session.aclose()
             finally:
                 self.sessions.discard(session)
+                self._past.add(session)
                 self.failed += session.error is not None
                 self._report(Ended(session))
 

@@ -26,12 +26,15 @@ FLOORS = {
         lazy_serving frame_raise sigbus lazy_memory""",
     "pages": """
         sources sources.buffer sources.file sources.zero sources.measured
-        sources.cached sources.reads sources.layered sources.fallback
+        sources.cached sources.reads sources.layered
         working_set recording
         handlers""",
-    "processes": "sd_notify unix_socket handover session server protocols protocols.firecracker",
+    "processes": """
+        sd_notify unix_socket handover session totals server
+        protocols protocols.firecracker""",
     "tools": """
         . testing testing.sources cli.main cli
+        page_map status http_site control
         cli.output cli.info cli.serve cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]
@@ -44,6 +47,7 @@ PURE = {
 }
 #: Optional packages, each with the few modules that may import it: one per job it is there for.
 OPTIONAL: dict[str, set[str]] = {
+    "aiohttp": {"http_site"},
     "pytest": {"testing.sources"},
 }
 
