@@ -26,7 +26,7 @@ FLOORS = {
         lazy_serving frame_raise sigbus lazy_memory""",
     "pages": """
         sources sources.buffer sources.file sources.zero sources.measured
-        sources.cached sources.reads sources.layered
+        sources.cached sources.reads sources.layered sources.fallback
         working_set recording
         handlers""",
     "processes": """
