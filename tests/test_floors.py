@@ -26,6 +26,7 @@ FLOORS = {
         lazy_serving frame_raise sigbus lazy_memory""",
     "pages": """
         sources sources.buffer sources.file sources.zero sources.measured
+        sources.seek_table sources.zstd_frames sources.compressed_layout sources.compressed
         sources.cached sources.reads sources.layered sources.fallback
         working_set recording
         handlers""",
@@ -49,6 +50,8 @@ PURE = {
 OPTIONAL: dict[str, set[str]] = {
     "aiohttp": {"http_site"},
     "pytest": {"testing.sources"},
+    "backports": {"sources.zstd_frames"},  # from 3.14 compression.zstd
+    "compression": {"sources.zstd_frames"},
 }
 
 

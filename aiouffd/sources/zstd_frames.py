@@ -1,0 +1,91 @@
+"""One zstd frame at a time: compressed with its checksum, decompressed and checked.
+
+Knows: the zstd library, and five bytes of a frame's header.
+Must not know: files, seek tables, who wants the bytes.
+
+Law of this file: a frame gives exactly the bytes that are expected, or ZstdError; zstd itself
+checks them.  The checksum of a seek table is the one that may stand at the end of a frame.  Where
+a frame has none, it is given the table's before it is decompressed.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Final
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    try:
+        from backports import zstd
+    except ImportError as error:
+        raise ImportError(
+            "seekable zstd images need the package backports.zstd: pip install 'aiouffd[zstd]'"
+        ) from error
+
+ZstdError: Final = zstd.ZstdError
+VERSION: Final = zstd.zstd_version
+
+#: The levels that there are.
+LEVELS: Final = zstd.CompressionParameter.compression_level.bounds()
+
+_FRAME_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+_HAS_CHECKSUM: Final = 0x04  # in the frame header's descriptor, its fifth byte
+_CHECKSUM_BYTES: Final = 4
+
+
+class FrameCompressor:
+    """Makes frames; one for each thread."""
+
+    def __init__(self, level: int) -> None:
+        """Set the level.
+
+        Args:
+            level: Within LEVELS; more is smaller and slower to make.
+        """
+        parameter = zstd.CompressionParameter
+        self._zstd = zstd.ZstdCompressor(
+            options={parameter.compression_level: level, parameter.checksum_flag: 1}
+        )
+
+    def compress(self, data: bytes | memoryview) -> tuple[bytes, int]:
+        """Compress bytes into one frame.
+
+        Returns:
+            The frame, and the checksum of the bytes (low 32 bits of their XXH64).
+        """
+        frame = self._zstd.compress(data, self._zstd.FLUSH_FRAME)
+        return frame, int.from_bytes(frame[-_CHECKSUM_BYTES:], "little")
+
+
+def decompress(frame: memoryview, size: int, checksum: int | None) -> bytes:
+    """Decompress one frame.
+
+    Args:
+        frame: The frame and nothing else.
+        size: How many bytes it holds; more are not made.
+        checksum: What their checksum is, if that is known.
+
+    Raises:
+        ZstdError: These are other bytes.
+    """
+    if checksum is not None:
+        frame = _with_checksum(frame, checksum)
+    decompressor = zstd.ZstdDecompressor()
+    data = decompressor.decompress(frame, size)
+    if len(data) != size or not decompressor.eof or decompressor.unused_data:
+        raise ZstdError(f"not one frame of {size} bytes")
+    return data
+
+
+def _with_checksum(frame: memoryview, checksum: int) -> memoryview:
+    """Give a frame that checksum, unless it has it."""
+    if len(frame) <= _CHECKSUM_BYTES or bytes(frame[:4]) != _FRAME_MAGIC:
+        raise ZstdError("no zstd frame begins here")
+    stored = checksum.to_bytes(_CHECKSUM_BYTES, "little")
+    if not frame[4] & _HAS_CHECKSUM:
+        descriptor = bytes([frame[4] | _HAS_CHECKSUM])
+        return memoryview(b"".join((_FRAME_MAGIC, descriptor, frame[5:], stored)))
+    if bytes(frame[-_CHECKSUM_BYTES:]) != stored:
+        raise ZstdError("its checksum and the seek table's differ")
+    return frame
