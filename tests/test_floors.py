@@ -28,6 +28,7 @@ FLOORS = {
         sources sources.buffer sources.file sources.zero sources.measured
         sources.seek_table sources.zstd_frames sources.compressed_layout sources.compressed
         sources.cached sources.reads sources.layered sources.fallback
+        sources.http_answers sources.http_places sources.http
         working_set recording
         handlers""",
     "processes": """
@@ -48,7 +49,8 @@ PURE = {
 }
 #: Optional packages, each with the few modules that may import it: one per job it is there for.
 OPTIONAL: dict[str, set[str]] = {
-    "aiohttp": {"http_site"},
+    "aiohttp": {"http_site", "sources.http"},
+    "yarl": {"sources.http_places"},  # aiohttp's own URLs
     "pytest": {"testing.sources"},
     "backports": {"sources.zstd_frames"},  # from 3.14 compression.zstd
     "compression": {"sources.zstd_frames"},
