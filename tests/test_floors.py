@@ -17,7 +17,9 @@ FLOORS = {
     "facts": """
         errors kernel kernel.abi kernel.buffers kernel.calls kernel.holding_gil kernel.history
         kernel.gates kernel.handshake kernel.pagemap kernel.capabilities kernel.probe""",
-    "values": "fds ranges events resolutions failure address_space",
+    "values": """
+        fds ranges events resolutions failure address_space
+        protocols protocols.pages""",
     "asyncio": """
         eager metrics uffd
         flight performer region timers parking watchdog recovery resolver reader
@@ -29,15 +31,18 @@ FLOORS = {
         sources.seek_table sources.zstd_frames sources.compressed_layout sources.compressed
         sources.cached sources.reads sources.layered sources.fallback
         sources.http_answers sources.http_places sources.http
+        sources.peer
         working_set recording
         handlers""",
     "processes": """
         sd_notify unix_socket handover session totals server
-        protocols protocols.firecracker""",
+        protocols.firecracker
+        export""",
     "tools": """
         . testing testing.sources cli.main cli
         page_map status http_site control
-        cli.output cli.info cli.serve cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
+        cli.output cli.export
+        cli.info cli.serve cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]
 FLOOR_OF = {module: floor for floor, names in FLOORS.items() for module in names.split()}

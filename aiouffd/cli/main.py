@@ -28,6 +28,7 @@ from ..errors import UffdError
 COMMANDS: Final[dict[str, str]] = {
     "info": "say what this kernel, user and container allow, and how to get the rest",
     "serve": "serve the memory of other processes from an image file",
+    "export": "let other aiouffd servers read an image over the network",
     "demo": "see a process run on lazily served memory, checked against the file",
 }
 
@@ -38,6 +39,7 @@ start here:
   aiouffd info                           what works on this machine
   aiouffd demo                           watch memory arrive page by page
   aiouffd serve IMAGE --socket PATH      a lazy-memory server (Firecracker's protocol)
+  aiouffd export IMAGE                   the image for other servers to read
 
 `aiouffd COMMAND --help` explains a command.
 """
