@@ -29,7 +29,7 @@ FLOORS = {
     "pages": """
         sources sources.buffer sources.file sources.zero sources.measured
         sources.seek_table sources.zstd_frames sources.compressed_layout sources.compressed
-        sources.cached sources.reads sources.layered sources.fallback
+        sources.cached sources.reads sources.layered sources.fallback sources.urls
         sources.http_answers sources.http_places sources.http
         sources.peer
         working_set recording
@@ -39,7 +39,7 @@ FLOORS = {
         protocols.firecracker
         export""",
     "tools": """
-        . testing testing.sources cli.main cli
+        . testing testing.sources cli.main cli cli.image_options
         page_map status http_site control
         cli.output cli.export
         cli.info cli.serve cli.demo_target cli.demo __main__""",  # "." is aiouffd itself

@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -31,7 +30,7 @@ from ..failure import Action, FailurePolicy
 from ..protocols import firecracker
 from ..server import Detached, Ended, FirstPage, Refused, Report, Resident, Server, Started
 from ..session import Service
-from ..sources.file import FileSource
+from .image_options import Served, add_image_options, open_served
 from .output import Lines, LinesHandler
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ _EPILOG: Final = """\
 examples:
   aiouffd serve memory.img --socket /run/aiouffd/vm.sock
   aiouffd serve memory.img --socket /run/aiouffd/vm.sock --uid 1000 --mode 666 --json
+  aiouffd serve s3://snapshots/base --layer monday.diff --cache 1G --socket vm.sock
 
 Firecracker: PUT /snapshot/load with "mem_backend": {"backend_type": "Uffd",
 "backend_path": "/run/aiouffd/vm.sock"}.
@@ -61,12 +61,12 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     """Add the command and its options."""
     parser = subparsers.add_parser(
         "serve",
-        help="serve the memory of other processes from an image file",
+        help="serve the memory of other processes from an image",
         description="Serve the memory of processes that hand it over as Firecracker does.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("image", metavar="IMAGE", help="the file that holds the memory")
+    add_image_options(parser)
     parser.add_argument("--socket", metavar="PATH", required=True, help="where to listen")
     who = parser.add_argument_group("who may connect")
     who.add_argument(
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         handler.setFormatter(logging.Formatter("aiouffd: %(message)s"))
         logging.getLogger("aiouffd").addHandler(handler)
         try:
-            return asyncio.run(_serve(args, out))
+            return asyncio.run(_open_and_serve(args, out))
         finally:
             logging.getLogger("aiouffd").removeHandler(handler)
 
@@ -171,7 +171,12 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(args: argparse.Namespace, out: Lines) -> int:
+async def _open_and_serve(args: argparse.Namespace, out: Lines) -> int:
+    async with open_served(args) as served:
+        return await _serve(args, out, served)
+
+
+async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
     def tell(fields: dict[str, Any], text: str) -> None:
         line = json.dumps({"time": round(time.time(), 3)} | fields) if args.json else text
         out.put(line)
@@ -180,7 +185,7 @@ async def _serve(args: argparse.Namespace, out: Lines) -> int:
     server = Server(
         args.socket,
         firecracker.receive,
-        lambda: FileSource(args.image),
+        served.source,
         service=Service(
             failure=FailurePolicy(then=policy),
             on_close=policy,
@@ -197,10 +202,10 @@ async def _serve(args: argparse.Namespace, out: Lines) -> int:
         report=lambda report: tell(_fields(report), str(report)),
     )
     async with server:
-        size = os.stat(args.image).st_size
+        name, size = served.name, served.size
         tell(
-            {"event": "listening", "socket": server.path, "image": args.image, "size": size},
-            f"serving {args.image} ({size} bytes) on {server.path}",
+            {"event": "listening", "socket": server.path, "image": name, "size": size},
+            f"serving {name} ({size} bytes) on {server.path}",
         )
         aborted = await _run_until_signals(server, tell)
     tell(

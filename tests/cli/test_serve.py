@@ -19,6 +19,7 @@ import pytest
 from aiouffd.cli import main
 from aiouffd.testing.sources import image
 from aiouffd.unix_socket import Connection
+from tests.seekable import seekable
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
 
 SIZE: Final = 32 * PAGE
@@ -53,7 +54,9 @@ class Serve:
 
 
 @contextlib.asynccontextmanager
-async def serve(tmp_path: Path, *options: str, plain: bool = False) -> AsyncIterator[Serve]:
+async def serve(
+    tmp_path: Path, *options: str, plain: bool = False, size: int | None = None
+) -> AsyncIterator[Serve]:
     """Run the command over an image of 32 pages until it listens."""
     file = tmp_path / "image"
     if not file.exists():
@@ -75,7 +78,7 @@ async def serve(tmp_path: Path, *options: str, plain: bool = False) -> AsyncIter
         if not plain:
             listening = await server.event("listening")
             assert listening["socket"] == os.fspath(path)
-            assert listening["size"] == file.stat().st_size
+            assert listening["size"] == (file.stat().st_size if size is None else size)
         yield server
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -251,6 +254,7 @@ async def test_a_reader_that_does_not_read_holds_up_nobody(tmp_path: Path) -> No
         ["--chunk", "many"],
         ["--policy", "pray"],
         ["--mode", "rw"],
+        ["--cache", "much"],
     ],
     ids=" ".join,
 )
@@ -288,3 +292,85 @@ def test_a_limit_is_a_number_of_sessions(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         main(["serve", "image", "--socket", "socket", "--max-sessions", "0"])
     assert "0 is no number of sessions" in capsys.readouterr().err
+
+
+# --- images of several parts -----------------------------------------------------------
+
+
+async def test_layers_are_served_to_all_sessions(tmp_path: Path) -> None:
+    """A base, two sparse diffs and a cache: every session reads the newest bytes."""
+    expected = bytearray(image(SIZE))
+    diffs = []
+    for seed, pages in ((1, (3, 4)), (2, (4, 20))):
+        diff = tmp_path / f"diff {seed}"
+        with open(diff, "wb") as file:
+            file.truncate(SIZE)
+            for page in pages:
+                data = image(PAGE, seed=100 * seed + page)
+                os.pwrite(file.fileno(), data, page * PAGE)
+                expected[page * PAGE : (page + 1) * PAGE] = data
+        diffs += ["--layer", os.fspath(diff)]
+    async with serve(tmp_path, *diffs, "--cache", "64K") as server:
+        fds = Path(f"/proc/{server.process.pid}/fd")
+        async with StandInVmm.start(server.path, SIZE) as one:
+            await server.event("started")
+            assert await one.read(0, SIZE) == expected
+            async with StandInVmm.start(server.path, SIZE) as other:
+                await server.event("started")
+                assert await other.read(0, SIZE) == expected
+                links = [os.readlink(fd) for fd in fds.iterdir()]
+                assert links.count(os.fspath(tmp_path / "diff 1")) == 1  # opened once for both
+        for _ in range(2):
+            assert (await server.event("ended"))["error"] is None
+        server.process.terminate()
+        await server.event("draining")
+        await server.event("stopped")
+        assert await server.end() == 0
+
+
+async def test_a_fallback_takes_over(tmp_path: Path) -> None:
+    """The image is written to while it is served; its copy answers instead, in every session."""
+    (tmp_path / "copy").write_bytes(image(SIZE))
+    options = ("--fallback", (tmp_path / "copy").as_uri(), "--policy", "kill")
+    async with serve(tmp_path, *options) as server:
+        async with StandInVmm.start(server.path, SIZE) as guest:
+            await server.event("started")
+            assert await guest.read(0, PAGE) == image(SIZE)[:PAGE]
+            os.truncate(tmp_path / "image", PAGE)
+            assert await guest.read(0, SIZE) == image(SIZE)
+        assert (await server.event("ended"))["failures"] == 0
+
+
+async def test_a_compressed_image_is_served(tmp_path: Path) -> None:
+    """It is told by its end, and its content is what counts."""
+    (tmp_path / "image").write_bytes(seekable(image(SIZE)))
+    async with serve(tmp_path, size=SIZE) as server:
+        async with StandInVmm.start(server.path, SIZE) as guest:
+            await server.event("started")
+            assert await guest.read(0, SIZE) == image(SIZE)
+        assert (await server.event("ended"))["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["ftp://host/image"], "no image can be had from ftp://"),
+        (["image", "--layer", "nowhere.diff"], "nowhere.diff"),
+        (["image", "--cache", "100"], "cannot keep a page"),
+    ],
+)
+def test_an_image_that_cannot_be_opened_is_one_line(
+    wrong: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever it is made of; nothing listens then."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image").write_bytes(image(SIZE))
+    assert main(["serve", *wrong, "--socket", "socket"]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "socket").exists()

@@ -1,0 +1,102 @@
+"""The options that name an image, and the sources that they open.
+
+Knows: options, how errors are told.
+Must not know: what is done with the image.
+
+A plain file without layers, fallback or cache is opened by each session for itself, so that a
+session keeps its generation though another file takes the name.  Everything else is opened
+once, and all sessions share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Final
+
+from ..errors import UffdError
+from ..server import SourceOrOpener
+from ..sources.file import FileSource
+from ..sources.urls import open_image, shown
+
+_SIZE: Final = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An image, opened.
+
+    Attributes:
+        name: The URL, as it may be shown.
+        size: In bytes.
+        source: For the server.
+    """
+
+    name: str
+    size: int
+    source: SourceOrOpener
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Add IMAGE and what may stand around it."""
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        help="what holds the memory: a path, http(s)://, s3://, gs://, az://, redis(s)://,"
+        " valkey(s):// or aiouffd(s)://; seekable zstd is recognised",
+    )
+    what = parser.add_argument_group("what to serve")
+    what.add_argument(
+        "--layer",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="a sparse diff over the image; may be repeated, the newest last",
+    )
+    what.add_argument(
+        "--fallback", metavar="URL", help="the same bytes from elsewhere, when IMAGE fails"
+    )
+    what.add_argument(
+        "--cache",
+        type=byte_count,
+        default=0,
+        metavar="BYTES",
+        help="keep so much of the image in memory for all sessions, such as 1G",
+    )
+
+
+def byte_count(text: str) -> int:
+    """Read a number of bytes, with K, M, G or T behind it."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is no number of bytes, such as 512M")
+    return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+
+
+@contextlib.asynccontextmanager
+async def open_served(args: argparse.Namespace) -> AsyncIterator[Served]:
+    """Open what the options name; closed behind the block.
+
+    Raises:
+        UffdError: It cannot be served, or a package is missing that it needs.
+        OSError: It cannot be opened.
+    """
+    try:
+        source = await open_image(
+            args.image, layers=args.layer, fallback=args.fallback, cache_bytes=args.cache
+        )
+    except (ImportError, ValueError) as error:
+        raise UffdError(str(error)) from error
+    try:
+        size, name = source.size, shown(args.image)
+        if isinstance(source, FileSource):
+            path = source.path
+            await source.aclose()
+            yield Served(name, size, lambda: FileSource(path))
+        else:
+            yield Served(name, size, source)
+    finally:
+        await source.aclose()
