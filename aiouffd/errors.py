@@ -21,6 +21,7 @@ The tree::
     │   └── StuckPage         the same page faults again and again though the kernel has it
     ├── PeerError             the other side of a hand-over broke its protocol
     ├── WorkingSetError       a recorded set of pages cannot be read, or is another image's
+    ├── StoreError            the fd store is full or does not answer
     └── MigrationFailed       a migration cannot go on
 
 Programs test classes and attributes, never the text.  Blame is in the class: NotSupported is
@@ -157,6 +158,10 @@ class PeerError(UffdError):
 
 class WorkingSetError(UffdError):
     """A recorded set of pages cannot be read, or was made for another image."""
+
+
+class StoreError(UffdError):
+    """The fd store of the service manager is full, or does not answer."""
 
 
 class MigrationFailed(UffdError):

@@ -5,7 +5,7 @@ Must not know: what is said, what the descriptors are for, who plays the service
 
 Laws of this file:
 
-* One sender: everything that is said to the service manager goes through ``notify``.
+* One sender: everything that is said to the service manager goes through a Channel.
 * What was handed to us is close-on-exec and owned before anything else is done with it, and
   only the process that was meant takes it.
 """
@@ -13,6 +13,7 @@ Laws of this file:
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 from collections.abc import MutableMapping, Sequence
@@ -22,6 +23,39 @@ from .fds import OwnedFd
 
 _FIRST_FD: Final = 3
 _SEND_TIMEOUT: Final = 5.0  # seconds: its queue is short, and it may be slow for a moment
+
+
+class Channel:
+    """An open way to the service manager, for who has much to say or little time.
+
+    Sharing: any thread.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Connect.
+
+        Args:
+            path: Of its socket; ``@…`` is an abstract one.
+
+        Raises:
+            OSError: It does not listen.
+        """
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.settimeout(_SEND_TIMEOUT)
+            self._socket.connect("\0" + path[1:] if path.startswith("@") else path)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def send(self, state: str, fds: Sequence[int] = ()) -> None:
+        """Say something; see ``notify``."""
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self._socket.sendmsg([state.encode()], control, socket.MSG_NOSIGNAL)
+
+    def close(self) -> None:
+        """Close it; a second call does nothing."""
+        self._socket.close()
 
 
 def notify(state: str, fds: Sequence[int] = (), *, path: str | None = None) -> bool:
@@ -43,11 +77,8 @@ def notify(state: str, fds: Sequence[int] = (), *, path: str | None = None) -> b
     path = os.environ.get("NOTIFY_SOCKET", "") if path is None else path
     if not path:
         return False
-    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.settimeout(_SEND_TIMEOUT)
-        address = "\0" + path[1:] if path.startswith("@") else path
-        sock.sendmsg([state.encode()], control, socket.MSG_NOSIGNAL, address)
+    with contextlib.closing(Channel(path)) as channel:
+        channel.send(state, fds)
     return True
 
 

@@ -35,14 +35,14 @@ FLOORS = {
         working_set recording
         handlers""",
     "processes": """
-        sd_notify unix_socket handover session totals server
+        sd_notify fd_store keeper unix_socket handover session totals server
         protocols.firecracker
         export""",
     "tools": """
         . testing testing.sources cli.main cli cli.image_options
         page_map status http_site control
         cli.output cli.export
-        cli.info cli.serve cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
+        cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]
 FLOOR_OF = {module: floor for floor, names in FLOORS.items() for module in names.split()}

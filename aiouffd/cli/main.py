@@ -29,6 +29,7 @@ COMMANDS: Final[dict[str, str]] = {
     "info": "say what this kernel, user and container allow, and how to get the rest",
     "serve": "serve the memory of other processes from an image file",
     "export": "let other aiouffd servers read an image over the network",
+    "keep": "run a server so that nothing is lost when it dies",
     "demo": "see a process run on lazily served memory, checked against the file",
 }
 
@@ -40,6 +41,7 @@ start here:
   aiouffd demo                           watch memory arrive page by page
   aiouffd serve IMAGE --socket PATH      a lazy-memory server (Firecracker's protocol)
   aiouffd export IMAGE                   the image for other servers to read
+  aiouffd keep -- aiouffd serve …         the same, and nothing is lost when it dies
 
 `aiouffd COMMAND --help` explains a command.
 """
