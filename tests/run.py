@@ -130,8 +130,10 @@ def test(arguments: list[str]) -> int:
         soak = os.environ.get("AIOUFFD_SOAK_SECONDS", "60" if first else "10")
         longer = ["--hypothesis-profile=ci"] if first and "CI" in os.environ else []
         start = time.monotonic()
+        # Two at once, for many tests wait: for a child to start, for the kernel, for a deadline.
+        spread = ["-n", "2", "--dist", "worksteal"]
         status = run(
-            inside, "-m", "pytest", *longer, *arguments, env={"AIOUFFD_SOAK_SECONDS": soak}
+            inside, "-m", "pytest", *spread, *longer, *arguments, env={"AIOUFFD_SOAK_SECONDS": soak}
         )
         failed = failed or status != 0
         outcome = "passed" if status == 0 else f"FAILED (exit status {status})"
