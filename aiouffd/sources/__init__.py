@@ -131,14 +131,22 @@ class Extents:
         self._starts = array("Q")
         self._ends = array("Q")
         for offset, length in pairs:
-            last = self._ends[-1] if self._ends else 0
-            if offset < last or length <= 0:
-                raise ValueError(f"extents ascend and are disjoint: {offset}, {length}")
-            if self._ends and offset == last:
-                self._ends[-1] = offset + length
-            else:
-                self._starts.append(offset)
-                self._ends.append(offset + length)
+            self.add(offset, length)
+
+    def add(self, offset: int, length: int) -> None:
+        """Add an extent behind all others.
+
+        Raises:
+            ValueError: It does not lie behind them, or is empty.
+        """
+        last = self._ends[-1] if self._ends else 0
+        if offset < last or length <= 0:
+            raise ValueError(f"extents ascend and are disjoint: {offset}, {length}")
+        if self._ends and offset == last:
+            self._ends[-1] = offset + length
+        else:
+            self._starts.append(offset)
+            self._ends.append(offset + length)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for start, end in zip(self._starts, self._ends, strict=True):

@@ -74,7 +74,7 @@ class FileSource:
             self._generation = self._check_openable()
             self._size = self._generation[0]
             self._identity = self._identify()
-            self._extents = Extents(_data_extents(self._fd.fileno(), self._size))
+            self._extents = Extents(data_extents(self._fd.fileno(), self._size))
             self._inline_flags: int | None = self._find_inline_flags()
         except BaseException:
             self._fd.close()
@@ -245,7 +245,7 @@ def _read_all(fd: int, offset: int, length: int) -> _Read:
     return data, _generation(fd)
 
 
-def _data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """Walk the data of a file; a file system without SEEK_DATA says that all is data."""
     offset = 0
     while offset < size:

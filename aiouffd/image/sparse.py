@@ -1,0 +1,93 @@
+"""A plain image file in which what was not put is a hole.
+
+Knows: holes in files.
+Must not know: where the data comes from.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from ..sources import Extents
+from ..sources.file import data_extents
+from .new_file import NewFile, in_thread
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_BATCH_BYTES: Final = 1 << 20  # to one thread, in one go
+
+
+class SparseWriter:
+    """Writes a plain image file.
+
+    Attributes:
+        exact: After ``finish``: whether the file's holes are just what was not put.  Some file
+            systems have them in larger units only, or make them out of zeros.  For an image
+            that makes no difference; for a layer over another one it does.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], size: int) -> None:
+        """Begin an image.
+
+        Args:
+            path: Where it will stand.
+            size: Its length, in bytes.
+
+        Raises:
+            OSError: It cannot be made.
+        """
+        self.exact = True
+        self._size = size
+        self._put = Extents([])
+        self._waiting: list[tuple[int, Buffer]] = []
+        self._waiting_bytes = 0
+        self._file = NewFile(path)
+        try:
+            os.truncate(self._file.fd, size)
+        except OSError as error:
+            self._file.discard()
+            raise OSError(error.errno, error.strerror, self._file.path) from error
+
+    async def put(self, offset: int, data: Buffer) -> None:
+        """Write data at its place, together with its neighbours.
+
+        Cancellation: the thread that writes ends first.
+        """
+        length = memoryview(data).nbytes
+        self._put.add(offset, length)
+        self._waiting.append((offset, data))
+        self._waiting_bytes += length
+        if self._waiting_bytes >= _BATCH_BYTES:
+            await self._write_waiting()
+
+    async def _write_waiting(self) -> None:
+        batch, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        await in_thread(self._write, batch)
+
+    def _write(self, batch: list[tuple[int, Buffer]]) -> None:
+        for offset, data in batch:
+            self._file.write(offset, [data])
+
+    async def finish(self) -> None:
+        """Bring the file to the disk and give it its name."""
+        await self._write_waiting()
+        self.exact = await in_thread(self._finish)
+
+    def _finish(self) -> bool:
+        exact = list(data_extents(self._file.fd, self._size)) == list(self._put)
+        self._file.commit()
+        return exact
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.discard()
