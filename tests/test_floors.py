@@ -40,6 +40,7 @@ FLOORS = {
         export""",
     "tools": """
         . testing testing.sources cli.main cli cli.image_options
+        image image.new_file image.sparse image.packed image.copying image.survey
         page_map status http_site control
         cli.output cli.export
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
