@@ -99,6 +99,8 @@ class ImageServer:
             since = request.headers.get("If-Unmodified-Since", self.modified)
             if wanted != self.etag or since != self.modified:
                 return web.Response(status=412)
+        if "Range" not in request.headers:
+            return await self.everything(request)
         start, end = self.span(request)
         if start >= len(self.data):
             return web.Response(

@@ -30,7 +30,7 @@ FLOORS = {
         sources sources.buffer sources.file sources.zero sources.measured
         sources.seek_table sources.zstd_frames sources.compressed_layout sources.compressed
         sources.cached sources.reads sources.layered sources.fallback sources.urls
-        sources.http_answers sources.http_places sources.http
+        sources.http_answers sources.http_places sources.http sources.object_store
         sources.peer
         working_set recording
         handlers""",
@@ -56,6 +56,7 @@ PURE = {
 #: Optional packages, each with the few modules that may import it: one per job it is there for.
 OPTIONAL: dict[str, set[str]] = {
     "aiohttp": {"http_site", "sources.http"},
+    "obstore": {"sources.object_store"},
     "yarl": {"sources.http_places"},  # aiohttp's own URLs
     "pytest": {"testing.sources"},
     "backports": {"sources.zstd_frames"},  # from 3.14 compression.zstd

@@ -1,0 +1,177 @@
+"""As much of S3 as an image needs, in this process or as a program: put, get, head.
+
+    async with S3Server() as server:
+        server.environment          what to set so that clients find it
+
+    python -m tests.s3_server       prints the environment as shell lines, and runs until SIGTERM
+
+Knows: path-style requests, ranges, conditions, AWS signatures (version 4, in headers).
+Must not know: aiouffd, obstore.
+
+Signatures are really checked: a wrong secret is refused as S3 refuses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import shlex
+import signal
+from email.utils import formatdate
+from types import TracebackType
+from typing import Final, Self
+
+from aiohttp import web
+
+KEY: Final = "AKTEST"
+SECRET: Final = "a secret that is none"
+REGION: Final = "us-east-1"
+
+
+class S3Server:
+    """Keeps objects in memory.
+
+    Attributes:
+        objects: Data by ``bucket/key``; change it as somebody else would.
+        buckets: Their names; putting into another fails.
+        requests: Method and path of all requests so far.
+        troubles: Statuses to answer the next requests with.
+        endpoint: Its URL, from ``async with`` on.
+    """
+
+    def __init__(self, *buckets: str) -> None:
+        self.buckets = set(buckets or ("images",))
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        self.troubles: list[int] = []
+        self.endpoint = ""
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", self._handle)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Give the variables under which S3 clients find it and may use it."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": REGION,
+        }
+
+    async def __aenter__(self) -> Self:
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.endpoint = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._runner.cleanup()
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(f"{request.method} {request.path}")
+        if self.troubles:
+            return _refusal(self.troubles.pop(0), "SlowDown")
+        refused = _check_signature(request)
+        if refused:
+            return _refusal(403, refused)
+        name = request.match_info["path"]
+        bucket, _, key = name.partition("/")
+        if bucket not in self.buckets:
+            return _refusal(404, "NoSuchBucket")
+        if request.method == "PUT" and key:
+            data = await request.read()
+            self.objects[name] = data
+            return web.Response(headers={"ETag": _etag(data)})
+        if request.method not in ("GET", "HEAD") or not key:
+            return _refusal(501, "NotImplemented")
+        if name not in self.objects:
+            return _refusal(404, "NoSuchKey")
+        return self._give(request, self.objects[name])
+
+    def _give(self, request: web.Request, data: bytes) -> web.Response:
+        headers = {
+            "ETag": _etag(data),
+            "Last-Modified": formatdate(1_800_000_000, usegmt=True),
+            "Accept-Ranges": "bytes",
+        }
+        if request.headers.get("If-Match", headers["ETag"]) != headers["ETag"]:
+            return _refusal(412, "PreconditionFailed")
+        status, span = 200, request.http_range
+        if span.start is not None:
+            if span.start >= len(data):
+                return _refusal(416, "InvalidRange")
+            end = min(len(data) if span.stop is None else span.stop, len(data))
+            headers["Content-Range"] = f"bytes {span.start}-{end - 1}/{len(data)}"
+            status, data = 206, data[span.start : end]
+        if request.method == "HEAD":
+            headers["Content-Length"] = str(len(data))
+            return web.Response(status=status, headers=headers)
+        return web.Response(status=status, headers=headers, body=data)
+
+
+def _etag(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'
+
+
+def _refusal(status: int, code: str) -> web.Response:
+    text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}</Message></Error>"
+    return web.Response(status=status, text=text, content_type="application/xml")
+
+
+def _check_signature(request: web.Request) -> str:
+    """Give the code of the refusal, or "" if the request is signed as it should be."""
+    algorithm, _, fields = request.headers.get("Authorization", "").partition(" ")
+    if algorithm != "AWS4-HMAC-SHA256":
+        return "AccessDenied"
+    given = dict(field.strip().split("=", 1) for field in fields.split(","))
+    key, *scope = given["Credential"].split("/")
+    if key != KEY:
+        return "InvalidAccessKeyId"
+    names = given["SignedHeaders"].split(";")
+    canonical = "\n".join(
+        (
+            request.method,
+            request.raw_path.partition("?")[0],
+            "&".join(sorted(request.raw_path.partition("?")[2].split("&"))),
+            *(f"{name}:{request.headers[name].strip()}" for name in names),
+            "",
+            ";".join(names),
+            request.headers["x-amz-content-sha256"],
+        )
+    )
+    text = "\n".join(
+        (
+            algorithm,
+            request.headers["x-amz-date"],
+            "/".join(scope),
+            hashlib.sha256(canonical.encode()).hexdigest(),
+        )
+    )
+    secret = f"AWS4{SECRET}".encode()
+    for part in scope:
+        secret = hmac.digest(secret, part.encode(), "sha256")
+    expected = hmac.digest(secret, text.encode(), "sha256").hex()
+    return "" if hmac.compare_digest(expected, given["Signature"]) else "SignatureDoesNotMatch"
+
+
+async def _main() -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with S3Server() as server:
+        for name, value in server.environment.items():
+            print(f"export {name}={shlex.quote(value)}")
+        print(flush=True)
+        await stop.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())
