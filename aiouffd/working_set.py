@@ -355,11 +355,20 @@ class WorkingSet:
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """Give (first, count) of each run of neighbouring granules, in order."""
+        return self._walk(inside=True)
+
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """Give (first, count) of each run of granules that are not in the set, in order."""
+        return self._walk(inside=False)
+
+    def _walk(self, *, inside: bool) -> Iterator[tuple[int, int]]:
         start = end = -1
         bits = self._bits
         for at in range(0, len(bits), _WINDOW_BYTES):
             window = int.from_bytes(bits[at : at + _WINDOW_BYTES], "little")
             base = at * 8
+            if not inside:
+                window ^= (1 << min(_WINDOW_BYTES * 8, self.granules - base)) - 1
             while window:
                 low = (window & -window).bit_length() - 1
                 shifted = window >> low

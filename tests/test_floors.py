@@ -32,7 +32,7 @@ FLOORS = {
         sources.cached sources.reads sources.layered sources.fallback sources.urls
         sources.http_answers sources.http_places sources.http sources.object_store
         sources.peer
-        working_set recording
+        working_set recording prefetch
         handlers""",
     "processes": """
         sd_notify fd_store keeper unix_socket handover session totals server

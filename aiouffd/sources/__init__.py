@@ -90,6 +90,21 @@ class Identified(Protocol):
         """
 
 
+@runtime_checkable
+class ReadsInto(Protocol):
+    """What a source may have besides: long reads into buffers that are used again and again."""
+
+    async def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Read as ``Source.read``, so many bytes as the buffer has, without holding the loop.
+
+        Raises:
+            SourceError: As ``Source.read``.
+            ClosedError: As ``Source.read``.
+
+        Cancellation: the buffer may be written to for a while; do not use it again.
+        """
+
+
 def identity_of(source: Source) -> str:
     """Say which generation of which bytes a source holds.
 
@@ -161,6 +176,15 @@ class Extents:
         if at >= 0 and self._ends[at] > offset:
             return True
         return at + 1 < len(self._starts) and self._starts[at + 1] < offset + length
+
+    def within(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Give the (start, end) of what lies between two offsets, clipped, in order."""
+        at = max(bisect_right(self._starts, start) - 1, 0)
+        while at < len(self._starts) and self._starts[at] < end:
+            low, high = max(self._starts[at], start), min(self._ends[at], end)
+            if low < high:
+                yield low, high
+            at += 1
 
     def cover(self, size: int) -> bool:
         """Say whether there is no hole in the first ``size`` bytes."""

@@ -44,13 +44,16 @@ with contextlib.suppress(ImportError):  # not a Unix: importing works, opening d
 #: Reads at once that had to go to a thread; more of them wait in line.
 READERS: Final = 4
 
+#: The longest read on the loop: what is longer holds it too long, cached or not.
+_INLINE_BYTES: Final = 512 * 1024
+
 #: File systems whose pages are memory: a plain read of them does not wait for a disk, and
 #: they refuse RWF_NOWAIT (seen with tmpfs and memfd on Linux 6.18).
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 
 
-#: What a thread brings back: the bytes, and size and mtime of the file after reading them.
-_Read: TypeAlias = tuple[bytearray, tuple[int, int]]
+#: What a thread brings back: how many bytes, and size and mtime of the file after reading them.
+_Read: TypeAlias = tuple[int, tuple[int, int]]
 
 
 class FileSource:
@@ -167,22 +170,43 @@ class FileSource:
 
         Cancellation: the thread finishes its read; nobody waits for it but ``aclose``.
         """
-        cached = self.read_nowait(offset, length)
-        if cached is not None:
-            return cached
+        if length <= _INLINE_BYTES or self._closing:
+            cached = self.read_nowait(offset, length)
+            if cached is not None:
+                return cached
+        check_read(offset, length, self._size)
+        data = bytearray(length)
+        await self._read_in_thread(offset, memoryview(data))
+        return data
+
+    async def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Read in a thread, into a buffer of the caller's: nothing is allocated on the way.
+
+        Raises:
+            SourceError: The file was changed since it was opened, or the read failed.
+            ClosedError: The source is closed.
+
+        Cancellation: the thread finishes its read, and writes to the buffer until then.
+        """
+        if self._closing:
+            raise ClosedError(f"the source over {self.path} is closed")
+        check_read(offset, len(buffer), self._size)
+        await self._read_in_thread(offset, buffer)
+
+    async def _read_in_thread(self, offset: int, buffer: memoryview) -> None:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="aiouffd-file")
-        future = self._executor.submit(_read_all, self._fd.fileno(), offset, length)
+        future = self._executor.submit(_read_all, self._fd.fileno(), offset, buffer)
         self._reads.add(future)
         future.add_done_callback(self._end_read)
+        length = len(buffer)
         try:
-            data, generation = await asyncio.wrap_future(future)
+            done, generation = await asyncio.wrap_future(future)
         except OSError as error:
             raise self._failed(offset, length, error) from error
         self._check_generation(generation)
-        if len(data) != length:
-            raise SourceError(f"{self.path} gave {len(data)} of {length} bytes at offset {offset}")
-        return data
+        if done != length:
+            raise SourceError(f"{self.path} gave {done} of {length} bytes at offset {offset}")
 
     async def aclose(self) -> None:
         """Wait for reads in threads, then close the file and drop its lock.
@@ -232,17 +256,14 @@ def _generation(fd: int) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _read_all(fd: int, offset: int, length: int) -> _Read:
-    data = bytearray(length)
+def _read_all(fd: int, offset: int, buffer: memoryview) -> _Read:
     done = 0
-    with memoryview(data) as view:
-        while done < length:
-            got = os.preadv(fd, [view[done:]], offset + done)
-            if not got:
-                break
-            done += got
-    del data[done:]
-    return data, _generation(fd)
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if not got:
+            break
+        done += got
+    return done, _generation(fd)
 
 
 def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:

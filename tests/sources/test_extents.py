@@ -29,6 +29,10 @@ def test_holds_agrees_with_a_set_of_bytes(
     extents = Extents(pairs)
     assert extents.holds(offset, length) == bool(covered & set(range(offset, offset + length)))
     assert {at for start, size in extents for at in range(start, start + size)} == covered
+    within = list(extents.within(offset, offset + length))
+    assert {at for start, end in within for at in range(start, end)} == covered & set(
+        range(offset, offset + length)
+    )
     assert all(size > 0 for _, size in extents)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.fds import OwnedFd
-from aiouffd.sources import Source, file, identity_of
+from aiouffd.sources import ReadsInto, Source, file, identity_of
 from aiouffd.sources.file import FileSource
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
 
@@ -294,9 +294,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate = threading.Event()
     read_all = file._read_all
 
-    def wait_and_read(fd: int, offset: int, length: int) -> file._Read:
+    def wait_and_read(fd: int, offset: int, buffer: memoryview) -> file._Read:
         assert gate.wait(30)
-        return read_all(fd, offset, length)
+        return read_all(fd, offset, buffer)
 
     monkeypatch.setattr(file, "_read_all", wait_and_read)
     yield gate
@@ -364,3 +364,32 @@ async def test_the_identity_is_a_generation_of_an_inode(path: Path) -> None:
     os.utime(path, ns=(1, 1))
     async with opened(path) as source:
         assert identity_of(source) not in (before, "")
+
+
+async def test_a_read_into_a_buffer_gives_the_same_bytes(path: Path) -> None:
+    """In a thread, and refused as any other read."""
+    source = FileSource(path)
+    assert isinstance(source, ReadsInto)
+    buffer = memoryview(bytearray(3 * PAGE))
+    await source.readinto(PAGE, buffer)
+    assert bytes(buffer) == as_bytes(await source.read(PAGE, 3 * PAGE))
+    with pytest.raises(SourceError, match="outside"):
+        await source.readinto(source.size, buffer)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(SourceError, match="was changed"):
+        await source.readinto(0, buffer)
+    await source.aclose()
+    with pytest.raises(ClosedError):
+        await source.readinto(0, buffer)
+
+
+async def test_long_reads_hold_up_no_loop(tmp_path: Path) -> None:
+    """Cached or not, they go to a thread."""
+    long = tmp_path / "long"
+    data = image(1 << 20)
+    long.write_bytes(data)
+    source = FileSource(long)
+    assert source._executor is None
+    assert as_bytes(await source.read(0, 1 << 20)) == data
+    assert source._executor is not None
+    await source.aclose()

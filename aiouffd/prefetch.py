@@ -1,0 +1,491 @@
+"""Prefetch: bring pages before they are asked for, without getting into demand's way.
+
+Knows: one pager's regions, a source, which stretches to bring and how many at once.
+Must not know: who recorded a working set, sessions, how a page is installed (Region.fill does).
+
+Laws of this file:
+
+* Demand first.  While a fault is in flight one read at most is on its way; nothing holds the
+  loop longer than one piece of a fill; one fill at a time, however many reads have arrived.
+* Removal beats filling: Region.fill asks right before each ioctl.
+* What is refused is left out and counted; everything else still arrives.  Only ``fill_all``
+  promises that nothing is left out, and raises if it cannot keep that.
+* Only extents are read: a hole reads as zeros when it is touched.  *Resident* means that every
+  page that has a byte in an extent was brought, or removed by the target.
+* Idle and done cost nothing: no timers.
+* A forked child has a pager of its own, and is not prefetched unless a Prefetch is made for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import enum
+import logging
+import mmap
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+from .errors import ClosedError, SourceError, TargetGone, UffdError
+from .pager import Pager
+from .ranges import align_down, align_up
+from .region import Region
+from .sources import Extents, ReadsInto, Source, identity_of
+from .uffd import Mode
+from .working_set import GRANULE, Header, WorkingSet
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+log: Final = logging.getLogger("aiouffd.prefetch")
+
+READS: Final = 8  #: at once, while no fault is in flight ...
+BYTES: Final = 8 << 20  #: ... and in these together, unless one is longer
+STEP_BYTES: Final = 64 << 10  #: a step of hydration after a fault; each quiet one is so much longer
+MOST_BYTES: Final = 4 << 20  #: the longest step of hydration
+_REPLAY_BYTES: Final = 512 << 10  # the longest read of a replay
+_AT_HAND_BYTES: Final = 256 << 10  # read at once on the loop: stays in the processor's cache
+_READ_ACROSS: Final = 64 << 10  # a gap that is read along: cheaper than one more read
+_FILL_ACROSS: Final = 16 << 10  # a gap that is filled along: cheaper than one more ioctl
+_SLOW_SHARE: Final = 0.2  # of the time that SLOW works
+_SLOW_PAUSE: Final = 0.005  # seconds, at least, between its steps
+
+
+#: Told how many bytes were installed.
+_Count: TypeAlias = Callable[[int], None]
+
+
+class Pace(enum.Enum):
+    """How fast a target's memory is brought in the background."""
+
+    OFF = "off"  #: only what is asked for
+    SLOW = "slow"  #: one read at a time, a fifth of the time, not while a fault is in flight
+    FULL = "full"  #: as fast as demand allows
+
+
+@dataclass(slots=True)
+class PrefetchFigures:
+    """What a Prefetch has done so far."""
+
+    replayed_bytes: int = 0  #: installed by replay
+    hydrated_bytes: int = 0  #: installed by hydration and fill_all
+    already_bytes: int = 0  #: brought in vain: there already, removed, or gone
+    refused: int = 0  #: stretches that the kernel or the source refused
+    reads: int = 0  #: of the source
+    read_bytes: int = 0  #: in these
+    demand_in_replay: int = 0  #: faults that came while the replay ran, duplicates included
+    replay_seconds: float = 0.0  #: that the replay took
+    hydration_seconds: float = 0.0  #: that hydration took
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Give all figures by name."""
+        return dataclasses.asdict(self)
+
+
+class _Stretch(NamedTuple):
+    """One read, and the parts of it that are installed."""
+
+    region: Region
+    offset: int
+    length: int
+    parts: list[tuple[int, int]]  # (offset, length), whole pages
+
+
+class Prefetch:
+    """Brings one pager's memory from a source, by working set, in the background, or all of it.
+
+    ::
+
+        prefetch = Prefetch(pager, source)
+        await prefetch.replay(WorkingSet.load("image.set"))
+        await prefetch.hydrate(Pace.FULL)
+
+    Attributes:
+        figures: What was done so far.
+        resident: Everything that the source has was brought, as of the last hydration.
+
+    Sharing: the loop's thread; its methods may run at the same time.
+    """
+
+    def __init__(self, pager: Pager, source: Source, *, extents: Extents | None = None) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            pager: Started; its regions lie in the source.
+            source: Stays the caller's.
+            extents: The source's extents, when they have been collected before.
+        """
+        self.figures: Final = PrefetchFigures()
+        self.resident = False
+        self._pager = pager
+        self._source = source
+        self._extents = extents
+        self._brought: dict[Region, WorkingSet] = {}  # by granule of the region
+        self._filling = asyncio.Lock()
+        self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
+        self._step = 0
+        self._faults = 0
+
+    # --- what there is to do -----------------------------------------------------------
+
+    async def replay(self, pages: WorkingSet, *, any_image: bool = False) -> None:
+        """Bring the pages of a working set, by offset, several reads at once.
+
+        A page of a larger size than recorded is brought whole, once.  Ends quietly when the
+        target does.
+
+        Args:
+            pages: Recorded on this image.
+            any_image: Replay though it is unknown whether it is this image.
+
+        Raises:
+            WorkingSetError: It was made for another image; nothing is brought.
+
+        Cancellation: what was installed so far is there.
+        """
+        pages.header.check_image(identity_of(self._source), self._source.size, any_image=any_image)
+        if pages.skipped:
+            log.warning(
+                "a working set has %d bad records, left out; the first: %s",
+                pages.skipped,
+                pages.problem,
+            )
+        figures, counters = self.figures, self._pager.counters
+        began, faults = time.monotonic(), counters.faults
+
+        def plan() -> Iterator[_Stretch]:
+            for region in self._regions():
+                runs = ((first * GRANULE, count * GRANULE) for first, count in pages.runs())
+                yield from self._stretches(region, runs, lambda: _REPLAY_BYTES)
+
+        def count(done: int) -> None:
+            figures.replayed_bytes += done
+
+        try:
+            await self._bring(plan(), count, strict=False)
+        except (TargetGone, ClosedError):
+            pass
+        finally:
+            figures.replay_seconds += time.monotonic() - began
+            figures.demand_in_replay += counters.faults - faults
+
+    async def hydrate(self, pace: Pace) -> None:
+        """Bring everything that the source has, in the background.
+
+        Steps grow by 64 KiB as long as it is quiet, up to 4 MiB, and begin anew after each
+        fault.  Ends quietly when the target does.
+
+        Args:
+            pace: How fast; OFF does nothing.
+
+        Cancellation: what was installed so far is there.
+        """
+        if pace is not Pace.OFF:
+            with contextlib.suppress(TargetGone, ClosedError):
+                await self._hydrate(pace, strict=False)
+
+    async def fill_all(self) -> None:
+        """Bring everything that the source has, at full speed, and see that nothing is left out.
+
+        When it returns every page with a byte in an extent is there, or was removed or
+        unmapped by the target; also those that moved meanwhile.  Regions that are served for
+        write protection or minor faults only are none of its business.
+
+        Raises:
+            SourceError: Bytes could not be had.
+            ResolutionRefused: The kernel refused (LayoutChanging: for the pager's deadline).
+            TargetGone: The target is gone.
+            ClosedError: The pager or the source was closed.
+
+        Cancellation: what was installed so far is there.
+        """
+        await self._hydrate(Pace.FULL, strict=True)
+
+    async def _hydrate(self, pace: Pace, *, strict: bool) -> None:
+        figures = self.figures
+        began, refused = time.monotonic(), figures.refused
+
+        done: set[Region] = set()
+
+        def plan(regions: list[Region]) -> Iterator[_Stretch]:
+            for region in regions:
+                yield from self._stretches(
+                    region, self._missing(region), lambda: self._step, fill_across=0
+                )
+
+        def count(done: int) -> None:
+            figures.hydrated_bytes += done
+
+        try:
+            while todo := [region for region in self._regions() if region not in done]:
+                done.update(todo)  # and those that are registered meanwhile
+                if pace is Pace.SLOW:
+                    await self._bring_slowly(plan(todo), count)
+                else:
+                    await self._bring(plan(todo), count, strict=strict)
+            self.resident = figures.refused == refused
+        finally:
+            figures.hydration_seconds += time.monotonic() - began
+
+    # --- planning ----------------------------------------------------------------------
+
+    def _regions(self) -> list[Region]:
+        """List the regions with missing pages, in the order of their bytes."""
+        regions = [one for one in self._pager.regions if one.modes & Mode.MISSING]
+        return sorted(regions, key=lambda one: one.offset)
+
+    def _data(self) -> Extents:
+        if self._extents is None:
+            self._extents = Extents(self._source.extents())
+        return self._extents
+
+    def _done(self, region: Region) -> WorkingSet:
+        """Give the granules of a region that were brought."""
+        if region not in self._brought:
+            self._brought[region] = WorkingSet(Header(identity="", image_size=region.length))
+        return self._brought[region]
+
+    def _missing(self, region: Region) -> Iterator[tuple[int, int]]:
+        """Give the (offset, length) of what was not brought yet, in order."""
+        brought = self._done(region)
+        for first, count in brought.gaps():
+            yield region.offset + first * GRANULE, count * GRANULE
+
+    def _stretches(
+        self,
+        region: Region,
+        runs: Iterable[tuple[int, int]],
+        limit: Callable[[], int],
+        *,
+        fill_across: int = _FILL_ACROSS,
+    ) -> Iterator[_Stretch]:
+        """Cut runs of bytes into reads: whole pages that hold data, neighbours together.
+
+        Args:
+            region: Where to; what lies outside of it is left out.
+            runs: (offset, length) in the source, ascending.
+            limit: Says how long a read may be by now, in bytes.
+            fill_across: The longest gap that is filled along, in bytes.
+        """
+        size = region.page_size
+        parts: list[tuple[int, int]] = []
+        start = end = -1
+        for low, high in self._pages_with_data(region, runs):
+            while low < high:
+                longest = max(align_down(limit(), size), size)
+                if parts and (low - end > _READ_ACROSS or low + size - start > longest):
+                    yield _Stretch(region, start, end - start, parts)
+                    parts = []
+                    continue  # by now a step may be shorter
+                if not parts:
+                    start = end = low
+                stop = min(high, start + longest)
+                if parts and low - end <= fill_across:
+                    parts[-1] = (parts[-1][0], stop - parts[-1][0])
+                else:
+                    parts.append((low, stop - low))
+                low = end = stop  # noqa: PLW2901 - what is left of the run
+        if parts:
+            yield _Stretch(region, start, end - start, parts)
+
+    def _pages_with_data(
+        self, region: Region, runs: Iterable[tuple[int, int]]
+    ) -> Iterator[tuple[int, int]]:
+        """Give the (start, end) of the whole pages with data that runs touch, each once."""
+        size = region.page_size
+        first, last = region.offset, region.offset + region.length
+        data = self._data()
+        last = min(last, first + align_up(max(self._source.size - first, 0), size))
+        done = first  # pages before it were given
+        for offset, length in runs:
+            if offset >= last:
+                return
+            low = max(offset, first)
+            high = min(offset + length, last)
+            if low >= high:
+                continue
+            # Regions begin at any offset that is whole small pages: pages count from there.
+            low = first + align_down(low - first, size)
+            high = first + align_up(high - first, size)
+            for start, stop in data.within(low, high):
+                page = max(first + align_down(start - first, size), done)
+                done = max(first + align_up(stop - first, size), done)
+                if page < done:
+                    yield page, done
+
+    def _set_step(self) -> None:
+        """Make the next step longer, or short again after a fault."""
+        faults = self._pager.counters.faults
+        if faults == self._faults:
+            self._step = min(self._step + STEP_BYTES, MOST_BYTES)
+        else:
+            self._faults, self._step = faults, STEP_BYTES
+
+    # --- bringing ----------------------------------------------------------------------
+
+    async def _bring(self, plan: Iterator[_Stretch], count: _Count, *, strict: bool) -> None:
+        """Read several stretches at once, one while a fault is in flight, and install them."""
+        pager = self._pager
+        under_way: dict[asyncio.Task[None], int] = {}
+        ahead: _Stretch | None = None
+        try:
+            while True:
+                stretch = None
+                if len(under_way) < (1 if pager.in_flight else READS):
+                    if ahead is None:
+                        self._set_step()
+                    stretch, ahead = ahead or next(plan, None), None
+                    if stretch is None and not under_way:
+                        return
+                    if stretch and under_way and sum(under_way.values()) + stretch.length > BYTES:
+                        stretch, ahead = None, stretch
+                if stretch is not None:
+                    rest: _Stretch | None = stretch
+                    if stretch.length <= max(_AT_HAND_BYTES, stretch.region.page_size):
+                        rest = await self._bring_at_hand(stretch, count, strict=strict)
+                    if rest is not None and self._is_wanted(rest.region, rest.offset, rest.length):
+                        reading = self._bring_read(rest, count, strict=strict)
+                        task = asyncio.create_task(reading, name="aiouffd prefetch")
+                        under_way[task] = rest.length
+                    continue
+                done, _ = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    del under_way[task]
+                    task.result()
+        finally:
+            for task in under_way:
+                task.cancel()
+            if under_way:
+                await asyncio.wait(under_way)
+
+    async def _bring_slowly(self, plan: Iterator[_Stretch], count: _Count) -> None:
+        """Bring one stretch after the other, with pauses, and only while no fault is in flight."""
+        for stretch in plan:
+            while self._pager.in_flight:  # noqa: ASYNC110 - an event would cost every fault
+                await asyncio.sleep(_SLOW_PAUSE)
+            began = time.monotonic()
+            rest = await self._bring_at_hand(stretch, count, strict=False)
+            if rest is not None:
+                await self._bring_read(rest, count, strict=False)
+            took = time.monotonic() - began
+            await asyncio.sleep(max(took * (1 / _SLOW_SHARE - 1), _SLOW_PAUSE))
+            self._set_step()
+
+    async def _bring_at_hand(
+        self, stretch: _Stretch, count: _Count, *, strict: bool
+    ) -> _Stretch | None:
+        """Bring what the source gives without waiting, piece by piece.
+
+        Returns:
+            What it does not have at hand; None if nothing is left.
+        """
+        region, end = stretch.region, stretch.offset + stretch.length
+        piece = max(_AT_HAND_BYTES, region.page_size)
+        for number, (start, length) in enumerate(stretch.parts):
+            for at in range(start, start + length, piece):
+                if not self._is_wanted(region, at, min(piece, start + length - at)):
+                    continue
+                async with self._filling:
+                    try:
+                        data = self._read_at_hand(at, min(piece, start + length - at))
+                    except Exception as error:
+                        self._refuse(error, strict=strict)
+                        continue
+                    if data is None:
+                        left = [(at, start + length - at), *stretch.parts[number + 1 :]]
+                        return _Stretch(region, at, end - at, left)
+                    await self._install(region, at, data, count, strict=strict)
+        return None
+
+    def _is_wanted(self, region: Region, offset: int, length: int) -> bool:
+        """Say whether a stretch is mapped somewhere, and not all of it removed."""
+        space = self._pager.space
+        hint = region.start - region.offset
+        places = space.addresses(region, offset, length, hint)
+        if not space.removed:
+            return bool(places)
+        return any(True for place in places for _ in space.removed.gaps(place))
+
+    def _read_at_hand(self, offset: int, length: int) -> Buffer | None:
+        inside = min(length, self._source.size - offset)
+        data = self._source.read_nowait(offset, inside)
+        if data is None:
+            return None
+        self.figures.reads += 1
+        self.figures.read_bytes += inside
+        return data if inside == length else _padded(data, length)
+
+    async def _bring_read(self, stretch: _Stretch, count: _Count, *, strict: bool) -> None:
+        """Read a stretch, however long that takes, and install its parts."""
+        region, start, length, parts = stretch
+        buffer: mmap.mmap | None = None
+        try:
+            if length > _AT_HAND_BYTES and isinstance(self._source, ReadsInto):
+                buffer = self._take_buffer(length)
+            data = await self._read(start, length, buffer)
+        except Exception as error:
+            self._refuse(error, strict=strict)
+            return
+        for offset, size in parts:
+            async with self._filling:
+                part = data[offset - start : offset - start + size]
+                await self._install(region, offset, part, count, strict=strict)
+        if buffer is not None:  # one whose read was cancelled may still be written to
+            self._buffers.append(buffer)
+
+    async def _read(self, offset: int, length: int, buffer: mmap.mmap | None) -> memoryview:
+        """Read so many bytes; behind the source's end are zeros."""
+        inside = min(length, self._source.size - offset)
+        self.figures.reads += 1
+        self.figures.read_bytes += inside
+        if buffer is None or not isinstance(self._source, ReadsInto):
+            data = await self._source.read(offset, inside)
+            got = memoryview(data).nbytes
+            if got != inside:
+                raise SourceError(f"a source gave {got} of {inside} bytes at offset {offset}")
+            return memoryview(data if inside == length else _padded(data, length)).cast("B")
+        view = memoryview(buffer)[:length]
+        await self._source.readinto(offset, view[:inside])
+        view[inside:] = bytes(length - inside)
+        return view
+
+    def _take_buffer(self, length: int) -> mmap.mmap:
+        if self._buffers and len(self._buffers[-1]) >= length:
+            return self._buffers.pop()
+        return mmap.mmap(-1, max(length, MOST_BYTES))
+
+    async def _install(
+        self, region: Region, offset: int, data: Buffer, count: _Count, *, strict: bool
+    ) -> None:
+        """Install bytes that have been read, and note that they were."""
+        length = memoryview(data).nbytes
+        try:
+            installed = await region.fill(offset, data)
+        except (UffdError, ValueError) as error:
+            self._refuse(error, strict=strict)
+            return
+        count(installed)
+        self.figures.already_bytes += length - installed
+        self._done(region).add((offset - region.offset) // GRANULE, length // GRANULE)
+
+    def _refuse(self, error: Exception, *, strict: bool) -> None:
+        """Leave a stretch out, unless nothing may be left out, or nothing can follow."""
+        if isinstance(error, TargetGone | ClosedError):
+            raise error
+        if strict:
+            if isinstance(error, UffdError):
+                raise error
+            raise SourceError(f"a source failed while everything was brought: {error}") from error
+        self.figures.refused += 1
+        if self.figures.refused == 1:
+            log.warning("a stretch is left to demand, and others may be: %s", error)
+        else:
+            log.debug("a stretch is left to demand: %s", error)
+
+
+def _padded(data: Buffer, length: int) -> bytes:
+    view = memoryview(data).cast("B")
+    return bytes(view) + bytes(length - len(view))
