@@ -135,11 +135,13 @@ class HttpSource:
             connections: Requests at once; further reads wait for a turn.
 
         Raises:
-            SourceError: Nothing there, no access, no ranges, or nothing that tells one
-                generation of the image from the next.
-            ValueError: Not an http or https URL.
+            SourceError: Not an http or https URL, nothing there, no access, no ranges, or
+                nothing that tells one generation of the image from the next.
         """
-        first = await asyncio.to_thread(Place.first, url, headers or {}, token)
+        try:
+            first = await asyncio.to_thread(Place.first, url, headers or {}, token)
+        except ValueError as error:
+            raise SourceError(str(error)) from None
         session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60, ssl=ssl or True),
             cookie_jar=aiohttp.DummyCookieJar(),

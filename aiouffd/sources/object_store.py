@@ -39,7 +39,7 @@ from .reads import ReadsUnderWay
 try:
     import obstore
     from obstore.exceptions import BaseError, PreconditionError
-    from obstore.store import from_url
+    from obstore.store import LocalStore, from_url
 except ImportError as error:
     raise ImportError(
         "images in object stores are read with obstore: pip install 'aiouffd[s3]'"
@@ -114,9 +114,8 @@ class ObjectStoreSource:
             retries: Requests after the first that fails.
 
         Raises:
-            SourceError: Nothing there, no access, or nothing that tells one generation from
-                the next.
-            ValueError: The URL names no object, or an option is unknown.
+            SourceError: The URL names no object, nothing is there, there is no access, or an
+                option is unknown.
         """
         store, path = _store_of(url, options or {}, timeout, request_timeout, retries)
         return await cls.over(store, path, name=_without_query(url), timeout=timeout)
@@ -254,12 +253,12 @@ def _store_of(
     parts = urlsplit(url)
     folder, _, key = parts.path.rpartition("/")
     if not key or not parts.scheme:
-        raise ValueError("a URL of an object is such as s3://bucket/key")
+        raise SourceError(f"{_without_query(url)} names no object; write s3://bucket/key")
     container = f"{parts.scheme}://{parts.netloc}{folder}"
     if parts.scheme == "file":
         if options:
-            raise ValueError("a directory has no options")
-        return from_url(container + "/"), unquote(key)
+            raise SourceError("a directory has no options")
+        return LocalStore(unquote(folder) or "/"), unquote(key)
     client: dict[str, Any] = {"timeout": timedelta(seconds=request_timeout)}
     endpoints = [value for name, value in options.items() if "endpoint" in name or "url" in name]
     if parts.scheme in ("s3", "s3a"):
@@ -279,8 +278,8 @@ def _store_of(
         store = from_url(
             container, client_options=cast("Any", client), retry_config=retry, **options
         )
-    except BaseError as error:
-        raise ValueError(_first_line(error)) from None
+    except (BaseError, ValueError) as error:
+        raise SourceError(f"{_without_query(url)}: {_first_line(error)}") from None
     return store, unquote(key)
 
 

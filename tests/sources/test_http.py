@@ -212,7 +212,7 @@ async def test_no_server_is_an_error_after_the_retries() -> None:
 @pytest.mark.parametrize("url", ["", "image", "ftp://host/image", "http://", "file:///image"])
 async def test_other_urls_are_refused(url: str) -> None:
     """Only http and https name images on web servers."""
-    with pytest.raises(ValueError, match="not an http or https URL"):
+    with pytest.raises(SourceError, match="not an http or https URL"):
         await open_url(url)
 
 

@@ -286,7 +286,7 @@ async def test_bad_credentials_are_an_error_that_does_not_show_them(wrong: str) 
 )
 async def test_what_names_no_object_is_refused(url: str, options: dict[str, str]) -> None:
     """A bucket alone is no image; unknown settings are not ignored."""
-    with pytest.raises(ValueError, match=r"URL|valid|options|recognise"):
+    with pytest.raises(SourceError, match=r"names no object|valid|options|recognise"):
         await ObjectStoreSource.open(url, options=options)
 
 
