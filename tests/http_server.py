@@ -31,11 +31,13 @@ class ImageServer:
         modified: Its Last-Modified, as sent; "" for none.
         obeys_conditions: False ignores If-Match and If-Unmodified-Since, as many servers do.
         requests: Headers of all requests so far.
+        port: Where it listens; 0 is chosen by the system when it begins.
         url: Of the image.
     """
 
-    def __init__(self, data: bytes, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, data: bytes, *, tls: ssl.SSLContext | None = None, port: int = 0) -> None:
         self.data = data
+        self.port = port
         self.etag = '"one"'
         self.modified = "Sun, 01 Nov 2026 10:00:00 GMT"
         self.obeys_conditions = True
@@ -59,10 +61,10 @@ class ImageServer:
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0, ssl_context=self._tls)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self._tls)
         await site.start()
-        port = self._runner.addresses[0][1]
-        self.base = f"http{'s' if self._tls else ''}://127.0.0.1:{port}"
+        self.port = self._runner.addresses[0][1]
+        self.base = f"http{'s' if self._tls else ''}://127.0.0.1:{self.port}"
         self.url = f"{self.base}/image"
         return self
 

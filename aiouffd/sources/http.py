@@ -113,7 +113,7 @@ class HttpSource:
         ssl: SSLContext | None = None,
         timeout: float = 20.0,
         request_timeout: float = 8.0,
-        retries: int = 4,
+        retries: int = 8,
         backoff: float = 0.1,
         connections: int = 32,
     ) -> Self:

@@ -94,7 +94,7 @@ class ObjectStoreSource:
         options: Mapping[str, Any] | None = None,
         timeout: float = 20.0,
         request_timeout: float = 8.0,
-        retries: int = 4,
+        retries: int = 8,
     ) -> Self:
         """Find an object, its length and its generation.
 
