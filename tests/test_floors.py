@@ -39,7 +39,7 @@ FLOORS = {
         protocols.firecracker
         export""",
     "tools": """
-        . testing testing.sources cli.main cli cli.image_options
+        . testing testing.sources cli.main cli cli.image_options cli.prefetch_options
         image image.new_file image.sparse image.packed image.copying image.survey
         page_map status http_site control
         cli.output cli.export
