@@ -43,6 +43,7 @@ FLOORS = {
         image image.new_file image.sparse image.packed image.copying image.survey
         page_map status http_site control
         cli.output cli.export
+        cli.progress cli.image
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]

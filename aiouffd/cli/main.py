@@ -30,6 +30,7 @@ COMMANDS: Final[dict[str, str]] = {
     "serve": "serve the memory of other processes from an image file",
     "export": "let other aiouffd servers read an image over the network",
     "keep": "run a server so that nothing is lost when it dies",
+    "image": "pack, unpack, compare and check images",
     "demo": "see a process run on lazily served memory, checked against the file",
 }
 
@@ -42,6 +43,7 @@ start here:
   aiouffd serve IMAGE --socket PATH      a lazy-memory server (Firecracker's protocol)
   aiouffd export IMAGE                   the image for other servers to read
   aiouffd keep -- aiouffd serve …         the same, and nothing is lost when it dies
+  aiouffd image pack IMAGE OUT           a compressed image, served as it is
 
 `aiouffd COMMAND --help` explains a command.
 """

@@ -34,7 +34,7 @@ async def copy(
     *,
     dig_holes: bool = False,
     watch: Watcher = watch_nothing,
-) -> None:
+) -> int:
     """Copy what a source holds; its extents are kept.
 
     Args:
@@ -44,25 +44,29 @@ async def copy(
             over another image, where such a page hides what lies below.
         watch: Called now and then.
 
+    Returns:
+        How much of the image is data, in bytes.
+
     Raises:
         SourceError: The source failed.
         OSError: The image cannot be written.
     """
+    count = 0
     async with aclosing(read_in_order(source, pieces(source.extents()))) as reads:
         async for offset, data in reads:
+            runs = [(0, len(data))]
             if dig_holes:
-                for start, length in await in_thread(differing_pages, data, None):
-                    await writer.put(offset + start, memoryview(data)[start : start + length])
-            else:
-                await writer.put(offset, data)
+                runs = await in_thread(differing_pages, data, None)
+            count += await _put(writer, offset, data, runs)
             watch(offset + len(data), source.size)
     await writer.finish()
     watch(source.size, source.size)
+    return count
 
 
 async def diff(
     base: Source, new: Source, writer: ImageWriter, *, watch: Watcher = watch_nothing
-) -> None:
+) -> int:
     """Write a layer that makes one image of another: the pages that differ.
 
     Pages that became zeros are data; only what is the same is a hole.
@@ -73,6 +77,9 @@ async def diff(
         writer: For an image of the size of ``new``; it is finished.
         watch: Called now and then.
 
+    Returns:
+        How much of the layer is data, in bytes.
+
     Raises:
         SourceError: A source failed; or the new one is shorter, which no layer can say.
         OSError: The layer cannot be written.
@@ -82,6 +89,7 @@ async def diff(
             f"the new image has {new.size} bytes, fewer than the {base.size} of its base:"
             " a layer cannot make an image shorter"
         )
+    count = 0
     held = (Extents(base.extents()), Extents(new.extents()))
     wanted = [
         (offset, length)
@@ -94,11 +102,24 @@ async def diff(
     ):
         async for offset, data in afters:
             before = (await anext(befores))[1] if offset < base.size else b""
-            for start, length in await in_thread(differing_pages, data, before):
-                await writer.put(offset + start, memoryview(data)[start : start + length])
+            runs = await in_thread(differing_pages, data, before)
+            count += await _put(writer, offset, data, runs)
             watch(offset + len(data), new.size)
     await writer.finish()
     watch(new.size, new.size)
+    return count
+
+
+async def _put(
+    writer: ImageWriter, offset: int, data: bytes, runs: Iterable[tuple[int, int]]
+) -> int:
+    """Put stretches of what was read at an offset; count their bytes."""
+    count = 0
+    view = memoryview(data)
+    for start, length in runs:
+        await writer.put(offset + start, view[start : start + length])
+        count += length
+    return count
 
 
 async def sha256(source: Source, *, watch: Watcher = watch_nothing) -> bytes:

@@ -69,12 +69,15 @@ class PackedWriter:
             threads: How many compress; 0 for as many as there are CPUs.
 
         Raises:
-            ValueError: There would be more frames than can be read again, or larger ones.
+            ValueError: There would be more frames than can be read again, or larger ones; or
+                there is no such level.
             ImportError: The zstd library is missing; the message says how to get it.
             OSError: The file cannot be made.
         """
-        from ..sources.zstd_frames import FrameCompressor
+        from ..sources.zstd_frames import LEVELS, FrameCompressor
 
+        if not LEVELS[0] <= level <= LEVELS[1]:
+            raise ValueError(f"levels are {LEVELS[0]} to {LEVELS[1]}, not {level}")
         if not 0 < frame_bytes <= MAX_FRAME_BYTES:
             raise ValueError(f"a frame holds 1 to {MAX_FRAME_BYTES} bytes, not {frame_bytes}")
         if size // frame_bytes + 2 > MAX_FRAMES:

@@ -10,6 +10,7 @@ import os
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from ..errors import NotSupported
 from ..sources import Extents
 from ..sources.file import data_extents
 from .new_file import NewFile, in_thread
@@ -29,17 +30,21 @@ class SparseWriter:
             that makes no difference; for a layer over another one it does.
     """
 
-    def __init__(self, path: str | os.PathLike[str], size: int) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], size: int, *, must_be_exact: bool = False
+    ) -> None:
         """Begin an image.
 
         Args:
             path: Where it will stand.
             size: Its length, in bytes.
+            must_be_exact: Fail at the end rather than make an image that is not ``exact``.
 
         Raises:
             OSError: It cannot be made.
         """
         self.exact = True
+        self._must_be_exact = must_be_exact
         self._size = size
         self._put = Extents([])
         self._waiting: list[tuple[int, Buffer]] = []
@@ -72,12 +77,21 @@ class SparseWriter:
             self._file.write(offset, [data])
 
     async def finish(self) -> None:
-        """Bring the file to the disk and give it its name."""
+        """Bring the file to the disk and give it its name.
+
+        Raises:
+            NotSupported: It must be exact, and is not.
+        """
         await self._write_waiting()
         self.exact = await in_thread(self._finish)
 
     def _finish(self) -> bool:
         exact = list(data_extents(self._file.fd, self._size)) == list(self._put)
+        if self._must_be_exact and not exact:
+            raise NotSupported(
+                f"The file system of {self._file.path} does not keep holes as they are",
+                "Without exact holes this is no layer: write it packed, or on ext4, xfs or tmpfs.",
+            )
         self._file.commit()
         return exact
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 from ..sources import Source, identity_of
 from ..sources.compressed import CompressedSource
 from ..sources.file import FileSource
+from ..sources.layered import LayeredSource
 from . import Watcher, watch_nothing
 from .copying import differing_pages, pieces, read_in_order
 from .new_file import in_thread
@@ -24,7 +25,7 @@ class Survey:
     """What is known of an image.
 
     Attributes:
-        kind: ``file``, ``compressed`` or the name of a class of sources.
+        kind: ``file``, ``compressed``, ``layers`` or the name of a class of sources.
         size: Length of the image, in bytes.
         stored_bytes: What it takes where it lies; None if that is not known.
         extents: How many stretches hold data.
@@ -32,7 +33,7 @@ class Survey:
         zero_bytes: How much reads as zeros: the holes, and pages of zeros in the data.  None if
             the data was not read.
         frames: How many compressed frames hold data; None if it is not compressed.
-        frame_bytes: Content of the largest one.
+        frame_bytes: Content of the largest of these.
         checksums: Whether each frame is checked when it is read.
         sha256: Digest of the content, as the image says; "" if it does not.
         identity: The same for copies of the image; "" if it has none.
@@ -72,12 +73,17 @@ async def survey(source: Source, *, scan: bool = False, watch: Watcher = watch_n
     sha256 = ""
     if isinstance(source, FileSource):
         kind, stored = "file", os.stat(source.path).st_blocks * 512
+    elif isinstance(source, LayeredSource):
+        kind = "layers"
     elif isinstance(source, CompressedSource):
         kind, stored = "compressed", source.stored_size
-        starts = source.table.starts
-        contents = [end - start for start, end in pairwise(starts)]
-        frames = sum(1 for content in contents if content)
-        frame_bytes = max(contents, default=0)
+        held = source.layout.extents
+        contents = [
+            end - start
+            for start, end in pairwise(source.table.starts)
+            if start < end and held.holds(start, end - start)
+        ]
+        frames, frame_bytes = len(contents), max(contents, default=0)
         checksums = source.table.checksums is not None
         if source.layout.note is not None:
             sha256 = source.layout.note.sha256.hex()

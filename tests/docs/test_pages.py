@@ -2,6 +2,8 @@
 
 A ``python`` block is a whole program: it must end well, and print the ``output`` block behind it,
 if there is one.  A ``py`` block is a fragment: it must compile.  ``pycon`` blocks are doctests.
+``bash`` blocks are commands: those of a page run in order, in one new folder, and print their
+``output`` blocks; what cannot be run is a ``console`` or ``sh`` block.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _BLOCK = re.compile(
-    r"^```(?P<language>python|py|pycon)\n(?P<code>.*?)^```$"
+    r"^```(?P<language>python|py|pycon|bash)\n(?P<code>.*?)^```$"
     r"(?:\n+^```output\n(?P<output>.*?)^```$)?",
     re.MULTILINE | re.DOTALL,
 )
@@ -76,6 +78,38 @@ def test_sessions_hold(block: re.Match[str]) -> None:
     failures: list[str] = []
     runner.run(session, out=failures.append)
     assert not failures, "".join(failures)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "\n```bash\n" in page.read_text(encoding="utf-8")], ids=str
+)
+def test_commands_run(page: Path, tmp_path: Path, time_scale: float) -> None:
+    """The commands of a page, one after the other, do what the page says."""
+    programs, folder = tmp_path / "programs", tmp_path / "folder"
+    programs.mkdir()
+    folder.mkdir()
+    command = programs / "aiouffd"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -W error -m aiouffd "$@"\n')
+    command.chmod(0o755)
+    for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
+        if block["language"] != "bash":
+            continue
+        done = subprocess.run(
+            ["bash", "-e", "-c", block["code"]],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            cwd=folder,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "PATH": f"{programs}:{os.environ['PATH']}",
+            },
+            text=True,
+            timeout=30 * time_scale,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert block["output"] is None or done.stdout == block["output"]
 
 
 def test_the_tutorials_program_serves_a_fault(time_scale: float) -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aiouffd.errors import SourceError
+from aiouffd.errors import NotSupported, SourceError
 from aiouffd.image import PAGE, ImageWriter, copying, packed
 from aiouffd.image.copying import copy, diff, sha256
 from aiouffd.image.packed import PackedWriter
@@ -321,10 +321,17 @@ async def test_holes_that_the_file_system_changed_are_told(tmp_path: Path) -> No
         await writer.put(PAGE + 1, b"x")
         await writer.finish()
     assert not writer.exact
+    with pytest.raises(NotSupported, match="no layer"):
+        async with SparseWriter(tmp_path / "layer", 8 * PAGE, must_be_exact=True) as writer:
+            await writer.put(PAGE + 1, b"x")
+            await writer.finish()
+    assert sorted(os.listdir(tmp_path)) == ["exact", "inexact"]
 
 
 def test_frames_that_cannot_be_read_again_are_not_begun(tmp_path: Path) -> None:
-    """Too many or too large frames are refused before anything is written."""
+    """Too many or too large frames, or no such level, are refused before anything is written."""
+    with pytest.raises(ValueError, match="levels are"):
+        PackedWriter(tmp_path / "x", 1, level=99)
     for size, frame in ((1, 0), (1, 65 << 20), (1 << 40, PAGE)):
         with pytest.raises(ValueError, match="frame"):
             PackedWriter(tmp_path / "x", size, frame_bytes=frame)
