@@ -19,11 +19,12 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
 from .address_space import AddressSpace
+from .detaching import Detaching
 from .dispatcher import Dispatcher
 from .errors import ClosedError, ResolutionRefused, TargetGone
 from .failure import Action, FailurePolicy
@@ -139,6 +140,11 @@ class Pager:
     def regions(self) -> list[Region]:
         """The regions that serve something now, by address."""
         return list({id(p.region): p.region for _, p in self.space.placements}.values())
+
+    @property
+    def parent(self) -> Pager | None:
+        """The pager of the process that forked this one; None for the first."""
+        return self._parent
 
     @property
     def in_flight(self) -> int:
@@ -414,6 +420,19 @@ class Pager:
         Cancellation: pages poisoned so far stay so.
         """
         await Settling(self._dispatcher, region).run()
+
+    def read_events(self) -> None:
+        """Read and apply what is pending, without waiting for the loop to find it."""
+        if self._dispatcher.started and not self.target_gone and not self.uffd.closed:
+            self._dispatcher.reader.read_all()
+
+    def detaching(self, tails: Callable[[list[Range]], Iterable[Range]] | None = None) -> Detaching:
+        """Prepare to give all memory back to the kernel; see Detaching.
+
+        Args:
+            tails: Finds memory that has grown behind stretches without a word.
+        """
+        return Detaching(self._dispatcher, tails)
 
     def check_serving(self) -> None:
         """Refuse work on a pager that no longer serves.

@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import dataclasses
 import enum
+import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -30,20 +31,18 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
-from .errors import PeerError, UffdError
+from .errors import ClosedError, PeerError, TargetGone, UffdError
 from .events import Event, PageFault
 from .failure import Action, FailurePolicy
+from .graduation import Graduation
 from .handlers import from_source, zeroes
 from .handover import Handover, Peer
 from .metrics import Counters, Metrics, Observer
 from .pager import Pager
-from .prefetch import Pace, Prefetch
 from .ranges import align_up
-from .recording import Recorder, Recording
 from .resolutions import Handler
-from .sources import Extents, Source, identity_of
-from .uffd import Userfaultfd
-from .working_set import WorkingSet
+from .sources import Extents, Source
+from .uffd import Feature, Userfaultfd
 
 log: Final = logging.getLogger("aiouffd.session")
 
@@ -103,10 +102,6 @@ class Service:
             pager; what is missing in further ones is settled by ``on_close`` at once (HANG,
             which takes a descriptor, is POISON there).  A target that forks faster than that
             is done ends its session.
-        replay: A working set whose pages are brought before they are asked for.
-        any_image: Replay though it is unknown whether the set was made for this image.
-        hydrate: How fast everything else is brought in the background.
-        recorder: Records the sessions' working sets.
     """
 
     failure: FailurePolicy = field(default_factory=FailurePolicy)
@@ -116,10 +111,6 @@ class Service:
     chunk: int = 0
     max_in_flight: int = 256
     max_children: int = 64
-    replay: WorkingSet | None = None
-    any_image: bool = False
-    hydrate: Pace = Pace.OFF
-    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +200,6 @@ class Session:
         peer: Who handed it over, if known; pinned.
         id: Its name among the sessions of a server, short and of one word; empty without one.
         pager: Its pager, from ``async with`` on.
-        prefetch: What brings its memory ahead of demand, from ``async with`` on.
         metrics: Outcomes and latencies.
         milestones: Those reached so far, in order.
 
@@ -249,11 +239,8 @@ class Session:
         self.metrics: Final = Metrics()
         self.milestones: Final[list[Milestone]] = []
         self.pager: Pager
-        self.prefetch: Prefetch
         self._extents = extents
-        self._observers: tuple[Observer, ...] = tuple(observers)
-        self._recording: Recording | None = None
-        self._prefetching: asyncio.Task[None] | None = None
+        self._observers = tuple(observers)
         self._watch = _Watch(lambda: self._reached(Milestone.FIRST_PAGE))
         self._on_milestone = on_milestone
         self._state = State.HANDSHAKING
@@ -266,6 +253,10 @@ class Session:
         self._refusing: set[asyncio.Task[None]] = set()  # closes of children beyond the limit
         self._many_children = False
         self._given_up = 0  # descriptors of children that could not be settled
+        self._graduation: Graduation
+        self._completing: asyncio.Task[None] | None = None
+        self._waiting = 0  # callers of complete()
+        self._detaching: asyncio.Task[None] | None = None  # behind the point of no return
 
     @property
     def name(self) -> str:
@@ -335,10 +326,8 @@ class Session:
             self.handover.close()
             raise
         try:
-            self._begin_recording()
             self.pager = self._make_pager(uffd)
         except BaseException as error:
-            await self._end_prefetch()
             await _fail_closed(uffd, self.peer, error)
             self.handover.close()
             raise
@@ -347,7 +336,6 @@ class Session:
             self._check_regions()  # now that the pager would settle what is refused
             self._enter(State.SERVING)
             self.pager.start()
-            self._begin_prefetch()
         except BaseException as error:
             await self._close(None)
             if isinstance(error, ValueError):  # regions that no memory can have
@@ -364,39 +352,6 @@ class Session:
                     f" {self.source.size:#x}",
                     self.name,
                 )
-
-    def _begin_recording(self) -> None:
-        if self.service.recorder is not None and self.handover.regions:
-            self._recording = self.service.recorder.begin(
-                self.id,
-                identity=identity_of(self.source),
-                image_size=self.source.size,
-                page_size=self.handover.regions[0].page_size,
-            )
-        if self._recording is not None:
-            self._observers = (*self._observers, self._recording)
-
-    def _begin_prefetch(self) -> None:
-        self.prefetch = Prefetch(self.pager, self.source, extents=self._extents)
-        if self.service.replay is not None or self.service.hydrate is not Pace.OFF:
-            self._prefetching = asyncio.create_task(
-                self._run_prefetch(), name="aiouffd session prefetch"
-            )
-
-    async def _run_prefetch(self) -> None:
-        service = self.service
-        await self.prefetch.run(
-            service.replay, service.hydrate, any_image=service.any_image, name=self.name
-        )
-        if self.prefetch.resident:
-            self._enter(State.RESIDENT)
-
-    async def _end_prefetch(self) -> None:
-        if self._prefetching is not None:
-            self._prefetching.cancel()
-            await asyncio.wait([self._prefetching])
-        if self._recording is not None:
-            await self._recording.aclose()
 
     def _make_pager(self, uffd: Userfaultfd) -> Pager:
         service = self.service
@@ -419,6 +374,9 @@ class Session:
                 self._past.add(one.counters)
         self._children = [one for one in self._children if not one.uffd.closed]
         self._children.append(child)
+        self._graduation.adopted(child)
+        if self._state is State.DETACHED:
+            return  # it has all of its memory, and is let go in a moment
         count, limit = len(self._children) + self._given_up, self.service.max_children
         if count <= limit:
             return
@@ -458,7 +416,20 @@ class Session:
                 offset=region.offset,
                 name=f"region {number}",
                 registered=True,  # by the peer, before it handed the userfaultfd over
+                # Who asks to hear of moves may grow memory; of the new tail nothing is told.
+                grows=bool(self.pager.uffd.features & Feature.EVENT_REMAP),
             )
+        self._graduation = Graduation(
+            self._serving_pagers, self.source, self._extents, peer=self.peer
+        )
+
+    def _serving_pagers(self) -> list[Pager]:
+        """Give the pagers that serve: the target's, then those of its children."""
+        return [
+            pager
+            for pager in (self.pager, *self._children)
+            if not (pager.target_gone or pager.closing or pager.uffd.closed)
+        ]
 
     def _handler(self, start: int, end: int) -> Handler:
         return from_source(
@@ -535,6 +506,91 @@ class Session:
                 await child.wait_closed()
             await asyncio.sleep(0)
 
+    async def fill(self) -> None:
+        """Bring every page that the source has, for the target and its forked children.
+
+        They are served meanwhile and afterwards; the session is resident then.
+
+        Raises:
+            SourceError: Bytes could not be had.
+            ResolutionRefused: The kernel refused (LayoutChanging: for the deadline).
+            NotSupported: A forked child has huge pages: whether they are there is unknown.
+            TargetGone: The target has exited, and so have its children.
+            ClosedError: The session was closed.
+
+        Cancellation: what was brought so far is there; all is served as before.
+        """
+        self._check_living()
+        await self._graduation.fill()
+        self._enter(State.RESIDENT)
+
+    async def complete(self) -> None:
+        """Bring every page, then unregister: the target lives on without us.
+
+        A second call while the first is under way joins it; one after it does nothing.  When
+        the target is detached, holes of the source and pages that it had removed or grown
+        read as the kernel makes them: zeros, in anonymous and shared memory.
+
+        Raises:
+            As ``fill``: then nothing is unregistered, and all is served as before.
+
+        Cancellation: all is served as before, unless the last page was there already: then
+            the target is detached all the same.  Of several callers the last one counts.
+        """
+        if self._detaching is not None:
+            await asyncio.shield(self._detaching)
+            return
+        self._check_living()
+        if self._completing is None:
+            self._completing = asyncio.create_task(self._complete(), name="aiouffd complete")
+            self._completing.add_done_callback(self._completed)
+        task = self._completing
+        self._waiting += 1
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if task.cancelled() and caller is not None and not caller.cancelling():
+                raise ClosedError("the session was closed before its target was complete") from None
+            if self._waiting == 1 and not task.done():
+                task.cancel()
+                self._completing = None  # whoever asks from now on begins anew
+            raise
+        finally:
+            self._waiting -= 1
+
+    def _completed(self, task: asyncio.Task[None]) -> None:
+        failed = task.cancelled() or task.exception() is not None  # retrieved: nobody may wait
+        if failed and self._completing is task:
+            self._completing = None
+
+    async def _complete(self) -> None:
+        await self.fill()
+        # Not a single await from the last look in fill() to the end of detach().
+        self._graduation.detach()
+        self._enter(State.DETACHED)
+        self._detaching = asyncio.create_task(self._settle(), name="aiouffd detach")
+        self._reached(Milestone.DETACHED)
+        await asyncio.shield(self._detaching)
+
+    async def _settle(self) -> None:
+        try:
+            await self._graduation.settle()
+        finally:
+            await self._close(Action.ZERO)  # no memory is left that this could be about
+
+    def _check_living(self) -> None:
+        """Refuse what takes a living target.
+
+        Raises:
+            TargetGone: It is gone.
+            ClosedError: The session has ended otherwise, or has not begun.
+        """
+        if self._state is State.TARGET_GONE:
+            raise TargetGone("filling everything", errno.ESRCH, 0, 0)
+        if self._state.ended or self._state is State.HANDSHAKING or self._closing is not None:
+            raise ClosedError(f"the session is {self._state.value}")
+
     async def aclose(self, action: Action | None = None) -> None:
         """Stop serving and let go of everything; a second call does nothing more.
 
@@ -544,6 +600,11 @@ class Session:
 
         Cancellation: the close goes on by itself; call again to wait for it.
         """
+        if self._detaching is not None:
+            await asyncio.shield(self._detaching)  # nothing is missing any more
+            return
+        if self._completing is not None:
+            self._completing.cancel()
         pager = self.pager
         if self._closing is None and not pager.closing and not pager.target_gone:
             self._aborted = self.service.on_close if action is None else action
@@ -557,7 +618,6 @@ class Session:
 
     async def _close_all(self, action: Action | None) -> None:
         try:
-            await self._end_prefetch()
             await _let_go(self.pager, action, self.handover, self.peer)
         finally:
             if self._refusing:

@@ -296,11 +296,23 @@ class Userfaultfd:
         where even a registered anonymous page would be left as it is; before Linux 5.13 a COPY
         from where no user's bytes can be.
         """
+        return self._ask() != -errno.ESRCH
+
+    def is_changing(self) -> bool:
+        """Say whether an event of the address space is under way: unread, or its thread asleep.
+
+        Fills answer EAGAIN as long as that is so.  A thread that moves, frees or forks memory
+        says so before any other change of the layout can get in between.
+        """
+        return self._ask() == -errno.EAGAIN
+
+    def _ask(self) -> int:
+        """Try a fill that cannot do anything, for what the kernel says to it."""
         fd = self.fileno()
         answer = calls.continue_(fd, _LOWEST, mmap.PAGESIZE)
         if answer == -errno.EINVAL:
             answer = calls.copy(fd, _LOWEST, _UNREADABLE, mmap.PAGESIZE)
-        return answer != -errno.ESRCH
+        return answer
 
     def is_own_memory(self) -> bool:
         """Say whether the memory is that of the calling process.

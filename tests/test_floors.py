@@ -23,7 +23,7 @@ FLOORS = {
     "asyncio": """
         eager metrics uffd
         flight performer region timers parking watchdog recovery resolver reader
-        dispatcher settling pager
+        dispatcher settling detaching pager
         lazy_pages lazy_mapping lazy_answers lazy_flights lazy_faults lazy_pins
         lazy_serving frame_raise sigbus lazy_memory""",
     "pages": """
@@ -35,11 +35,11 @@ FLOORS = {
         working_set recording prefetch
         handlers""",
     "processes": """
-        sd_notify fd_store keeper unix_socket handover session totals server
+        sd_notify fd_store keeper unix_socket handover graduation session totals server
         protocols.firecracker
         export""",
     "tools": """
-        . testing testing.sources cli.main cli cli.image_options cli.prefetch_options
+        . testing testing.sources cli.main cli cli.image_options
         image image.new_file image.sparse image.packed image.copying image.survey
         page_map status http_site control
         cli.output cli.export

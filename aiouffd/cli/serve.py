@@ -32,7 +32,6 @@ from ..server import Detached, Ended, FirstPage, Refused, Report, Resident, Serv
 from ..session import Service
 from .image_options import Served, add_image_options, open_served
 from .output import Lines, LinesHandler
-from .prefetch_options import add_prefetch_options, prefetch_settings
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -120,7 +119,6 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="BYTES",
         help="bring so much around each fault, such as 64K (default: one page)",
     )
-    add_prefetch_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     return parser
 
@@ -193,7 +191,6 @@ async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
             on_close=policy,
             deadline=args.deadline,
             chunk=args.chunk,
-            **prefetch_settings(args),
         ),
         max_sessions=args.max_sessions,
         uids=args.uid,
