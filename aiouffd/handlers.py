@@ -1,4 +1,4 @@
-"""Ready-made handlers: pages from a source, pages of zeros.
+"""Ready-made handlers: pages from a source, from a shared image, pages of zeros.
 
 Knows: how a page maps to a stretch of a source, holes, the last partial page.
 Must not know: userfaultfds, sessions, how answers are carried out.
@@ -10,6 +10,7 @@ Laws of this file:
   has promised what it holds.
 * A hole is a page of zeros without a read.
 * What the source has at hand is answered without suspending: that costs no task.
+* A page that a minor fault reports is there already: it is mapped, never read and never copied.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ def from_source(
 ) -> Handler:
     """Make a handler that fills pages with the bytes of a source.
 
-    Missing pages are filled; writers to protected pages and minor faults are let go on.
+    Missing pages are filled, writers to protected pages are let go on.  Minor faults are
+    answered with the page that is there, in memory that maps the source's own (SharedImage).
 
     Args:
         source: Where the bytes come from; it stays the caller's to close.
         extents: The source's extents, when they have been collected before.
         chunk: Bring so many bytes around each fault, a power of two; what is there already
-            or was removed stays as it is.  0 brings one page.
+            or was removed stays as it is.  0 brings one page.  Around a minor fault it maps
+            what the source holds without a hole.
         within: (start, end) offsets that a chunk must not leave: those of the range served.
             Without it a chunk ends at the source's ends.
 
@@ -73,9 +76,21 @@ def from_source(
             data = await source.read(offset, inside)
         return data if inside == length else _padded(data, length)
 
+    def continue_(fault: PageFault) -> Continue:
+        """Map a page that is there, and its neighbours as far as they are."""
+        offset, length = fault.offset, fault.length
+        run = extents.around(offset) if chunk > length else None
+        if run is None:  # among them: a hole that another clone has touched
+            return Continue()
+        start = max(offset & -chunk, first, run[0] & -length)
+        end = min((offset & -chunk) + chunk, align_up(last, length), align_up(run[1], length))
+        if not (is_aligned(offset - start, length) and is_aligned(end - offset, length)):
+            return Continue()
+        return Continue(end - start, fault.address - (offset - start))
+
     async def fill(fault: PageFault) -> Answer:
         if not fault.missing:
-            return _not_missing(fault)
+            return continue_(fault) if fault.minor else _not_missing(fault)
         offset, length = fault.offset, fault.length
         if offset >= size:
             raise SourceError(

@@ -27,6 +27,7 @@ from typing import Final, Self, TypeAlias
 from .errors import NotSupported, PeerError
 from .fds import OwnedFd
 from .kernel.abi import SO_PEERPIDFD
+from .uffd import Mode
 from .unix_socket import Connection
 
 _UCRED: Final = struct.Struct("=iII")  # pid, uid, gid
@@ -41,12 +42,14 @@ class HandedRegion:
         length: Bytes, a multiple of the page size.
         offset: Where the bytes of ``start`` lie in the source.
         page_size: Size of the memory's pages, in bytes.
+        modes: What the peer has registered it for.
     """
 
     start: int
     length: int
     offset: int
     page_size: int
+    modes: Mode = Mode.MISSING
 
     @property
     def end(self) -> int:
@@ -67,6 +70,8 @@ class Handover:
         others: Further descriptors, such as a memfd with the guest's memory.
         acknowledge: What the peer waits for once it is served; empty if it waits for nothing.
         dialect: Which protocol, and which flavour of it, the peer spoke.
+        backed: The memory maps the image itself: unregistered it has the right bytes, so
+            nothing in it is ever missing, and closing needs no policy.
     """
 
     fd: OwnedFd
@@ -74,6 +79,7 @@ class Handover:
     others: tuple[OwnedFd, ...] = ()
     acknowledge: bytes = b""
     dialect: str = ""
+    backed: bool = False
 
     def close(self) -> None:
         """Close every descriptor that nobody has taken over."""

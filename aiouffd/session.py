@@ -361,7 +361,7 @@ class Session:
             deadline=service.deadline,
             warn_after=service.warn_after,
             max_in_flight=service.max_in_flight,
-            on_close=service.on_close,
+            on_close=_on_close(self.handover, service),
             on_fork=self._limit_children,
             target=self.peer.pidfd.fileno() if self.peer is not None else None,
             observers=(self.metrics, self._watch, *self._observers),
@@ -393,7 +393,7 @@ class Session:
         task.add_done_callback(self._refusing.discard)
 
     async def _refuse_child(self, child: Pager) -> None:
-        hang = self.service.on_close is Action.HANG
+        hang = _on_close(self.handover, self.service) is Action.HANG
         await self._close_child(child, Action.POISON if hang else None)
 
     async def _close_child(self, child: Pager, action: Action | None) -> None:
@@ -412,6 +412,7 @@ class Session:
                 region.start,
                 region.length,
                 self._handler(region.offset, region.offset + region.length),
+                modes=region.modes,
                 page_size=region.page_size,
                 offset=region.offset,
                 name=f"region {number}",
@@ -449,6 +450,8 @@ class Session:
         how = _HOW_IT_ENDED.get(self._state, "not served")
         if self._aborted is not None:
             how = f"closed by policy ({self._aborted.value})"
+            if self.handover.backed and self._aborted is Action.ZERO:
+                how = "let go, to read on from the shared image"
         if self.error is not None:
             return f"{how}; {self.pager.counters.failures} faults failed, first: {self.error}"
         return how
@@ -607,7 +610,8 @@ class Session:
             self._completing.cancel()
         pager = self.pager
         if self._closing is None and not pager.closing and not pager.target_gone:
-            self._aborted = self.service.on_close if action is None else action
+            closing = _on_close(self.handover, self.service)
+            self._aborted = closing if action is None else action
         await self._close(action)
 
     async def _close(self, action: Action | None) -> None:
@@ -627,6 +631,11 @@ class Session:
                 await self._close_child(child, action)
             gone = self.pager.target_gone and self._aborted is None
             self._enter(State.TARGET_GONE if gone else State.FAILED)
+
+
+def _on_close(handover: Handover, service: Service) -> Action:
+    """Say what becomes of missing pages; memory that maps the image is simply let go."""
+    return Action.ZERO if handover.backed else service.on_close
 
 
 async def settle(handover: Handover, service: Service, peer: Peer | None) -> None:
@@ -656,7 +665,7 @@ async def settle(handover: Handover, service: Service, peer: Peer | None) -> Non
     try:
         pager = Pager(
             uffd,
-            on_close=service.on_close,
+            on_close=_on_close(handover, service),
             deadline=service.deadline,
             target=peer.pidfd.fileno() if peer is not None else None,
         )
@@ -670,6 +679,7 @@ async def settle(handover: Handover, service: Service, peer: Peer | None) -> Non
                 region.start,
                 region.length,
                 zeroes,  # never asked: while it closes every fault gets the action
+                modes=region.modes,
                 page_size=region.page_size,
                 registered=True,
             )

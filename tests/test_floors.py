@@ -29,14 +29,14 @@ FLOORS = {
     "pages": """
         sources sources.buffer sources.file sources.zero sources.measured
         sources.seek_table sources.zstd_frames sources.compressed_layout sources.compressed
-        sources.cached sources.reads sources.layered sources.fallback sources.urls
+        sources.cached sources.reads sources.layered sources.fallback sources.urls sources.shared
         sources.http_answers sources.http_places sources.http sources.object_store
         sources.peer
         working_set recording prefetch
         handlers""",
     "processes": """
-        sd_notify fd_store keeper unix_socket handover graduation session totals server
-        protocols.firecracker
+        sd_notify fd_store keeper unix_socket handover graduation session sharing totals server
+        protocols.firecracker protocols.shared
         export""",
     "tools": """
         . testing testing.sources cli.main cli cli.image_options

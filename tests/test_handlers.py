@@ -176,3 +176,44 @@ def test_an_odd_chunk_is_refused() -> None:
     """Chunks are powers of two."""
     with pytest.raises(ValueError, match="power of two"):
         from_source(BufferSource(b"x"), chunk=3 * PAGE)
+
+
+# --- minor faults ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [0, PAGE])
+async def test_a_page_that_is_there_is_mapped(chunk: int) -> None:
+    """A minor fault needs no bytes."""
+    fill = from_source(HoledSource(image(8 * PAGE)), chunk=chunk)
+    assert await fill(fault(2 * PAGE, flags=MINOR)) == Continue()
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [(2, (2, 2)), (3, (2, 2)), (0, None), (7, None)],
+)
+async def test_neighbours_are_mapped_as_far_as_there_is_no_hole(
+    page: int, expected: tuple[int, int] | None
+) -> None:
+    """The kernel would refuse a hole; a page in one, that another clone has made, comes alone."""
+    fill = from_source(HoledSource(image(8 * PAGE)), chunk=8 * PAGE)
+    answer = await fill(fault(page * PAGE, flags=MINOR | WRITE))
+    if expected is None:
+        assert answer == Continue()
+    else:
+        first, pages = expected
+        assert answer == Continue(pages * PAGE, BASE + first * PAGE)
+
+
+async def test_neighbours_stay_within_chunk_and_range() -> None:
+    """A chunk is aligned in the source, and cut where the range ends or the last page does."""
+    size = 16 * PAGE - 5
+    fill = from_source(BufferSource(image(size)), chunk=4 * PAGE)
+    assert await fill(fault(5 * PAGE, flags=MINOR)) == Continue(4 * PAGE, BASE + 4 * PAGE)
+    assert await fill(fault(15 * PAGE, flags=MINOR)) == Continue(4 * PAGE, BASE + 12 * PAGE)
+    inner = (5 * PAGE, 7 * PAGE)
+    fill = from_source(BufferSource(image(size)), chunk=4 * PAGE, within=inner)
+    assert await fill(fault(6 * PAGE, flags=MINOR)) == Continue(2 * PAGE, BASE + 5 * PAGE)
+    inner = (5 * PAGE + 8, 7 * PAGE + 8)  # pages that begin anywhere in the source
+    fill = from_source(BufferSource(image(size)), chunk=4 * PAGE, within=inner)
+    assert await fill(fault(6 * PAGE + 8, flags=MINOR)) == Continue()

@@ -3,7 +3,8 @@
 Knows: options, how errors are told.
 Must not know: what is done with the image.
 
-A plain file without layers, fallback or cache is opened by each session for itself, so that a
+With ``--share`` the image is copied into memory once, sealed, and handed out to be mapped.
+Else a plain file without layers, fallback or cache is opened by each session for itself, so that a
 session keeps its generation though another file takes the name.  Everything else is opened
 once, and all sessions share it.
 """
@@ -12,14 +13,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from .. import sharing
 from ..errors import UffdError
+from ..handover import Receive
+from ..protocols import firecracker, shared
 from ..server import SourceOrOpener
+from ..session import Session
 from ..sources.file import FileSource
+from ..sources.shared import SharedImage
 from ..sources.urls import open_image, shown
 
 _SIZE: Final = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
@@ -33,11 +40,15 @@ class Served:
         name: The URL, as it may be shown.
         size: In bytes.
         source: For the server.
+        receive: How peers hand over, for the server.
+        image: The copy that all peers map, with ``--share``.
     """
 
     name: str
     size: int
     source: SourceOrOpener
+    receive: Receive = firecracker.receive
+    image: SharedImage | None = None
 
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +77,11 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="keep so much of the image in memory for all sessions, such as 1G",
     )
+    what.add_argument(
+        "--share",
+        action="store_true",
+        help="copy the image into memory once; peers map that copy, each with its own writes",
+    )
 
 
 def byte_count(text: str) -> int:
@@ -74,6 +90,20 @@ def byte_count(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text} is no number of bytes, such as 512M")
     return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
+
+
+async def sharing_report(
+    image: SharedImage, sessions: Iterable[Session]
+) -> tuple[dict[str, Any], str]:
+    """Say what clones share at this moment, for programs and for people."""
+    figures = await sharing.figures(image, sessions)
+    fields = dataclasses.asdict(figures) | {"saved_bytes": figures.saved_bytes}
+    mib = 1 << 20
+    return {"event": "sharing", **fields}, (
+        f"sharing: {figures.clones} clones map {figures.mapped_bytes / mib:.1f} MiB of one copy"
+        f" of {figures.image_bytes / mib:.1f} MiB, which saves {figures.saved_bytes / mib:.1f} MiB;"
+        f" {figures.private_bytes / mib:.1f} MiB are their own"
+    )
 
 
 @contextlib.asynccontextmanager
@@ -92,7 +122,12 @@ async def open_served(args: argparse.Namespace) -> AsyncIterator[Served]:
         raise UffdError(str(error)) from error
     try:
         size, name = source.size, shown(args.image)
-        if isinstance(source, FileSource):
+        if args.share:
+            image = await SharedImage.fill(source)
+            await source.aclose()
+            source = image
+            yield Served(name, size, image, shared.receiver(image), image)
+        elif isinstance(source, FileSource):
             path = source.path
             await source.aclose()
             yield Served(name, size, lambda: FileSource(path))

@@ -27,10 +27,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from ..failure import Action, FailurePolicy
-from ..protocols import firecracker
 from ..server import Detached, Ended, FirstPage, Refused, Report, Resident, Server, Started
 from ..session import Service
-from .image_options import Served, add_image_options, open_served
+from ..sources.shared import SharedImage
+from .image_options import Served, add_image_options, open_served, sharing_report
 from .output import Lines, LinesHandler
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ examples:
   aiouffd serve memory.img --socket /run/aiouffd/vm.sock
   aiouffd serve memory.img --socket /run/aiouffd/vm.sock --uid 1000 --mode 666 --json
   aiouffd serve s3://snapshots/base --layer monday.diff --cache 1G --socket vm.sock
+  aiouffd serve memory.img --share --chunk 64K --socket clones.sock
 
 Firecracker: PUT /snapshot/load with "mem_backend": {"backend_type": "Uffd",
 "backend_path": "/run/aiouffd/vm.sock"}.
@@ -184,7 +185,7 @@ async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
     policy = _POLICIES[args.policy]
     server = Server(
         args.socket,
-        firecracker.receive,
+        served.receive,
         served.source,
         service=Service(
             failure=FailurePolicy(then=policy),
@@ -207,7 +208,7 @@ async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
             {"event": "listening", "socket": server.path, "image": name, "size": size},
             f"serving {name} ({size} bytes) on {server.path}",
         )
-        aborted = await _run_until_signals(server, tell)
+        aborted = await _run_until_signals(server, tell, served.image)
     tell(
         {
             "event": "stopped",
@@ -221,7 +222,9 @@ async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
     return 1 if aborted else 0
 
 
-async def _run_until_signals(server: Server, tell: Callable[[dict[str, Any], str], None]) -> bool:
+async def _run_until_signals(
+    server: Server, tell: Callable[[dict[str, Any], str], None], image: SharedImage | None
+) -> bool:
     """Serve; give whether living sessions were closed by a second signal."""
     loop = asyncio.get_running_loop()
     signals: asyncio.Queue[int] = asyncio.Queue()
@@ -229,6 +232,8 @@ async def _run_until_signals(server: Server, tell: Callable[[dict[str, Any], str
         loop.add_signal_handler(number, signals.put_nowait, number)
     try:
         await signals.get()
+        if image is not None:
+            tell(*await sharing_report(image, server.sessions))
         living = len(server.sessions)
         tell(
             {"event": "draining", "sessions": living},

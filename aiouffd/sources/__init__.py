@@ -186,6 +186,13 @@ class Extents:
                 yield low, high
             at += 1
 
+    def around(self, offset: int) -> tuple[int, int] | None:
+        """Give start and end of the extent that a byte lies in; None if it lies in none."""
+        at = bisect_right(self._starts, offset) - 1
+        if at < 0 or self._ends[at] <= offset:
+            return None
+        return self._starts[at], self._ends[at]
+
     def cover(self, size: int) -> bool:
         """Say whether there is no hole in the first ``size`` bytes."""
         return len(self) == 1 and self._starts[0] == 0 and self._ends[0] >= size

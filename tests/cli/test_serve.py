@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ import pytest
 from aiouffd.cli import main
 from aiouffd.testing.sources import image
 from aiouffd.unix_socket import Connection
+from tests.attached import Attached
 from tests.seekable import seekable
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
 
@@ -349,6 +351,31 @@ async def test_a_compressed_image_is_served(tmp_path: Path) -> None:
             await server.event("started")
             assert await guest.read(0, SIZE) == image(SIZE)
         assert (await server.event("ended"))["error"] is None
+
+
+async def test_clones_share_one_copy(tmp_path: Path) -> None:
+    """With --share peers map the image; the line at the end says what that saves."""
+    async with serve(tmp_path, "--share", "--chunk", "64K") as server:
+        async with (
+            Attached.start(server.path, SIZE) as one,
+            Attached.start(server.path, SIZE) as two,
+        ):
+            for _ in range(2):
+                assert (await server.event("started"))["dialect"] == "shared memory"
+            assert await one.ask("write 0 7") == "written"
+            expected = b"\x07" + image(SIZE)[1:]
+            assert await one.ask("digest") == hashlib.sha256(expected).hexdigest()
+            assert await two.ask("digest") == hashlib.sha256(image(SIZE)).hexdigest()
+            server.process.terminate()
+            sharing = await server.event("sharing")
+            assert (sharing["clones"], sharing["private_bytes"]) == (2, PAGE)
+            assert sharing["image_bytes"] == SIZE
+            assert sharing["saved_bytes"] == SIZE - PAGE
+            assert (await server.event("draining"))["sessions"] == 2
+        for _ in range(2):
+            assert (await server.event("ended"))["error"] is None
+        assert (await server.event("stopped"))["failed"] == 0
+        assert await server.end() == 0
 
 
 @pytest.mark.parametrize(

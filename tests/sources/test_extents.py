@@ -34,6 +34,12 @@ def test_holds_agrees_with_a_set_of_bytes(
         range(offset, offset + length)
     )
     assert all(size > 0 for _, size in extents)
+    around = extents.around(offset)
+    assert (around is not None) == (offset in covered)
+    if around is not None:
+        assert set(range(*around)) <= covered
+        assert around[0] - 1 not in covered
+        assert around[1] not in covered
 
 
 def test_neighbours_become_one() -> None:
