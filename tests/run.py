@@ -11,6 +11,7 @@ Laws of this file:
 * Nothing outside the checkout is touched, with two exceptions that are printed before they
   happen: Debian keeps Python's venv module in a package of its own, and ``interop`` is there to
   fetch foreign programs.  Both need root and apt-get; without them it says what to type.
+  Services that come with a package are not started: the tests start what they need.
 * Every interpreter found is used, each under its heading; if one fails, the whole fails.
 
 Settings from the environment: PYTHONS ("3.12 3.13") restricts ``test`` to some versions;
@@ -19,6 +20,7 @@ AIOUFFD_SOAK_SECONDS is the length of the soak test (60 on the first interpreter
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,7 +41,19 @@ VENVS = ROOT / ".venv"
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 
 #: Debian packages that have the programs of tests/interop, by program.
-FOREIGN_PROGRAMS = {"strace": "strace", "dd": "coreutils", "sha256sum": "coreutils"}
+FOREIGN_PROGRAMS = {
+    "strace": "strace",
+    "dd": "coreutils",
+    "sha256sum": "coreutils",
+    "nginx": "nginx-light",
+    "ceph": "ceph-common",
+    "radosgw-admin": "ceph-common",
+    "radosgw": "radosgw",
+    **{daemon: daemon for daemon in ("ceph-mon", "ceph-mgr", "ceph-osd")},
+}
+
+#: What Debian asks before a package starts a service of its own; 101 is "no".
+SERVICE_POLICY = Path("/usr/sbin/policy-rc.d")
 
 
 def say(text: str) -> None:
@@ -69,8 +84,25 @@ def get_packages(*packages: str, why: str) -> None:
     say(why)
     quiet = {"DEBIAN_FRONTEND": "noninteractive"}
     run("apt-get", "update", "-qq", env=quiet)  # a fresh machine has no lists; stale ones may do
-    if run(*command, env=quiet) != 0:
+    with no_services():
+        status = run(*command, env=quiet)
+    if status != 0:
         stop(f"Could not get {' '.join(packages)}.")
+
+
+@contextlib.contextmanager
+def no_services() -> Iterator[None]:
+    """Keep packages from starting services while they are installed, unless somebody decides."""
+    if SERVICE_POLICY.exists():
+        yield
+        return
+    say(f"(for as long as that takes, {SERVICE_POLICY} says not to start services)")
+    SERVICE_POLICY.write_text("#!/bin/sh\nexit 101\n", encoding="ascii")
+    try:
+        SERVICE_POLICY.chmod(0o755)
+        yield
+    finally:
+        SERVICE_POLICY.unlink()
 
 
 # --- virtual environments --------------------------------------------------------------
