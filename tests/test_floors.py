@@ -31,7 +31,7 @@ FLOORS = {
         sources.seek_table sources.zstd_frames sources.compressed_layout sources.compressed
         sources.cached sources.reads sources.layered sources.fallback sources.urls sources.shared
         sources.http_answers sources.http_places sources.http sources.object_store
-        sources.peer
+        sources.peer sources.redis_client sources.redis
         working_set recording prefetch
         handlers""",
     "processes": """
@@ -60,6 +60,7 @@ OPTIONAL: dict[str, set[str]] = {
     "obstore": {"sources.object_store"},
     "yarl": {"sources.http_places"},  # aiohttp's own URLs
     "pytest": {"testing.sources"},
+    "redis": {"sources.redis_client"},
     "backports": {"sources.zstd_frames"},  # from 3.14 compression.zstd
     "compression": {"sources.zstd_frames"},
 }

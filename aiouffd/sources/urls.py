@@ -40,6 +40,12 @@ SCHEMES: Final = {
     "rediss": "redis",
     "valkey": "redis",
     "valkeys": "redis",
+    "redis+cluster": "redis",
+    "rediss+cluster": "redis",
+    "valkey+cluster": "redis",
+    "valkeys+cluster": "redis",
+    "redis+unix": "redis",
+    "valkey+unix": "redis",
     "aiouffd": "peer",
     "aiouffds": "peer",
 }
