@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -20,19 +21,23 @@ import signal
 import ssl
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from urllib.parse import quote
 
 from ..export import Export
-from ..sources import Source
-from ..sources.file import FileSource
+from .image_options import Served, add_image_options, open_served
 from .output import Lines, LinesHandler
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+Tell: TypeAlias = Callable[[dict[str, Any], str], None]
+
 _EPILOG: Final = """\
 examples:
   aiouffd export memory.img
+  aiouffd export s3://images/memory.zst --cache 4G
   aiouffd export memory.img --listen 10.0.0.5:7433 \\
       --export-cert cert.pem --export-key key.pem --export-client-ca ca.pem
 
@@ -53,7 +58,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("image", metavar="IMAGE", help="the image")
+    add_image_options(parser)
     parser.add_argument(
         "--listen",
         type=host_and_port,
@@ -64,6 +69,18 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     add_tls_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     return parser
+
+
+def add_export_options(parser: argparse.ArgumentParser) -> None:
+    """Add what lets another command export its image, too."""
+    group = parser.add_argument_group("other servers")
+    group.add_argument(
+        "--export",
+        type=host_and_port,
+        metavar="HOST:PORT",
+        help="let other aiouffd servers read the image there, as aiouffd://HOST:PORT/NAME",
+    )
+    add_tls_options(group)
 
 
 def add_tls_options(group: argparse._ActionsContainer) -> None:
@@ -103,29 +120,49 @@ def server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
     return context
 
 
-def export_of(
-    args: argparse.Namespace, image: str, source: Source, where: tuple[str, int]
-) -> Export:
-    """Make the export that the options ask for."""
-    host, port = where
-    return Export({image_name(image): source}, host, port, ssl=server_context(args))
-
-
 def image_name(image: str) -> str:
     """Name an image as its readers do: by the last part of its path or URL."""
     return os.path.basename(image.partition("?")[0].rstrip("/")) or "image"
 
 
-def describe(
-    args: argparse.Namespace, export: Export, image: str, source: Source, host: str
-) -> tuple[dict[str, Any], str]:
-    """Say where an export is: for programs, and for people."""
-    scheme = "aiouffds" if args.export_cert else "aiouffd"
-    shown = f"[{host}]" if ":" in host else host
-    url = f"{scheme}://{shown}:{export.port}/{image_name(image)}"
-    fields = {"event": "exporting", "image": image, "size": source.size, "url": url}
-    open_to = "" if args.export_client_ca else ", to whoever can connect"
-    return fields, f"exporting {image} ({source.size} bytes) on {url}{open_to}"
+@contextlib.asynccontextmanager
+async def exporting(
+    args: argparse.Namespace, served: Served, where: tuple[str, int] | None, tell: Tell
+) -> AsyncIterator[Export | None]:
+    """Export an image as long as the block runs, and answer at its end what was asked.
+
+    Args:
+        args: With the options of ``add_tls_options``.
+        served: The image.
+        where: Host and port; None: nothing is exported.
+        tell: Told where it is, for programs and for people.
+
+    Raises:
+        OSError: The address cannot be had, or a certificate.
+    """
+    context = server_context(args)
+    if where is None:
+        if context is not None:
+            raise OSError("--export-cert is of no use without --export")
+        yield None
+        return
+    host, port = where
+    async with contextlib.AsyncExitStack() as stack:
+        source = served.source
+        if callable(source):
+            source = await asyncio.to_thread(source)
+            stack.push_async_callback(source.aclose)
+        name = image_name(args.image)
+        export = await stack.enter_async_context(Export({name: source}, host, port, ssl=context))
+        shown = f"[{host}]" if ":" in host else host
+        url = f"{'aiouffds' if context else 'aiouffd'}://{shown}:{export.port}/{quote(name)}"
+        to_all = "" if args.export_client_ca else ", to whoever can connect"
+        tell(
+            {"event": "exporting", "image": served.name, "size": served.size, "url": url},
+            f"exporting {served.name} ({served.size} bytes) on {url}{to_all}",
+        )
+        yield export
+        await export.drain()
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,17 +185,12 @@ async def _export(args: argparse.Namespace, out: Lines) -> int:
     ending = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
-    source = await asyncio.to_thread(FileSource, args.image)
-    try:
-        async with export_of(args, args.image, source, args.listen) as export:
-            tell(*describe(args, export, args.image, source, args.listen[0]))
-            await ending.wait()
-            await export.drain()
-        tell(
-            {"event": "stopped", "answered": export.answered, "refused": export.refused},
-            f"stopped: {export.answered} requests answered, {export.answered_bytes} bytes,"
-            f" {export.refused} peers dropped",
-        )
-    finally:
-        await source.aclose()
+    async with open_served(args) as served, exporting(args, served, args.listen, tell) as export:
+        await ending.wait()
+    assert export is not None  # noqa: S101 - --listen has a default
+    tell(
+        {"event": "stopped", "answered": export.answered, "refused": export.refused},
+        f"stopped: {export.answered} requests answered, {export.answered_bytes} bytes,"
+        f" {export.refused} peers dropped",
+    )
     return 0

@@ -30,6 +30,7 @@ from ..failure import Action, FailurePolicy
 from ..server import Detached, Ended, FirstPage, Refused, Report, Resident, Server, Started
 from ..session import Service
 from ..sources.shared import SharedImage
+from .export import add_export_options, exporting
 from .image_options import Served, add_image_options, open_served, sharing_report
 from .output import Lines, LinesHandler
 
@@ -120,6 +121,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         metavar="BYTES",
         help="bring so much around each fault, such as 64K (default: one page)",
     )
+    add_export_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     return parser
 
@@ -202,7 +204,7 @@ async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
         any_directory=args.any_directory,
         report=lambda report: tell(_fields(report), str(report)),
     )
-    async with server:
+    async with exporting(args, served, args.export, tell), server:
         name, size = served.name, served.size
         tell(
             {"event": "listening", "socket": server.path, "image": name, "size": size},

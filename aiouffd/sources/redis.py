@@ -273,7 +273,8 @@ async def store_image(
 ) -> str:
     """Store an image in chunks; who reads the one that was there before reads it on.
 
-    Nobody sees the new image before all of it is there.  Chunks that are all zeros are left out.
+    Nobody sees the new image before all of it is there.  Chunks that are all zeros are left out,
+    so it must be a whole image: in a layer, zeros hide what lies below.
 
     Args:
         source: Where the bytes come from.

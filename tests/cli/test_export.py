@@ -20,7 +20,7 @@ from aiouffd.errors import SourceError
 from aiouffd.sources.peer import open_url
 from aiouffd.testing.sources import PAGE, as_bytes, image
 from tests.serving import within
-from tests.stand_in_vmm import ROOT
+from tests.stand_in_vmm import ROOT, StandInVmm
 
 SIZE = 32 * PAGE
 
@@ -113,3 +113,45 @@ def test_an_image_is_named_by_its_last_part() -> None:
     assert image_name("/images/memory.img") == "memory.img"
     assert image_name("s3://bucket/vm/memory.zst?region=x") == "memory.zst"
     assert image_name("aiouffd://host:1/") == "host:1"
+
+
+async def test_serve_exports_what_it_serves(tmp_path: Path) -> None:
+    """The other server reads from the first one, and a guest of the other gets its bytes."""
+    file = tmp_path / "memory.img"
+    file.write_bytes(image(SIZE))
+
+    async def start(source: str, *options: str) -> asyncio.subprocess.Process:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "aiouffd", "serve", source, "--json"),
+            *("--socket", str(folder / "socket"), *options),
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+        )
+
+    async def line(process: asyncio.subprocess.Process) -> dict[str, Any]:
+        assert process.stdout is not None
+        fields = json.loads(await within(process.stdout.readline(), 30))
+        assert isinstance(fields, dict)
+        return fields
+
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def end(process: asyncio.subprocess.Process) -> None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            await within(process.communicate(), 30)
+            assert process.returncode == 0
+
+        first = await start(str(file), "--export", "127.0.0.1:0", "--cache", "1M")
+        stack.push_async_callback(end, first)
+        exported = await line(first)
+        assert exported["event"] == "exporting"
+        assert (await line(first))["event"] == "listening"
+        second = await start(exported["url"], "--cache", "1M")
+        stack.push_async_callback(end, second)
+        listening = await line(second)
+        assert listening["size"] == SIZE
+        async with StandInVmm.start(Path(listening["socket"]), SIZE) as guest:
+            assert await guest.read(0, SIZE) == image(SIZE)
