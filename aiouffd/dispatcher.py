@@ -47,6 +47,7 @@ from .watchdog import Watchdog
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from .journal import Journal
     from .region import Region
 
 log: Final = logging.getLogger("aiouffd")
@@ -68,6 +69,7 @@ class Dispatcher:
         closing: What becomes of faults while the pager closes; None as long as it serves.
         crashed: The reader failed: nothing is read any more.
         target_gone: The target has exited or called exec.
+        journal: What outlives this process of the books, if anything does.
         tasks: Suspended handlers with their flights, and long fills: awaited when the pager
             closes.
 
@@ -101,6 +103,7 @@ class Dispatcher:
         self.crashed = False
         self.target_gone = False
         self.tasks: dict[asyncio.Task[Any], Flight | None] = {}
+        self.journal: Journal | None = None
         self.reader = Reader(self, on_child)
         self.parking = Parking(self)
         self.resolver = Resolver(self)
@@ -322,12 +325,12 @@ class Dispatcher:
         if task is not None:
             self.await_handler(self._board(fault, region, started_ns), task)
             return
-        if self._copy_page(fault, answer):  # the shortest way: no flight, no match
+        if self._copy_page(fault, region, answer):  # the shortest way: no flight, no match
             self._ended(fault, "copy", started_ns)
         else:
             self._carry_out(self._board(fault, region, started_ns), answer)
 
-    def _copy_page(self, fault: PageFault, answer: Answer) -> bool:
+    def _copy_page(self, fault: PageFault, region: Region | None, answer: Answer) -> bool:
         """Carry out the commonest of answers: one page, as bytes.
 
         Returns:
@@ -347,6 +350,8 @@ class Dispatcher:
             and calls.copy(self.fd, page, buffers.bytes_address(data), size, mode) == size
         ):
             self.counters.copied_bytes += size
+            if region is not None and region.filled is not None:
+                region.filled.add(fault.offset)
             if self.resolver.again:
                 self.resolver.again.pop(page, None)
             return True
@@ -428,7 +433,7 @@ class Dispatcher:
         self.loop.call_soon(self._ask_queued)
 
     def _answered(self, flight: Flight, answer: Answer) -> None:
-        if self._copy_page(flight.fault, answer):
+        if self._copy_page(flight.fault, flight.region, answer):
             self.end(flight, "copy")
         else:
             self._carry_out(flight, answer)
@@ -529,7 +534,10 @@ class Dispatcher:
         found = space.find(address)
         grown = space.growth(address)
         if grown is not None and grown.grows:
+            if self.journal is not None:
+                self.journal.grew(address)
             space.grow(address)
+            self.reader.settle()
             found = space.find(address)
         if found is not None:
             # It faults anew, under the right page size and handler.

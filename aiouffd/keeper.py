@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Final, NoReturn, TypeAlias
 
 from .fds import OwnedFd
-from .kernel.calls import is_userfaultfd
+from .kernel.calls import is_pidfd, is_userfaultfd
 
 log: Final = logging.getLogger("aiouffd.keeper")
 
@@ -488,8 +488,3 @@ async def _exit_of(pidfd: int) -> None:
         await exited.wait()
     finally:
         loop.remove_reader(pidfd)
-
-
-def is_pidfd(fd: int) -> bool:
-    """Say whether a descriptor is a pidfd."""
-    return "\nPid:" in Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii")

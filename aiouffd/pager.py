@@ -30,16 +30,24 @@ from .errors import ClosedError, ResolutionRefused, TargetGone
 from .failure import Action, FailurePolicy
 from .fds import OwnedFd
 from .flight import Flight
+from .journal import Journal
 from .kernel import calls
 from .metrics import Counters, Observer
 from .parking import Patience
 from .ranges import PAGE_SIZE, Range, is_aligned, is_power_of_two
+from .reader import number_of
 from .region import Region
 from .resolutions import Handler
 from .settling import Settling
 from .uffd import Feature, Mode, Userfaultfd
 
 log: Final = logging.getLogger("aiouffd")
+
+#: Where the address space of a process may end: x86-64 and arm64, large and small, 32 bits.
+_ENDS_OF_MEMORY: Final = tuple(
+    (1 << bits) - rest for bits in (56, 52, 48, 47, 42, 39) for rest in (0, PAGE_SIZE)
+)
+_LOWEST: Final = 1 << 16
 
 _OUTCOME_AT_CLOSE: Final = {
     Action.POISON: "poison",
@@ -160,6 +168,16 @@ class Pager:
     def target_gone(self) -> bool:
         """Whether the target has exited or called exec."""
         return self._dispatcher.target_gone
+
+    @property
+    def parent(self) -> Pager | None:
+        """The pager of the process that this one's was forked from, while that lives."""
+        return self._parent
+
+    @property
+    def journal(self) -> Journal | None:
+        """What outlives this process of the books, if anything does."""
+        return self._dispatcher.journal
 
     # --- life --------------------------------------------------------------------------
 
@@ -309,6 +327,8 @@ class Pager:
             dispatcher.target.close()
         if close:
             self.uffd.close()
+            if dispatcher.journal is not None:
+                dispatcher.journal.end()
         if self._parent is not None and self in self._parent.children:
             self._parent.children.remove(self)
         dispatcher.over.set()
@@ -400,8 +420,11 @@ class Pager:
                 # Unmapped, and the event still unread: there is nothing to unregister.
                 log.debug("%r: %s", region, error)
                 dispatcher.wake(where.start, where.length)
+            if dispatcher.journal is not None:
+                dispatcher.journal.dropped(where)
             for flight in self.space.drop(where):
                 dispatcher.drop(flight)
+            dispatcher.reader.settle()
         dispatcher.layout_changed()
 
     async def poison(self, region: Region) -> None:
@@ -433,6 +456,37 @@ class Pager:
             tails: Finds memory that has grown behind stretches without a word.
         """
         return Detaching(self._dispatcher, tails)
+
+    # --- outliving this process --------------------------------------------------------
+
+    def keep_journal(self, journal: Journal) -> None:
+        """Keep a journal from here on: the regions must have their numbers.
+
+        Raises:
+            JournalError: The books are too large.
+        """
+        journal.write_books(self.space, number_of)
+        self._dispatcher.journal = journal
+        self._dispatcher.reader.read_into(journal.inbox)
+
+    def restore(self, space: AddressSpace[Region, Flight]) -> None:
+        """Take over the books of a process that served this memory before; ahead of ``start``."""
+        self._dispatcher.space = space
+        self._dispatcher.layout_changed()
+
+    def wake_all(self) -> None:
+        """Let every thread that waits try again, wherever that is.
+
+        What another process had read and not answered comes again by this, and by nothing else.
+        """
+        for end in _ENDS_OF_MEMORY:
+            try:
+                self.uffd.wake(_LOWEST, end - _LOWEST)
+            except ResolutionRefused:  # this memory is not as large
+                continue
+            return
+        for where, _ in self.space.placements:
+            self.uffd.wake(where.start, where.length)
 
     def check_serving(self) -> None:
         """Refuse work on a pager that no longer serves.

@@ -210,9 +210,9 @@ class RangeMap(Generic[V]):
         return other
 
 
-_CHUNK_PAGES: Final = 4096
-_CHUNK_BYTES: Final = _CHUNK_PAGES * PAGE_SIZE
-_FULL: Final = (1 << _CHUNK_PAGES) - 1
+CHUNK_PAGES: Final = 4096  #: pages whose bits a PageSet keeps in one integer
+_CHUNK_BYTES: Final = CHUNK_PAGES * PAGE_SIZE
+_FULL: Final = (1 << CHUNK_PAGES) - 1
 
 
 class PageSet:
@@ -250,10 +250,10 @@ class PageSet:
     @staticmethod
     def _mask(where: Range, chunk: int) -> int:
         """Give the bits of a range's pages in a chunk that it touches."""
-        base = chunk * _CHUNK_PAGES
+        base = chunk * CHUNK_PAGES
         low = max(where.start // PAGE_SIZE - base, 0)
-        high = min(where.end // PAGE_SIZE - base, _CHUNK_PAGES)
-        if low == 0 and high == _CHUNK_PAGES:
+        high = min(where.end // PAGE_SIZE - base, CHUNK_PAGES)
+        if low == 0 and high == CHUNK_PAGES:
             return _FULL  # one integer shared among full chunks
         return (1 << high) - (1 << low)
 
@@ -329,6 +329,17 @@ class PageSet:
         self.discard(target)
         for run in carried:
             self.add(run)
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Give the set as it is kept: (number, bitmap) of each stretch of CHUNK_PAGES pages."""
+        return iter(self._chunks.items())
+
+    def add_chunk(self, number: int, bits: int) -> None:
+        """Put the pages of one chunk in; see ``chunks``."""
+        if not 0 < bits <= _FULL:
+            raise ValueError(f"a chunk is a bitmap of 1 to {CHUNK_PAGES} bits")
+        merged = self._chunks.get(number, 0) | bits
+        self._chunks[number] = _FULL if merged == _FULL else merged
 
     def copy(self) -> PageSet:
         """Give an independent set of the same pages."""

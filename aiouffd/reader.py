@@ -9,6 +9,8 @@ Laws of this file:
   and only then serves faults: page faults are delivered before older events, so a fault read
   first may be about memory that an event behind it has moved or removed.
 * No await, no lock and no source stands between the descriptor and its reader.
+* With a journal, messages are read into it: what the kernel has said is written down before
+  anybody could forget it.
 * The callback never raises: an error ends the pager, and its waiters are told.
 """
 
@@ -32,11 +34,13 @@ from .events import (
     decode,
 )
 from .fds import OwnedFd
+from .journal import JournalError
 from .kernel import abi, calls
 from .ranges import Range
 
 if TYPE_CHECKING:
     from .dispatcher import Dispatcher
+    from .region import Region
 
 log: Final = logging.getLogger("aiouffd")
 
@@ -50,6 +54,11 @@ _OF_NO_RANGE: Final = frozenset((PAGEFAULT, abi.UFFD_EVENT_FORK))
 _unpack_fault: Final = abi.UFFD_MSG_PAGEFAULT.unpack_from
 _each_fault: Final = abi.UFFD_MSG_PAGEFAULT.iter_unpack
 _unpack_range = abi.UFFD_MSG_RANGE.unpack_from
+
+
+def number_of(region: Region) -> int | None:
+    """Give a region's number in the journal, if it has one."""
+    return None if region.number < 0 else region.number
 
 
 class Reader:
@@ -67,11 +76,31 @@ class Reader:
         """
         self._dispatcher = dispatcher
         self._on_child = on_child
-        self._buffer = bytearray(_BATCH * MESSAGE_SIZE)
-        self._view = memoryview(self._buffer)
         self._pausing = False
         self._reading = False
-        self._read = calls.reader(dispatcher.fd, self._buffer)
+        self.read_into(memoryview(bytearray(_BATCH * MESSAGE_SIZE)))
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Read into another buffer of 64 messages from now on."""
+        self._buffer = buffer
+        self._read = calls.reader(self._dispatcher.fd, buffer)
+
+    def settle(self) -> None:
+        """What was read is in the books: let the journal, if there is one, make room for more.
+
+        Call it whenever a record of our own was written, too: the next read must not land on it.
+        """
+        dispatcher = self._dispatcher
+        journal = dispatcher.journal
+        if journal is None:
+            return
+        try:
+            if journal.settled(dispatcher.space, number_of):
+                self.read_into(journal.inbox)
+        except JournalError as error:
+            log.critical("%r will not outlive this process: %s", dispatcher.uffd, error)
+            dispatcher.journal = None
+            self.read_into(memoryview(bytearray(_BATCH * MESSAGE_SIZE)))
 
     def start(self) -> None:
         """Begin to read whenever there is something."""
@@ -110,13 +139,19 @@ class Reader:
         """
 
         def read_fill_apply() -> None:
-            count = self._read() or 0
+            count = self._take(self._read() or 0)
             if not self._concerns(count, where):
                 fill()
             if count and not self._dispatcher.target_gone:
                 self._batch(count)
 
         self._guarded(read_fill_apply)
+
+    def _take(self, count: int) -> int:
+        """See that what was read is not lost, before anything is done with it."""
+        if count and self._dispatcher.journal is not None:
+            self._dispatcher.journal.took(count)
+        return count
 
     def _concerns(self, count: int, where: Range) -> bool:
         """Whether an event of the batch is about a range."""
@@ -151,8 +186,8 @@ class Reader:
     def _drain(self) -> None:
         dispatcher = self._dispatcher
         counters = dispatcher.counters
-        buffer, read = self._buffer, self._read
         for _ in range(_ROUNDS):
+            buffer, read = self._buffer, self._read  # others next time, if there is a journal
             ended = counters.ended
             count = read()
             if count == MESSAGE_SIZE and buffer[0] == PAGEFAULT:
@@ -160,7 +195,7 @@ class Reader:
                 _, flags, address, thread_id = _unpack_fault(buffer)
                 dispatcher.fault(flags, address, thread_id)
             elif count:
-                self._batch(count)
+                self._batch(self._take(count))
             else:
                 return
             if counters.ended == ended or dispatcher.target_gone:
@@ -171,7 +206,7 @@ class Reader:
         failed: Exception | None = None
         try:
             for _ in range(_ROUNDS):
-                messages = self._view[:count]
+                messages = self._buffer[:count]
                 for n, (kind, flags, address, thread_id) in enumerate(_each_fault(messages)):
                     if kind == PAGEFAULT:
                         faults.append((flags, address, thread_id))
@@ -184,9 +219,10 @@ class Reader:
                                 self._apply(event)
                             except Exception as error:
                                 failed = failed or error
-                if count < len(self._buffer):
+                self.settle()
+                if count < _BATCH * MESSAGE_SIZE:
                     break
-                count = self._read() or 0
+                count = self._take(self._read() or 0)
             if failed is not None:
                 raise failed
         finally:  # a later read may fail for want of a descriptor: these are read already

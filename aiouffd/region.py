@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .errors import refusal
 from .failure import Action
+from .filled_pages import FilledPages
 from .kernel import abi, calls
 from .kernel.buffers import PinnedBuffer
 from .performer import PIECE_BYTES, Walk
@@ -37,19 +39,26 @@ class Region:
         modes: Which faults are asked for.
         ioctls: The mask that UFFDIO_REGISTER gave; 0 if the peer registered.
         grows: The target may grow it with mremap; the new tail reads zero.
+        filled: Which pages were filled, if a journal keeps that.
+        filled_before: Those that were filled when the region was taken over from another
+            process: what is missing of them was removed.
         name: For messages to people.
+        number: Its place in the journal; below zero if that does not know it.
 
     Sharing: the loop's thread.
     """
 
     __slots__ = (
         "_pager",
+        "filled",
+        "filled_before",
         "grows",
         "handler",
         "ioctls",
         "length",
         "modes",
         "name",
+        "number",
         "offset",
         "page_size",
         "start",
@@ -78,6 +87,9 @@ class Region:
         self.name = name
         self.grows = grows
         self.ioctls = ioctls
+        self.number = -1
+        self.filled: FilledPages | None = None
+        self.filled_before: FilledPages | None = None
 
     def __repr__(self) -> str:
         name = f" {self.name!r}" if self.name else ""
@@ -85,7 +97,7 @@ class Region:
 
     def clone_for(self, pager: Pager) -> Region:
         """Make the same region for a forked child's pager."""
-        return Region(
+        clone = Region(
             pager,
             Range(self.start, self.length),
             self.handler,
@@ -96,6 +108,9 @@ class Region:
             grows=self.grows,
             ioctls=self.ioctls,
         )
+        clone.number = self.number
+        clone.filled_before = self.filled_before
+        return clone
 
     @property
     def ranges(self) -> list[tuple[Range, int]]:
@@ -211,13 +226,14 @@ class Region:
         space, fd = pager.space, pager.uffd.fileno()
         total = 0
         for where in space.addresses(self, offset, length, self.start - self.offset):
-            to_source = source + space.delta(where.start)
+            delta = space.delta(where.start)
+            to_source = source + delta
 
             def fill(start: int, length: int, to_source: int = to_source) -> int:
                 return calls.copy(fd, start, start + to_source, length, mode)
 
             # The removed set is asked right before the ioctl: removal beats filling.
-            for run in space.removed.gaps(where) if space.removed else (where,):
+            for run in self.fillable(where):
                 walk = Walk(run, self.page_size)
                 while walk:
                     at = walk.at
@@ -225,8 +241,25 @@ class Region:
                     if done > 0:
                         total += done
                         pager.counters.filled_bytes += done
+                        if self.filled is not None:
+                            self.filled.add_range(at + delta, done)
                     elif done == -errno.EAGAIN:
                         return total, False
                     elif done not in (-errno.EEXIST, -errno.ENOENT):
                         raise pager.refused("UFFDIO_COPY", done, at, run.end - at)
         return total, True
+
+    def fillable(self, where: Range) -> Iterable[Range]:
+        """Give the parts of a placed range that may be filled ahead of demand.
+
+        Pages that the target removed may not; nor may those that another process had filled:
+        they are there, or were removed.
+        """
+        space = self._pager.space
+        runs = space.removed.gaps(where) if space.removed else (where,)
+        if self.filled_before is None:
+            return runs
+        delta = space.delta(where.start)
+        return [
+            gap.moved(-delta) for run in runs for gap in self.filled_before.gaps(run.moved(delta))
+        ]

@@ -76,6 +76,8 @@ class Resolver:
             self.again.pop(page, None)
         if type(resolution) is Copy:
             self._dispatcher.counters.copied_bytes += size
+            if flight.region is not None and flight.region.filled is not None:
+                flight.region.filled.add(fault.offset)
         self._dispatcher.end(flight, outcome_of(resolution))
         if whole.length > size:
             self._rest(flight, resolution, whole)
@@ -183,14 +185,18 @@ class Resolver:
             return perform(self._dispatcher.fd, resolution, whole.start, start, length, size)
 
         for where, placement in space.placements.overlapping(part):
-            if placement.region is not flight.region or placement.delta != delta:
+            region = placement.region
+            if region is not flight.region or placement.delta != delta:
                 continue
-            for run in space.removed.gaps(where) if space.removed else (where,):
+            for run in region.fillable(where):
                 walk = Walk(run, size)
                 while walk:
+                    at = walk.at
                     done = walk.step(fill, self._dispatcher.wake)
                     if done > 0 and type(resolution) is Copy:
                         self._dispatcher.counters.filled_bytes += done
+                        if region.filled is not None:
+                            region.filled.add_range(at + delta, done)
                     elif done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
                         return False
         return True

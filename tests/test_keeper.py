@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from aiouffd.keeper import Generation, Keeper, Patience, _is_name, is_pidfd, kill_targets
+from aiouffd.keeper import Generation, Keeper, Patience, _is_name, kill_targets
 from tests.keeping import ROOT, keeping
 from tests.serving import within
 
@@ -234,13 +234,3 @@ def test_names_that_nobody_may_have(name: str) -> None:
     """Names are systemd's: printable ASCII without a colon, up to 255 characters."""
     assert not _is_name(name)
     assert _is_name("aiouffd-1.2 x")
-
-
-def test_knows_a_pidfd() -> None:
-    """A pidfd is told from other descriptors."""
-    reader, writer = os.pipe()
-    pidfd = os.pidfd_open(os.getpid())
-    assert is_pidfd(pidfd)
-    assert not is_pidfd(reader)
-    for fd in (reader, writer, pidfd):
-        os.close(fd)

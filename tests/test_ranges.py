@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from aiouffd.ranges import (
     _CHUNK_BYTES,
-    _CHUNK_PAGES,
+    CHUNK_PAGES,
     PAGE_SIZE,
     PageSet,
     Range,
@@ -205,10 +205,10 @@ RangeMapTest.settings = settings(max_examples=EXAMPLES, stateful_step_count=25)
 # --- PageSet ---------------------------------------------------------------------------
 
 #: Pages at both sides of two borders between chunks, so that few steps meet them often.
-BORDERS = (0, _CHUNK_PAGES, 2 * _CHUNK_PAGES)
+BORDERS = (0, CHUNK_PAGES, 2 * CHUNK_PAGES)
 page_numbers = st.one_of(
     st.sampled_from(BORDERS).flatmap(lambda n: st.integers(max(n - 8, 0), n + 8)),
-    st.integers(0, 2 * _CHUNK_PAGES + 8),
+    st.integers(0, 2 * CHUNK_PAGES + 8),
 )
 page_ranges = st.tuples(page_numbers, page_numbers).map(
     lambda pair: Range.between(min(pair) * PAGE_SIZE, max(pair) * PAGE_SIZE)

@@ -143,6 +143,12 @@ class FdInfo(NamedTuple):
     initialised: bool  #: UFFDIO_API has been done
 
 
+def is_pidfd(fd: int) -> bool:
+    """Say whether a descriptor is a pidfd."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        return "\nPid:" in file.read()
+
+
 def fdinfo(fd: int, pid: int | str = "self") -> FdInfo:
     """Read the kernel's own account of a userfaultfd.
 
@@ -188,7 +194,7 @@ def read_messages(fd: int, buffers: Sequence[bytearray | memoryview]) -> int:
         return 0
 
 
-def reader(fd: int, buffer: bytearray) -> Callable[[], int | None]:
+def reader(fd: int, buffer: bytearray | memoryview) -> Callable[[], int | None]:
     """Make a function that does what ``read_messages`` does, always into one buffer.
 
     A read that finds nothing is no exception here: half a microsecond less.

@@ -501,3 +501,13 @@ def test_a_message_reader_gives_messages_then_none() -> None:
         assert buffer[0] == abi.UFFD_EVENT_PAGEFAULT
         assert fill(target, 1) == PAGE
         assert touch.result() == 7
+
+
+def test_knows_a_pidfd() -> None:
+    """A pidfd is told from other descriptors."""
+    reader, writer = os.pipe()
+    pidfd = os.pidfd_open(os.getpid())
+    assert calls.is_pidfd(pidfd)
+    assert not calls.is_pidfd(reader)
+    for fd in (reader, writer, pidfd):
+        os.close(fd)

@@ -1,0 +1,110 @@
+"""Which pages of a region have been filled: one bit each, in memory that outlives this process.
+
+Knows: bits, and the place in the source that each stands for.
+Must not know: who fills, where the memory comes from.
+
+A bit is set after its page's fill has succeeded, so that a crash in between repeats a fill at
+worst: the kernel says that the page is there.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+
+from .ranges import Range, align_down, align_up
+
+
+class FilledPages:
+    """The bits of one region.
+
+    A place in the source belongs to memory, not to an address: moves change nothing here.
+
+    Sharing: one writer.
+    """
+
+    __slots__ = ("_at", "_count", "_memory", "_offset", "_page_size", "_shift")
+
+    def __init__(
+        self,
+        memory: mmap.mmap | bytearray,
+        at: int,
+        offset: int,
+        length: int,
+        page_size: int,
+    ) -> None:
+        """Look at bits that are there already.
+
+        Args:
+            memory: That holds them.
+            at: Where in it they begin, in bytes.
+            offset: Where the region begins in its source, in bytes.
+            length: Of the region, in bytes.
+            page_size: Of its memory, in bytes.
+        """
+        self._memory = memory
+        self._at = at
+        self._offset = offset
+        self._page_size = page_size
+        self._shift = page_size.bit_length() - 1
+        self._count = length >> self._shift
+
+    @staticmethod
+    def bytes_for(length: int, page_size: int) -> int:
+        """Say how many bytes the bits of a region take."""
+        return (length // page_size + 7) // 8
+
+    def add(self, offset: int) -> None:
+        """Note that the page at an offset was filled; one behind the region has no bit."""
+        page = (offset - self._offset) >> self._shift
+        if 0 <= page < self._count:
+            self._memory[self._at + (page >> 3)] |= 1 << (page & 7)
+
+    def add_range(self, offset: int, length: int) -> None:
+        """Note that whole pages from an offset on were filled."""
+        first = max((offset - self._offset) >> self._shift, 0)
+        end = min((offset + length - self._offset) >> self._shift, self._count)
+        memory, at = self._memory, self._at
+        low, high = align_up(first, 8), align_down(end, 8)
+        if low < high:
+            memory[at + (low >> 3) : at + (high >> 3)] = b"\xff" * ((high - low) >> 3)
+        else:
+            low = high = end
+        for page in (*range(first, min(low, end)), *range(max(high, first), end)):
+            memory[at + (page >> 3)] |= 1 << (page & 7)
+
+    def __contains__(self, offset: int) -> bool:
+        page = (offset - self._offset) >> self._shift
+        return 0 <= page < self._count and bool(
+            self._memory[self._at + (page >> 3)] >> (page & 7) & 1
+        )
+
+    def __len__(self) -> int:
+        """Count the pages."""
+        return int.from_bytes(self._bytes(), "little").bit_count()
+
+    def __bool__(self) -> bool:
+        return any(self._bytes())
+
+    def _bytes(self) -> bytes:
+        at, size = self._at, self._page_size
+        return bytes(self._memory[at : at + self.bytes_for(self._count * size, size)])
+
+    def gaps(self, where: Range) -> Iterator[Range]:
+        """Give the runs of pages in a range of offsets that were not filled, in order."""
+        start: int | None = None
+        for page in where.pages(self._page_size):
+            if page in self:
+                if start is not None:
+                    yield Range.between(start, page)
+                    start = None
+            elif start is None:
+                start = page
+        if start is not None:
+            yield Range.between(start, where.end)
+
+    def frozen(self) -> FilledPages:
+        """Give the bits as they are now, which later fills do not change."""
+        size = self._page_size
+        memory = bytearray(self._bytes())
+        return FilledPages(memory, 0, self._offset, self._count * size, size)

@@ -1,0 +1,51 @@
+"""aiouffd.filled_pages: a bit for each page, by its place in the source."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aiouffd.filled_pages import FilledPages
+from aiouffd.ranges import Range
+from tests.targets import HUGE, PAGE
+
+_PAGES = 70
+_RANGES = st.lists(st.tuples(st.integers(-3, _PAGES + 3), st.integers(1, 40)), max_size=8)
+
+
+def _bits(page_size: int = PAGE, offset: int = 0) -> FilledPages:
+    memory = bytearray(b"\xaa" + bytes(FilledPages.bytes_for(_PAGES * PAGE, PAGE)) + b"\xaa")
+    return FilledPages(memory, 1, offset, _PAGES * page_size, page_size)
+
+
+@given(_RANGES, st.lists(st.integers(-3, _PAGES + 3), max_size=8), st.sampled_from([PAGE, HUGE]))
+def test_like_a_set_of_pages(ranges: list[tuple[int, int]], single: list[int], size: int) -> None:
+    """Ranges and single pages give what a set of numbers gives; nothing else is written."""
+    base = 5 * size
+    bits = _bits(size, base)
+    model: set[int] = set()
+    for first, count in ranges:
+        bits.add_range(base + first * size, count * size)
+        model |= set(range(first, first + count))
+    for page in single:
+        bits.add(base + page * size)
+        model.add(page)
+    model &= set(range(_PAGES))
+    assert {page for page in range(-5, _PAGES + 9) if base + page * size in bits} == model
+    assert len(bits) == len(model)
+    assert bool(bits) == bool(model)
+    gaps = {
+        page // size for gap in bits.gaps(Range(base, _PAGES * size)) for page in gap.pages(size)
+    }
+    assert gaps == {5 + page for page in range(_PAGES)} - {5 + page for page in model}
+    memory = bits._memory
+    assert memory[0] == memory[len(memory) - 1] == 0xAA
+
+
+def test_frozen_bits_do_not_change() -> None:
+    """What was filled before a moment is not what is filled after it."""
+    bits = _bits()
+    bits.add(3 * PAGE)
+    before = bits.frozen()
+    bits.add(4 * PAGE)
+    assert [page for page in range(9) if page * PAGE in before] == [3]
