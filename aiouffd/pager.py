@@ -170,11 +170,6 @@ class Pager:
         return self._dispatcher.target_gone
 
     @property
-    def parent(self) -> Pager | None:
-        """The pager of the process that this one's was forked from, while that lives."""
-        return self._parent
-
-    @property
     def journal(self) -> Journal | None:
         """What outlives this process of the books, if anything does."""
         return self._dispatcher.journal
