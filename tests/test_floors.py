@@ -39,7 +39,8 @@ FLOORS = {
         protocols.firecracker protocols.shared
         export""",
     "tools": """
-        . testing testing.sources cli.main cli cli.image_options
+        . testing testing.sources cli.main cli cli.image_options cli.prefetch_options
+        working_set_plot cli.working_set
         image image.new_file image.sparse image.packed image.copying image.survey
         page_map status http_site control
         cli.output cli.export
@@ -59,6 +60,7 @@ OPTIONAL: dict[str, set[str]] = {
     "aiohttp": {"http_site", "sources.http"},
     "obstore": {"sources.object_store"},
     "yarl": {"sources.http_places"},  # aiohttp's own URLs
+    "matplotlib": {"working_set_plot"},
     "pytest": {"testing.sources"},
     "redis": {"sources.redis_client"},
     "backports": {"sources.zstd_frames"},  # from 3.14 compression.zstd

@@ -19,6 +19,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Final
 
 from .. import __version__
@@ -31,6 +32,7 @@ COMMANDS: Final[dict[str, str]] = {
     "export": "let other aiouffd servers read an image over the network",
     "keep": "run a server so that nothing is lost when it dies",
     "image": "pack, unpack, compare and check images",
+    "working-set": "look at recorded sets of pages, combine and compare them",
     "demo": "see a process run on lazily served memory, checked against the file",
 }
 
@@ -44,9 +46,14 @@ start here:
   aiouffd export IMAGE                   the image for other servers to read
   aiouffd keep -- aiouffd serve …         the same, and nothing is lost when it dies
   aiouffd image pack IMAGE OUT           a compressed image, served as it is
+  aiouffd working-set show FILE          what `serve --record` has seen
 
 `aiouffd COMMAND --help` explains a command.
 """
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{command.replace('-', '_')}")
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -61,7 +68,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():
         if name == command:
-            importlib.import_module(f"{__package__}.{name}").add_parser(subparsers)
+            _module(name).add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
     return parser
@@ -94,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             status = 0
         else:
-            status = importlib.import_module(f"{__package__}.{args.command}").run(args)
+            status = _module(args.command).run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
