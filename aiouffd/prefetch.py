@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
-from .errors import ClosedError, SourceError, TargetGone, UffdError
+from .errors import ClosedError, SourceError, TargetGone, UffdError, WorkingSetError
 from .pager import Pager
 from .ranges import align_down, align_up
 from .region import Region
@@ -128,6 +128,31 @@ class Prefetch:
         self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
         self._step = 0
         self._faults = 0
+
+    async def run(
+        self, pages: WorkingSet | None, pace: Pace, *, any_image: bool = False, name: str = ""
+    ) -> None:
+        """Replay, then hydrate, as a session does in the background: errors are only logged.
+
+        Args:
+            pages: What to replay, if anything.
+            pace: See ``hydrate``.
+            any_image: See ``replay``.
+            name: Whose memory it is, for the log.
+
+        Cancellation: what was installed so far is there.
+        """
+        if pages is not None:
+            try:
+                await self.replay(pages, any_image=any_image)
+            except WorkingSetError as error:
+                log.warning("%s: the working set is not replayed: %s", name, error)
+            except Exception:
+                log.exception("%s: replay failed, demand goes on", name)
+        try:
+            await self.hydrate(pace)
+        except Exception:
+            log.exception("%s: hydration failed, demand goes on", name)
 
     # --- what there is to do -----------------------------------------------------------
 

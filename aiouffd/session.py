@@ -39,10 +39,13 @@ from .handlers import from_source, zeroes
 from .handover import Handover, Peer
 from .metrics import Counters, Metrics, Observer
 from .pager import Pager
+from .prefetch import Pace, Prefetch
 from .ranges import align_up
+from .recording import Recorder, Recording
 from .resolutions import Handler
-from .sources import Extents, Source
+from .sources import Extents, Source, identity_of
 from .uffd import Feature, Userfaultfd
+from .working_set import WorkingSet
 
 log: Final = logging.getLogger("aiouffd.session")
 
@@ -102,6 +105,10 @@ class Service:
             pager; what is missing in further ones is settled by ``on_close`` at once (HANG,
             which takes a descriptor, is POISON there).  A target that forks faster than that
             is done ends its session.
+        replay: A working set whose pages are brought before they are asked for.
+        any_image: Replay though it is unknown whether the set was made for this image.
+        hydrate: How fast everything else is brought in the background.
+        recorder: Records the sessions' working sets.
     """
 
     failure: FailurePolicy = field(default_factory=FailurePolicy)
@@ -111,6 +118,10 @@ class Service:
     chunk: int = 0
     max_in_flight: int = 256
     max_children: int = 64
+    replay: WorkingSet | None = None
+    any_image: bool = False
+    hydrate: Pace = Pace.OFF
+    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +211,7 @@ class Session:
         peer: Who handed it over, if known; pinned.
         id: Its name among the sessions of a server, short and of one word; empty without one.
         pager: Its pager, from ``async with`` on.
+        prefetch: What brings its memory ahead of demand, from ``async with`` on.
         metrics: Outcomes and latencies.
         milestones: Those reached so far, in order.
 
@@ -239,8 +251,11 @@ class Session:
         self.metrics: Final = Metrics()
         self.milestones: Final[list[Milestone]] = []
         self.pager: Pager
+        self.prefetch: Prefetch
         self._extents = extents
-        self._observers = tuple(observers)
+        self._observers: tuple[Observer, ...] = tuple(observers)
+        self._recording: Recording | None = None
+        self._prefetching: asyncio.Task[None] | None = None
         self._watch = _Watch(lambda: self._reached(Milestone.FIRST_PAGE))
         self._on_milestone = on_milestone
         self._state = State.HANDSHAKING
@@ -326,8 +341,10 @@ class Session:
             self.handover.close()
             raise
         try:
+            self._begin_recording()
             self.pager = self._make_pager(uffd)
         except BaseException as error:
+            await self._end_prefetch()
             await _fail_closed(uffd, self.peer, error)
             self.handover.close()
             raise
@@ -336,6 +353,7 @@ class Session:
             self._check_regions()  # now that the pager would settle what is refused
             self._enter(State.SERVING)
             self.pager.start()
+            self._begin_prefetch()
         except BaseException as error:
             await self._close(None)
             if isinstance(error, ValueError):  # regions that no memory can have
@@ -352,6 +370,39 @@ class Session:
                     f" {self.source.size:#x}",
                     self.name,
                 )
+
+    def _begin_recording(self) -> None:
+        if self.service.recorder is not None and self.handover.regions:
+            self._recording = self.service.recorder.begin(
+                self.id,
+                identity=identity_of(self.source),
+                image_size=self.source.size,
+                page_size=self.handover.regions[0].page_size,
+            )
+        if self._recording is not None:
+            self._observers = (*self._observers, self._recording)
+
+    def _begin_prefetch(self) -> None:
+        self.prefetch = Prefetch(self.pager, self.source, extents=self._extents)
+        if self.service.replay is not None or self.service.hydrate is not Pace.OFF:
+            self._prefetching = asyncio.create_task(
+                self._run_prefetch(), name="aiouffd session prefetch"
+            )
+
+    async def _run_prefetch(self) -> None:
+        service = self.service
+        await self.prefetch.run(
+            service.replay, service.hydrate, any_image=service.any_image, name=self.name
+        )
+        if self.prefetch.resident:
+            self._enter(State.RESIDENT)
+
+    async def _end_prefetch(self) -> None:
+        if self._prefetching is not None:
+            self._prefetching.cancel()
+            await asyncio.wait([self._prefetching])
+        if self._recording is not None:
+            await self._recording.aclose()
 
     def _make_pager(self, uffd: Userfaultfd) -> Pager:
         service = self.service
@@ -622,6 +673,7 @@ class Session:
 
     async def _close_all(self, action: Action | None) -> None:
         try:
+            await self._end_prefetch()
             await _let_go(self.pager, action, self.handover, self.peer)
         finally:
             if self._refusing:

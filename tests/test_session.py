@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -21,13 +21,19 @@ from aiouffd.fds import OwnedFd
 from aiouffd.handlers import from_source
 from aiouffd.handover import HandedRegion, Handover, Peer, pin_peer
 from aiouffd.pager import Pager
+from aiouffd.prefetch import Pace
 from aiouffd.protocols import firecracker
+from aiouffd.recording import Recorder
 from aiouffd.session import Milestone, Service, Session, State, settle
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.testing.sources import image
 from aiouffd.uffd import Userfaultfd
 from aiouffd.unix_socket import Listener
-from tests.stand_in_vmm import PAGE, StandInVmm
+from aiouffd.working_set import Header, WorkingSet
+from tests.stand_in_vmm import PAGE, StandInVmm, eventually
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 SIZE: Final = 16 * PAGE
 
@@ -337,3 +343,100 @@ async def test_sessions_that_end_and_begin_at_once_keep_their_bytes(seed: int) -
             await asyncio.gather(*touches)
             await session.aclose()
             targets[which][0].madvise(mmap.MADV_DONTNEED)
+
+
+async def test_a_session_records_and_replays(tmp_path: Path) -> None:
+    """What one target needed is there before another of the same image asks for it."""
+    source = BufferSource(image(SIZE))
+    recorder = Recorder(str(tmp_path / "set"))
+    for service in (Service(recorder=recorder), Service(recorder=recorder, hydrate=Pace.OFF)):
+        async with (
+            handed_over(tmp_path / "socket") as (vmm, handover, peer),
+            Session(handover, source, peer=peer, service=service, id="1") as session,
+        ):
+            await vmm.read(3 * PAGE)
+            await vmm.read(9 * PAGE)
+            assert session.prefetch.figures.reads == 0
+    pages = WorkingSet.load(tmp_path / "set")
+    assert list(pages.runs()) == [(3, 1), (9, 1)]
+    async with (
+        handed_over(tmp_path / "socket") as (vmm, handover, peer),
+        Session(handover, source, peer=peer, service=Service(replay=pages)) as session,
+    ):
+        await eventually(
+            lambda: session.prefetch.figures.replayed_bytes == 2 * PAGE, "it is replayed"
+        )
+        assert await vmm.read(3 * PAGE, PAGE) == image(SIZE)[3 * PAGE : 4 * PAGE]
+        assert await vmm.read(9 * PAGE, PAGE) == image(SIZE)[9 * PAGE : 10 * PAGE]
+        assert session.figures().faults == 0
+        assert session.state is State.SERVING
+
+
+async def test_hydration_makes_a_session_resident(tmp_path: Path) -> None:
+    """Which is told, and costs the target no fault."""
+    service = Service(hydrate=Pace.FULL)
+    async with (
+        handed_over(tmp_path / "socket") as (vmm, handover, peer),
+        Session(handover, BufferSource(image(SIZE)), peer=peer, service=service) as session,
+    ):
+        await eventually(lambda: session.state is State.RESIDENT, "it is resident")
+        assert await vmm.read(0, SIZE) == image(SIZE)
+        assert session.figures().faults == 0
+        assert session.figures().filled_bytes == SIZE
+
+
+async def test_a_prefetch_that_fails_costs_nobody_a_page(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A set of another image, a source whose extents cannot be had twice: one line each."""
+
+    class Moody(BufferSource):
+        async def read(self, offset: int, length: int) -> bytes:
+            raise RuntimeError("moody")
+
+        def read_nowait(self, offset: int, length: int) -> Buffer:
+            if length > PAGE:
+                raise RuntimeError("moody")
+            return super().read_nowait(offset, length)
+
+    other = WorkingSet(Header(identity="another", image_size=SIZE))
+    service = Service(replay=other, hydrate=Pace.FULL)
+    async with (
+        handed_over(tmp_path / "socket") as (vmm, handover, peer),
+        Session(handover, Moody(image(SIZE)), peer=peer, service=service) as session,
+    ):
+        await eventually(lambda: session.prefetch.figures.refused, "hydration has met the mood")
+        assert await vmm.read(0, SIZE) == image(SIZE)
+        assert session.state is State.SERVING
+    assert "the working set is not replayed: made for another generation" in caplog.text
+    assert caplog.text.count("left to demand") == 1
+
+
+async def test_closing_ends_a_prefetch_that_is_under_way(tmp_path: Path) -> None:
+    """Its reads are cancelled; what it did not bring is settled by the policy."""
+
+    class Slow(BufferSource):
+        reading = 0
+
+        async def read(self, offset: int, length: int) -> Buffer:
+            self.reading += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.reading -= 1
+            return b""
+
+        def read_nowait(self, offset: int, length: int) -> None:  # type: ignore[override]
+            return None
+
+    source = Slow(image(SIZE))
+    async with (
+        handed_over(tmp_path / "socket") as (vmm, handover, peer),
+        Session(
+            handover, source, peer=peer, service=Service(hydrate=Pace.FULL, on_close=Action.ZERO)
+        ) as session,
+    ):
+        await eventually(lambda: source.reading, "it reads")
+        await asyncio.wait_for(session.aclose(), 10)
+        assert source.reading == 0
+        assert await vmm.read(0) == bytes(1)

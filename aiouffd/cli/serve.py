@@ -33,6 +33,7 @@ from ..sources.shared import SharedImage
 from .export import add_export_options, exporting
 from .image_options import Served, add_image_options, open_served, sharing_report
 from .output import Lines, LinesHandler
+from .prefetch_options import add_prefetch_options, prefetch_settings
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -122,6 +123,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="bring so much around each fault, such as 64K (default: one page)",
     )
     add_export_options(parser)
+    add_prefetch_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     return parser
 
@@ -194,6 +196,7 @@ async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
             on_close=policy,
             deadline=args.deadline,
             chunk=args.chunk,
+            **prefetch_settings(args),
         ),
         max_sessions=args.max_sessions,
         uids=args.uid,

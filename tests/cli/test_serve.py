@@ -21,6 +21,7 @@ from aiouffd.cli import main
 from aiouffd.testing.sources import image
 from aiouffd.unix_socket import Connection
 from tests.attached import Attached
+from aiouffd.working_set import WorkingSet
 from tests.seekable import seekable
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
 
@@ -401,3 +402,41 @@ def test_an_image_that_cannot_be_opened_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "socket").exists()
+
+
+async def test_a_session_is_recorded_and_the_next_server_replays_it(tmp_path: Path) -> None:
+    """What the first target touched, the second has before it asks."""
+    recorded = tmp_path / "set-1"
+    options = ("--record", str(tmp_path / "set-{id}"), "--record-window", "60s")
+    async with serve(tmp_path, *options) as server:
+        async with StandInVmm.start(server.path, SIZE) as guest:
+            for page in (3, 9):
+                await guest.read(page * PAGE)
+        server.process.terminate()
+        assert await server.end() == 0
+    assert list(WorkingSet.load(recorded).runs()) == [(3, 1), (9, 1)]
+    async with serve(tmp_path, "--replay", str(recorded), "--hydrate", "slow") as server:
+        async with StandInVmm.start(server.path, SIZE) as guest:
+            await server.event("started")
+            assert (await server.event("resident"))["seconds"] >= 0
+            assert await guest.read(0, SIZE) == image(SIZE)
+        ended = await server.event("ended")
+        assert ended["faults"] == 0
+        assert ended["filled_bytes"] == SIZE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--record-window", "0"), ("--record-window", "x"), ("--hydrate", "fast")],
+)
+async def test_options_of_recording_are_checked(tmp_path: Path, options: tuple[str, str]) -> None:
+    """Before anything is served."""
+    with pytest.raises(SystemExit):
+        main(["serve", "image", "--socket", str(tmp_path / "socket"), *options])
+
+
+async def test_a_set_that_is_none_is_refused_at_the_start(tmp_path: Path) -> None:
+    """One line, and status 1."""
+    (tmp_path / "set").write_bytes(b"no set")
+    async with serve(tmp_path, "--replay", str(tmp_path / "set"), plain=True) as server:
+        assert await server.end() == 1
