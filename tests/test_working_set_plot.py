@@ -23,6 +23,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.leaky("matplotlib keeps the fonts open that it has used")
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG\r\n"), ("svg", b"<?xml version")])
 def test_a_plot_is_drawn(path: Path, suffix: str, magic: bytes) -> None:
     """By the command, for a recorded set and a combined one."""
