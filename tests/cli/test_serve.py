@@ -20,8 +20,8 @@ import pytest
 from aiouffd.cli import main
 from aiouffd.testing.sources import image
 from aiouffd.unix_socket import Connection
-from tests.attached import Attached
 from aiouffd.working_set import WorkingSet
+from tests.attached import Attached
 from tests.seekable import seekable
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
 
