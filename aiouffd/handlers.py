@@ -15,7 +15,7 @@ Laws of this file:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from .errors import SourceError
 from .events import PageFault
@@ -25,6 +25,10 @@ from .sources import Extents, Source
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+#: Mapped around a minor fault at most: so much is done at once, before its thread goes on.
+#: More would be a task, which the next fault of a thread that reads on overtakes.
+_MAPPED_AT_ONCE: Final = 256 * 1024
 
 
 async def zeroes(fault: PageFault) -> Answer:
@@ -49,7 +53,7 @@ def from_source(
         extents: The source's extents, when they have been collected before.
         chunk: Bring so many bytes around each fault, a power of two; what is there already
             or was removed stays as it is.  0 brings one page.  Around a minor fault it maps
-            what the source holds without a hole.
+            what the source holds without a hole, at most 256 KiB.
         within: (start, end) offsets that a chunk must not leave: those of the range served.
             Without it a chunk ends at the source's ends.
 
@@ -67,6 +71,7 @@ def from_source(
     holds = extents.holds
     read_nowait = source.read_nowait
     first, last = within if within is not None else (0, size)
+    mapped = min(chunk, _MAPPED_AT_ONCE)
 
     async def read(offset: int, length: int) -> Buffer:
         """Read a page or a chunk; what lies behind the source's end is zeros."""
@@ -79,11 +84,12 @@ def from_source(
     def continue_(fault: PageFault) -> Continue:
         """Map a page that is there, and its neighbours as far as they are."""
         offset, length = fault.offset, fault.length
-        run = extents.around(offset) if chunk > length else None
+        run = extents.around(offset) if mapped > length else None
         if run is None:  # among them: a hole that another clone has touched
             return Continue()
-        start = max(offset & -chunk, first, run[0] & -length)
-        end = min((offset & -chunk) + chunk, align_up(last, length), align_up(run[1], length))
+        begin = offset & -mapped
+        start = max(begin, first, run[0] & -length)
+        end = min(begin + mapped, align_up(last, length), align_up(run[1], length))
         if not (is_aligned(offset - start, length) and is_aligned(end - offset, length)):
             return Continue()
         return Continue(end - start, fault.address - (offset - start))

@@ -217,3 +217,10 @@ async def test_neighbours_stay_within_chunk_and_range() -> None:
     inner = (5 * PAGE + 8, 7 * PAGE + 8)  # pages that begin anywhere in the source
     fill = from_source(BufferSource(image(size)), chunk=4 * PAGE, within=inner)
     assert await fill(fault(6 * PAGE + 8, flags=MINOR)) == Continue()
+
+
+async def test_a_large_chunk_is_mapped_in_pieces() -> None:
+    """What is done at once, no task of its own, before the thread goes on."""
+    fill = from_source(BufferSource(image(1 << 20)), chunk=1 << 20)
+    answer = await fill(fault(100 * PAGE, flags=MINOR))
+    assert answer == Continue(64 * PAGE, BASE + 64 * PAGE)

@@ -140,22 +140,32 @@ class CachedSource:
 
         What only the source below has at hand is left to ``read``, which keeps it.
         """
-        check_read(offset, length, self._size)
+        end = offset + length
+        if offset < 0 or length <= 0 or end > self._size:
+            check_read(offset, length, self._size)
         block = self._block
-        first, last = offset // block, (offset + length - 1) // block
-        views = []
+        number = offset // block
+        start = offset - number * block
         with self._lock:
             if self._closing:
                 raise ClosedError("this cache is closed")
-            blocks = self._blocks
-            for number in range(first, last + 1):
-                kept = blocks.get(number)
+            kept = self._blocks.get(number)
+            if kept is None:
+                return None
+            if start + length <= block:  # most often: within one block
+                self._blocks.move_to_end(number)
+                self._hits += 1
+                # From here on it is lent, and is not dropped.
+                return memoryview(kept)[start : start + length].toreadonly()
+            views = []
+            for each in range(number, (end - 1) // block + 1):
+                kept = self._blocks.get(each)
                 if kept is None:
                     return None
-                blocks.move_to_end(number)
-                views.append(memoryview(kept))  # from here on it is lent, and is not dropped
+                self._blocks.move_to_end(each)
+                views.append(memoryview(kept))
             self._hits += 1
-        return _cut(views, offset - first * block, length)
+        return _cut(views, start, length)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Give what is kept; read the blocks that are missing, neighbours in one read.
