@@ -15,6 +15,7 @@ from typing import Final
 import pytest
 
 from aiouffd.failure import Action
+from aiouffd.session import State
 from aiouffd.sharing import figures, mapped
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.layered import Layer, LayeredSource
@@ -172,6 +173,17 @@ async def test_without_us_the_memory_reads_on(action: Action | None) -> None:
         await session.aclose(action)
         assert session.outcome == "let go, to read on from the shared image"
         assert await read_all(clone) == zlib.crc32(data)
+
+
+async def test_a_complete_clone_shares_on() -> None:
+    """Letting a clone go brings nothing and copies nothing: all is there already."""
+    async with shared() as (copy, data), cloned(copy) as (one, session), cloned(copy) as (two, _):
+        await session.complete()
+        assert session.state is State.DETACHED
+        assert await read_all(one) == await read_all(two) == zlib.crc32(data)
+        assert session.figures().filled_bytes == session.figures().faults == 0
+        assert mapped(one.pid, [(one.base, one.base + SIZE)]) == (SIZE, 0)
+        assert one.smaps()["Pss"] <= SIZE // 2 + PAGE
 
 
 # --- 15: huge folios -------------------------------------------------------------------
