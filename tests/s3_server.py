@@ -61,6 +61,7 @@ class S3Server:
         """Give the variables under which S3 clients find it and may use it."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ALLOW_HTTP": "true",
             "AWS_ACCESS_KEY_ID": KEY,
             "AWS_SECRET_ACCESS_KEY": SECRET,
             "AWS_REGION": REGION,

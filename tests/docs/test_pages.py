@@ -3,17 +3,21 @@
 A ``python`` block is a whole program: it must end well, and print the ``output`` block behind it,
 if there is one.  A ``py`` block is a fragment: it must compile.  ``pycon`` blocks are doctests.
 ``bash`` blocks are commands: those of a page run in order, in one new folder, and print their
-``output`` blocks; what cannot be run is a ``console`` or ``sh`` block.
+``output`` blocks; what cannot be run is a ``console`` or ``sh`` block.  A page that speaks of
+``s3://`` has an S3 with a bucket named ``images``, in its environment.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +84,20 @@ def test_sessions_hold(block: re.Match[str]) -> None:
     assert not failures, "".join(failures)
 
 
+@contextlib.contextmanager
+def _s3() -> Iterator[dict[str, str]]:
+    """Run an S3; give the variables by which clients find it."""
+    command = [sys.executable, "-m", "tests.s3_server"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            lines = iter(server.stdout.readline, "\n")
+            words = [shlex.split(line)[1].partition("=") for line in lines]
+            yield {name: value for name, _, value in words}
+        finally:
+            server.terminate()
+
+
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "\n```bash\n" in page.read_text(encoding="utf-8")], ids=str
 )
@@ -88,10 +106,24 @@ def test_commands_run(page: Path, tmp_path: Path, time_scale: float) -> None:
     programs, folder = tmp_path / "programs", tmp_path / "folder"
     programs.mkdir()
     folder.mkdir()
-    command = programs / "aiouffd"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -W error -m aiouffd "$@"\n')
-    command.chmod(0o755)
-    for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
+    for name, module in (("aiouffd", "-m aiouffd"), ("python3", "")):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -W error {module} "$@"\n')
+        program.chmod(0o755)
+    text = page.read_text(encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(_s3()) if "s3://" in text else {}
+        environment = {
+            **os.environ,
+            **found,
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{programs}:{os.environ['PATH']}",
+        }
+        _run_commands(text, folder, environment, time_scale)
+
+
+def _run_commands(text: str, folder: Path, environment: dict[str, str], time_scale: float) -> None:
+    for block in _BLOCK.finditer(text):
         if block["language"] != "bash":
             continue
         done = subprocess.run(
@@ -100,11 +132,7 @@ def test_commands_run(page: Path, tmp_path: Path, time_scale: float) -> None:
             capture_output=True,
             check=False,
             cwd=folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "PATH": f"{programs}:{os.environ['PATH']}",
-            },
+            env=environment,
             text=True,
             timeout=30 * time_scale,
         )
