@@ -146,6 +146,7 @@ class Control:
             ("GET", "/v1/stats", self._stats),
             ("GET", "/v1/sessions", self._sessions),
             ("GET", "/v1/sessions/{id}", self._session),
+            ("POST", "/v1/sessions/{id}/complete", self._complete),
             ("POST", "/v1/sessions/{id}/close", self._close),
             ("POST", "/v1/drain", self._drain),
             ("GET", "/metrics", self._give_metrics),
@@ -179,6 +180,12 @@ class Control:
         return text_response(self._metrics(), METRICS_TYPE)
 
     # --- orders ------------------------------------------------------------------------
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        wait = _wait(request)
+        session = self._find(request)
+        done = await self._order("complete", session, session.complete, wait)
+        return json_response(summary(session), 200 if done else 202)
 
     async def _close(self, request: web.Request) -> web.Response:
         wait, name = _wait(request), request.query.get("action")

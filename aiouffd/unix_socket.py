@@ -9,7 +9,8 @@ Laws of this file:
   close-on-exec, and is closed if the message that carried it is refused.
 * A socket is created 0600 in a directory that belongs to the server, and appears under its
   name with a rename: there is no moment with other rights or without a listener.
-* Only the server's own socket is unlinked: a newer server's on the same path stays.
+* Only the server's own socket is unlinked: a newer server's on the same path stays, and so
+  does one that the service manager made.
 * Leave the loop, then close: descriptor numbers are reused at once.
 
 A stream socket keeps no message borders.  A descriptor comes with the read that covers the
@@ -207,8 +208,10 @@ def _descriptors(control: Sequence[tuple[int, int, bytes]]) -> list[OwnedFd]:
 class Listener:
     """A listening Unix socket under a name in the file system."""
 
-    def __init__(self, sock: socket.socket, directory: OwnedFd, name: str, path: str) -> None:
-        """Use ``bind`` instead."""
+    def __init__(
+        self, sock: socket.socket, directory: OwnedFd | None, name: str, path: str
+    ) -> None:
+        """Use ``bind`` or ``adopt`` instead."""
         self._socket = sock
         self._directory = directory
         self._name = name
@@ -267,6 +270,30 @@ class Listener:
             directory.close()
             raise
 
+    @classmethod
+    def adopt(cls, fd: OwnedFd) -> Self:
+        """Listen on a socket that somebody else has made and keeps the name of.
+
+        Args:
+            fd: Taken over, or closed.
+
+        Raises:
+            ValueError: It is no listening Unix stream socket.
+        """
+        with contextlib.closing(fd):
+            if not stat.S_ISSOCK(os.fstat(fd.fileno()).st_mode):
+                raise ValueError(f"descriptor {fd.fileno()} is no socket")
+            sock = socket.socket(fileno=os.dup(fd.fileno()))
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM) or not listens:
+            sock.close()
+            raise ValueError("the socket does not listen for Unix streams")
+        sock.setblocking(False)
+        name = sock.getsockname()
+        abstract = isinstance(name, bytes)
+        path = "@" + os.fsdecode(name[1:]) if abstract else str(name)
+        return cls(sock, None, "", path)
+
     def fileno(self) -> int:
         """Give the listening descriptor's number.
 
@@ -293,6 +320,8 @@ class Listener:
         return Connection(sock)
 
     def _identify(self) -> tuple[int, int] | None:
+        if self._directory is None:
+            return None
         try:
             status = os.stat(self._name, dir_fd=self._directory.fileno(), follow_symlinks=False)
         except FileNotFoundError:
@@ -301,13 +330,13 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening; unlink the name if it is still ours.  A second call does nothing."""
-        if self._directory.closed:
-            return
-        # While our socket is open its inode number cannot come to mean another socket.
-        if self._identity is not None and self._identify() == self._identity:
-            os.unlink(self._name, dir_fd=self._directory.fileno())
+        directory = self._directory
+        if directory is not None and not directory.closed:
+            # While our socket is open its inode number cannot come to mean another socket.
+            if self._identity is not None and self._identify() == self._identity:
+                os.unlink(self._name, dir_fd=directory.fileno())
+            directory.close()
         self._socket.close()
-        self._directory.close()
 
     def __enter__(self) -> Self:
         return self

@@ -166,6 +166,44 @@ async def test_a_session_is_closed_when_told(tmp_path: Path) -> None:
         await eventually(lambda: not server.sessions, "both have ended")
 
 
+async def test_a_session_is_completed_once_for_all_who_ask(tmp_path: Path) -> None:
+    """202 while it goes on, 200 when it is done; the target has every byte and no server."""
+    held = Held()
+    async with controlled(tmp_path, held) as (server, path):
+        async with guest_of(server) as guest:
+            answered, body = await ask(path, "POST", "/v1/sessions/1/complete?wait=0")
+            assert (answered, body["state"]) == (202, "serving")
+            waiting = [
+                asyncio.ensure_future(ask(path, "POST", "/v1/sessions/1/complete"))
+                for _ in range(2)
+            ]
+            answered, _ = await ask(path, "POST", "/v1/sessions/1/complete?wait=0.01")
+            assert answered == 202
+            held.gate.set()
+            for one in waiting:
+                answered, body = await one
+                assert (answered, body["state"]) == (200, "detached")
+            await eventually(lambda: not server.sessions, "it has ended")
+            assert await guest.read(0, SIZE) == image(SIZE)
+        assert (await ask(path, "GET", "/v1/stats"))[1]["sessions"] == {"detached": 1}
+
+
+async def test_what_cannot_be_completed_is_served_on(tmp_path: Path) -> None:
+    """409 and why; when the store is back, so is the order."""
+    held = Held()
+    held.broken = True
+    held.gate.set()
+    async with controlled(tmp_path, held) as (server, path), guest_of(server) as guest:
+        answered, body = await ask(path, "POST", "/v1/sessions/1/complete")
+        assert answered == 409, body
+        assert "the store is gone" in body["error"]
+        assert (await ask(path, "GET", "/v1/sessions/1"))[1]["state"] == "serving"
+        held.broken = False
+        answered, body = await ask(path, "POST", "/v1/sessions/1/complete")
+        assert (answered, body["state"]) == (200, "detached")
+        assert await guest.read(0, SIZE) == image(SIZE)
+
+
 async def test_a_drain_refuses_and_waits(tmp_path: Path) -> None:
     """202 as long as somebody is served; the one who waits hears of the end."""
     async with controlled(tmp_path) as (server, path):
