@@ -36,7 +36,7 @@ from .errors import PeerError, SourceError, UffdError
 from .failure import Action
 from .handover import Handover, Peer, Receive, peer_credentials, pin_peer
 from .metrics import Observer
-from .session import Milestone, Service, Session, State, settle
+from .session import Milestone, Service, Session, State, current_session, settle
 from .sources import Extents, Source
 from .totals import Totals
 from .unix_socket import Connection, Listener
@@ -194,7 +194,7 @@ class Server:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | Listener,
         receive: Receive,
         source: SourceOrOpener,
         *,
@@ -213,7 +213,7 @@ class Server:
         """Prepare; nothing listens before ``async with``.
 
         Args:
-            path: The socket's name.
+            path: The socket's name; or one that listens already, taken over and closed.
             receive: Takes a new connection and gives the hand-over: a protocol.
             source: A source for all, or a function that opens one per session.  With the
                 function a session keeps its file though another takes the name.
@@ -230,7 +230,8 @@ class Server:
             report: Told of every session's start and end, and of every refusal.
             observers: Told of every fault and event of every session.
         """
-        self.path: Final = os.fspath(path)
+        self._passed = path if isinstance(path, Listener) else None
+        self.path: Final = path.path if isinstance(path, Listener) else os.fspath(path)
         self.sessions: set[Session] = set()
         self.served = 0
         self.refused = 0
@@ -309,7 +310,7 @@ class Server:
                 pass
         else:
             self._extents = await asyncio.to_thread(_extents_of, self._source)
-        self._listener = Listener.bind(
+        self._listener = self._passed or Listener.bind(
             self.path,
             mode=self._mode,
             replace=self._replace,
@@ -486,6 +487,7 @@ class Server:
                 on_milestone=self._on_milestone,
                 id=str(next(self._ids)),
             )
+            current_session.set(session)  # for all that begins here, by whatever way
             await stack.enter_async_context(session)
             # Only now, being served, does the peer hear of it.
             if handover.acknowledge:

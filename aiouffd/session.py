@@ -27,6 +27,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
@@ -48,6 +49,10 @@ from .uffd import Feature, Userfaultfd
 from .working_set import WorkingSet
 
 log: Final = logging.getLogger("aiouffd.session")
+
+#: Which session the code that runs serves, where a Server has started it: its tasks, readers
+#: and timers all have the context that they were started in.  For log lines.
+current_session: Final[ContextVar[Session | None]] = ContextVar("current_session", default=None)
 
 _REFUSED_AT_ONCE: Final = 64  # children beyond the limit that wait to be settled, at least
 

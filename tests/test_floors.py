@@ -35,15 +35,17 @@ FLOORS = {
         working_set recording prefetch
         handlers""",
     "processes": """
-        sd_notify fd_store keeper unix_socket handover graduation session sharing totals server
+        sd_notify service_manager fd_store keeper
+        unix_socket handover graduation session sharing totals server
         protocols.firecracker protocols.shared
         export""",
     "tools": """
-        . testing testing.sources cli.main cli cli.image_options cli.prefetch_options
+        . testing testing.sources cli.statuses cli.main cli cli.image_options cli.prefetch_options
         working_set_plot cli.working_set
         image image.new_file image.sparse image.packed image.copying image.survey
-        page_map status http_site control
-        cli.output cli.export
+        page_map status prometheus http_site control
+        cli.control_client cli.sessions cli.top cli.complete cli.drain
+        cli.output cli.diagnostics cli.operation cli.export
         cli.progress cli.image
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
@@ -61,6 +63,8 @@ OPTIONAL: dict[str, set[str]] = {
     "obstore": {"sources.object_store"},
     "yarl": {"sources.http_places"},  # aiohttp's own URLs
     "matplotlib": {"working_set_plot"},
+    "prometheus_client": {"prometheus"},
+    "rich": {"cli.top"},
     "pytest": {"testing.sources"},
     "redis": {"sources.redis_client"},
     "backports": {"sources.zstd_frames"},  # from 3.14 compression.zstd

@@ -1,6 +1,6 @@
 """The ``aiouffd`` command: which commands there are, and how they end.
 
-Knows: the commands' names and modules; exit statuses.
+Knows: the commands' names and modules; how they end.
 Must not know: what a command does.
 
 Laws of this file:
@@ -8,8 +8,9 @@ Laws of this file:
 * A command's module is imported when that command is asked for, and no other: help and a
   mistyped option cost no event loop.  Each module has ``add_parser(subparsers)``, which
   returns its parser, and ``run(args)``, which returns the exit status.
-* Errors that say what to do (UffdError, OSError) are one line on stderr and status 1; what
-  argparse refuses is 2, Ctrl-C 130, a closed pipe 141.  ``python -X dev`` shows tracebacks.
+* Errors that say what to do (UffdError, OSError, ImportError) are one line on stderr and status
+  1, or the CommandError's own; what argparse refuses is 2, Ctrl-C 130, a closed pipe 141.
+  ``python -X dev`` shows tracebacks.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Final
 
 from .. import __version__
 from ..errors import UffdError
+from . import statuses
 
 #: Every command and what it does, in the order of the help.
 COMMANDS: Final[dict[str, str]] = {
@@ -33,6 +35,10 @@ COMMANDS: Final[dict[str, str]] = {
     "keep": "run a server so that nothing is lost when it dies",
     "image": "pack, unpack, compare and check images",
     "working-set": "look at recorded sets of pages, combine and compare them",
+    "sessions": "list who is served by a running server",
+    "top": "watch a running server: its sessions, and a map of one's memory",
+    "complete": "give a target all of its memory, then let it live on by itself",
+    "drain": "let a running server refuse new targets and stop when the last is through",
     "demo": "see a process run on lazily served memory, checked against the file",
 }
 
@@ -47,6 +53,8 @@ start here:
   aiouffd keep -- aiouffd serve …         the same, and nothing is lost when it dies
   aiouffd image pack IMAGE OUT           a compressed image, served as it is
   aiouffd working-set show FILE          what `serve --record` has seen
+  aiouffd sessions, aiouffd top          who is served by one that runs (with --control)
+  aiouffd complete, aiouffd drain        let one target, or all, live on without it
 
 `aiouffd COMMAND --help` explains a command.
 """
@@ -104,13 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _module(args.command).run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return 130
+        return statuses.INTERRUPTED
     except BrokenPipeError:
         _quiet_stdout()
-        return 141
-    except (UffdError, OSError) as error:
+        return statuses.NO_READER
+    except (UffdError, OSError, ImportError) as error:
+        # An ImportError names the extra that is missing.
         if sys.flags.dev_mode:
             raise
         print(f"aiouffd: {error}", file=sys.stderr)
-        return 1
+        return error.status if isinstance(error, statuses.CommandError) else statuses.FAILED
     return status

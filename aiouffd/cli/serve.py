@@ -6,7 +6,7 @@ Must not know: how to serve; the server does.
 Laws of this file:
 
 * SIGTERM or SIGINT drains: no new peers, the living are served to their end, exit status 0.
-  A second one closes what lives by the policy, exit status 1.
+  A second one closes what lives by the policy, exit status 3.
 * One line per session start, milestone and end, and per refusal, on stdout; diagnostics go to
   stderr.
 * Output never holds up serving: a thread writes it.  A reader that is slow loses lines, one
@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import signal
 import sys
 import time
@@ -27,12 +26,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from ..failure import Action, FailurePolicy
+from ..sd_notify import take_listen_fds
 from ..server import Detached, Ended, FirstPage, Refused, Report, Resident, Server, Started
+from ..service_manager import ServiceManager
 from ..session import Service
+from ..sources.measured import Reads
 from ..sources.shared import SharedImage
+from ..unix_socket import Listener
+from . import operation, statuses
+from .diagnostics import logging_to
 from .export import add_export_options, exporting
 from .image_options import Served, add_image_options, open_served, sharing_report
-from .output import Lines, LinesHandler
+from .output import Lines
 from .prefetch_options import add_prefetch_options, prefetch_settings
 
 if TYPE_CHECKING:
@@ -70,7 +75,12 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_image_options(parser)
-    parser.add_argument("--socket", metavar="PATH", required=True, help="where to listen")
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        required=True,
+        help="where to listen; fd:NAME is a socket from the service manager",
+    )
     who = parser.add_argument_group("who may connect")
     who.add_argument(
         "--uid", type=int, action="append", help="this user; may be repeated (default: our own)"
@@ -124,6 +134,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     add_export_options(parser)
     add_prefetch_options(parser)
+    operation.add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     return parser
 
@@ -157,14 +168,15 @@ def _size(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM; give the exit status."""
     _raise_descriptor_limit()
-    with Lines(sys.stdout) as out, Lines(sys.stderr) as diagnostics:
-        handler = LinesHandler(diagnostics)
-        handler.setFormatter(logging.Formatter("aiouffd: %(message)s"))
-        logging.getLogger("aiouffd").addHandler(handler)
-        try:
-            return asyncio.run(_open_and_serve(args, out))
-        finally:
-            logging.getLogger("aiouffd").removeHandler(handler)
+    path: str | Listener = args.socket
+    if args.socket.startswith(operation.PASSED):
+        path = operation.passed_listener(args.socket, take_listen_fds())
+    with (
+        Lines(sys.stdout) as out,
+        Lines(sys.stderr) as diagnostics,
+        logging_to(diagnostics, as_json=args.json, level=args.log_level),
+    ):
+        return asyncio.run(_open_and_serve(args, path, out))
 
 
 def _raise_descriptor_limit() -> None:
@@ -176,21 +188,28 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _open_and_serve(args: argparse.Namespace, out: Lines) -> int:
+async def _open_and_serve(args: argparse.Namespace, path: str | Listener, out: Lines) -> int:
     async with open_served(args) as served:
-        return await _serve(args, out, served)
+        return await _serve(args, path, out, served)
 
 
-async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
+async def _serve(args: argparse.Namespace, path: str | Listener, out: Lines, served: Served) -> int:
     def tell(fields: dict[str, Any], text: str) -> None:
         line = json.dumps({"time": round(time.time(), 3)} | fields) if args.json else text
         out.put(line)
 
+    def report(what: Report) -> None:
+        tell(_fields(what), str(what))
+        manager.status(f"{len(server.sessions)} sessions, {server.served} in all")
+
+    reads = Reads(served.name)
+    manager = ServiceManager()
+    orders = _Orders()
     policy = _POLICIES[args.policy]
     server = Server(
-        args.socket,
+        path,
         served.receive,
-        served.source,
+        operation.measured(args, served.source, reads),
         service=Service(
             failure=FailurePolicy(then=policy),
             on_close=policy,
@@ -205,15 +224,22 @@ async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
         mode=args.mode,
         replace=args.replace,
         any_directory=args.any_directory,
-        report=lambda report: tell(_fields(report), str(report)),
+        report=report,
     )
-    async with exporting(args, served, args.export, tell), server:
+    async with (
+        exporting(args, served, args.export, tell),
+        server,
+        operation.operating(args, server, served.name, [reads], orders.drain) as where,
+    ):
         name, size = served.name, served.size
+        text = f"serving {name} ({size} bytes) on {server.path}"
         tell(
-            {"event": "listening", "socket": server.path, "image": name, "size": size},
-            f"serving {name} ({size} bytes) on {server.path}",
+            {"event": "listening", "socket": server.path, "image": name, "size": size} | where,
+            "; ".join([text, *(f"{what} on {place}" for what, place in where.items())]),
         )
-        aborted = await _run_until_signals(server, tell, served.image)
+        with manager:
+            manager.ready(f"serving {name}")
+            aborted = await _run_until_told(server, orders, tell, manager, served.image)
     tell(
         {
             "event": "stopped",
@@ -224,28 +250,48 @@ async def _serve(args: argparse.Namespace, out: Lines, served: Served) -> int:
         f"stopped: {server.served} sessions served, {server.failed} of them with failures,"
         f" {server.refused} peers refused",
     )
-    return 1 if aborted else 0
+    return statuses.CUT_SHORT if aborted else statuses.DONE
 
 
-async def _run_until_signals(
-    server: Server, tell: Callable[[dict[str, Any], str], None], image: SharedImage | None
+class _Orders:
+    """SIGTERM and SIGINT, and what the control socket says: first to drain, then to stop."""
+
+    def __init__(self) -> None:
+        self.draining = asyncio.Event()
+        self.stopping = asyncio.Event()
+
+    def drain(self) -> None:
+        """Begin to drain, if that was not begun."""
+        self.draining.set()
+
+    def signalled(self) -> None:
+        """Drain, or stop if that was begun."""
+        (self.stopping if self.draining.is_set() else self.draining).set()
+
+
+async def _run_until_told(
+    server: Server,
+    orders: _Orders,
+    tell: Callable[[dict[str, Any], str], None],
+    manager: ServiceManager,
+    image: SharedImage | None,
 ) -> bool:
     """Serve; give whether living sessions were closed by a second signal."""
     loop = asyncio.get_running_loop()
-    signals: asyncio.Queue[int] = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signals.put_nowait, number)
+        loop.add_signal_handler(number, orders.signalled)
     try:
-        await signals.get()
+        await orders.draining.wait()
         if image is not None:
             tell(*await sharing_report(image, server.sessions))
         living = len(server.sessions)
+        manager.stopping(f"draining: {living} sessions live on")
         tell(
             {"event": "draining", "sessions": living},
             f"draining: no new peers, {living} sessions live on",
         )
         draining = asyncio.ensure_future(server.drain())
-        second = asyncio.ensure_future(signals.get())
+        second = asyncio.ensure_future(orders.stopping.wait())
         await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
         second.cancel()
         if draining.done():

@@ -161,7 +161,7 @@ async def test_a_second_signal_aborts_by_policy(tmp_path: Path, policy: str) -> 
         assert (await server.event("aborting"))["sessions"] == 1
         assert policy in (await server.event("ended"))["outcome"]
         await server.event("stopped")
-        assert await server.end() == 1
+        assert await server.end() == 3
         if policy == "kill":
             assert await guest.status() == -signal.SIGKILL
         elif policy == "zero":
