@@ -75,19 +75,23 @@ def new_key() -> str:
 class RedisServer:
     """A server process; restarted, it has what it had."""
 
-    def __init__(self, folder: Path, *options: str, program: str | None) -> None:
+    def __init__(
+        self, folder: Path, *options: str, program: str | None, password: str = ""
+    ) -> None:
         """Prepare.
 
         Args:
             folder: Where its files go.
             options: For its command line.
             program: A real server; None is fakeredis, which takes no options.
+            password: What the options make it ask for.
         """
         self.folder = folder
         self.port = free_port()
         self.unix_socket = folder / "socket"
         self._program = program
         self._options = options
+        self._password = password
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -119,8 +123,8 @@ class RedisServer:
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)) as s:
             s.settimeout(1)
-            s.sendall(b"*1\r\n$4\r\nPING\r\n")
-            return s.recv(7) == b"+PONG\r\n"
+            s.sendall(b"PING\r\n")
+            return s.recv(7) == (b"-NOAUTH" if self._password else b"+PONG\r\n")
         return False
 
     def kill(self) -> None:

@@ -46,6 +46,8 @@ FOREIGN_PROGRAMS = {
     "dd": "coreutils",
     "sha256sum": "coreutils",
     "nginx": "nginx-light",
+    "redis-server": "redis-server",
+    "redis-cli": "redis-tools",
     "ceph": "ceph-common",
     "radosgw-admin": "ceph-common",
     "radosgw": "radosgw",

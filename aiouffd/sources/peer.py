@@ -24,9 +24,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Self, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from ..errors import ClosedError, PeerError, SourceError
+from ..errors import PeerError, SourceError
 from ..protocols import pages
 from . import Extents, check_read
+from .reads import ReadsUnderWay
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -161,8 +162,7 @@ class PeerSource:
         self._pause = 0.0  # before the next connection; 0 once one has brought something
         self._why = "it does not answer"  # the last loss
         self._changed: str | None = None
-        self._reads = 0
-        self._idle: asyncio.Event | None = None  # made by aclose
+        self._reads = ReadsUnderWay(f"the source over {self._where}")
 
     @classmethod
     async def open(
@@ -243,10 +243,8 @@ class PeerSource:
 
         Cancellation: the connection is closed at once.
         """
-        self._idle = self._idle or asyncio.Event()
         try:
-            if self._reads:
-                await self._idle.wait()
+            await self._reads.end()
         finally:
             self._close()
 
@@ -256,22 +254,16 @@ class PeerSource:
             link.close()
 
     def _check(self, offset: int, length: int) -> None:
-        if self._idle is not None:
-            raise ClosedError(f"the source over {self._where} is closed")
+        self._reads.check()
         check_read(offset, length, self.size)
 
     # --- reads -------------------------------------------------------------------------
 
     async def _read(self, offset: int, length: int, kind: int) -> Buffer:
-        self._reads += 1
-        try:
+        with self._reads:
             if length <= pages.MAX_LENGTH:
                 return await self._read_piece(offset, length, kind)
             return await self._read_long(offset, length, kind)
-        finally:
-            self._reads -= 1
-            if self._idle is not None and not self._reads:
-                self._idle.set()
 
     async def _read_long(self, offset: int, length: int, kind: int) -> Buffer:
         data = bytearray(length)
@@ -329,7 +321,7 @@ class PeerSource:
                     raise SourceError(self._changed)
                 if self._link is not None and not self._link.lost:
                     return self._link
-                if self._idle is not None:
+                if self._reads.closed:
                     raise SourceError(f"{self._where}: {self._why}, and the source is closing")
                 pause, self._pause = self._pause, max(_FIRST_PAUSE, self._pause * 2)
                 self._pause = min(self._pause, _LONGEST_PAUSE)
@@ -368,8 +360,9 @@ class PeerSource:
             return
         link.close()
         self._changed = (
-            f"{self._where} has another image now: {now.size} bytes, identity {now.identity!r};"
-            f" it had {was.size} bytes, identity {was.identity!r}"
+            f"{self._where} was changed while it was served: it has another image now,"
+            f" {now.size} bytes, identity {now.identity!r}; it had {was.size} bytes, identity"
+            f" {was.identity!r}"
         )
         raise SourceError(self._changed)
 

@@ -185,7 +185,7 @@ class RedisSource:
             raise SourceError(self._gone)
 
     def _fail(self, why: str) -> SourceError:
-        self._gone = self._gone or f"{self._place.shown}: {why}"
+        self._gone = self._gone or f"{self._place.shown} was changed while it was served: {why}"
         return SourceError(self._gone)
 
     async def _read_value(self, offset: int, length: int) -> Buffer:

@@ -24,6 +24,7 @@ from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.peer import PeerSource, open_url
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
+from tests.remote_serving import Place, RemoteServing
 from tests.serving import within
 
 if TYPE_CHECKING:
@@ -449,3 +450,54 @@ async def test_a_lost_connection_is_made_anew_only_when_it_is_needed(
         assert export.connections == 1
         await peer.aclose()
     await source.aclose()
+
+
+# --- a real process's memory -----------------------------------------------------------
+
+
+class _OnPeer(Place):
+    """An export of a file, with its port kept."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.port = 0
+        self._stack = contextlib.AsyncExitStack()
+
+    async def put(self, data: bytes) -> None:
+        new = self.file.with_name("new")
+        new.write_bytes(data)
+        new.rename(self.file)
+        if self.port:
+            await self.stop()
+            await self.start()
+
+    async def open(self) -> Source:
+        return await PeerSource.open("127.0.0.1", self.port, timeout=30)
+
+    async def stop(self) -> None:
+        await self._stack.aclose()
+
+    async def start(self) -> None:
+        source = FileSource(self.file)
+        self._stack.push_async_callback(source.aclose)
+        export = await self._stack.enter_async_context(Export(source, port=self.port))
+        self.port = export.port
+
+
+class TestFromPeer(RemoteServing):
+    """PeerSource under a session."""
+
+    @pytest.fixture(autouse=True)
+    def _file(self, tmp_path: Path) -> None:
+        self.file = tmp_path / "image"
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[Place]:
+        """Export an image."""
+        place = _OnPeer(self.file)
+        await place.put(image(self.size))
+        await place.start()
+        try:
+            yield place
+        finally:
+            await place.stop()

