@@ -19,7 +19,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .image_touching import LAYOUT
+from .image_touching import LAYOUT, pages_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -67,14 +67,36 @@ async def serve_faults(peer: socket.socket, options: argparse.Namespace) -> None
 
     layout, fds, _, _ = socket.recv_fds(peer, LAYOUT.size, 1)
     start, length = LAYOUT.unpack(layout)
-    source: Any = FileSource(options.image)
+    source: Any
+    if options.image.endswith(".zst"):
+        from aiouffd.sources.urls import open_image
+
+        source = await open_image(options.image)
+    else:
+        source = FileSource(options.image)
     if options.delay:
         source = Delayed(source, options.delay)
     async with aiouffd.Pager(aiouffd.Userfaultfd.adopt(fds[0])) as pager:
         pager.register(start, length, from_source(source, chunk=options.chunk))
+        replay = asyncio.ensure_future(replay_pages(pager, source, options))
         peer.sendall(b"g")
         await end_of(peer)
+        replay.cancel()
+        await asyncio.wait([replay])
     await source.aclose()
+
+
+async def replay_pages(pager: Any, source: Any, options: argparse.Namespace) -> None:
+    """Bring the pages that a target of that seed touches."""
+    from aiouffd.prefetch import Prefetch
+    from aiouffd.working_set import Header, WorkingSet
+
+    if not options.replay:
+        return
+    pages = WorkingSet(Header(identity="", image_size=source.size))
+    for page in pages_of(source.size, options.replay, options.seed):
+        pages.add(page)
+    await Prefetch(pager, source).replay(pages, any_image=True)
 
 
 async def serve_fuse(peer: socket.socket, options: argparse.Namespace) -> None:
@@ -145,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mount", default="", help="where the FUSE file system is mounted")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each read")
     parser.add_argument("--chunk", type=int, default=0, help="bytes around each fault")
+    parser.add_argument("--replay", type=int, default=0, help="bring so many pages ahead")
+    parser.add_argument("--seed", type=int, default=1, help="which ones, as the target's")
     options = parser.parse_args(argv)
     os.sched_setaffinity(0, {options.cpu})
     peer = socket.socket(fileno=options.socket)

@@ -39,6 +39,7 @@ BENCHMARKS = {
     "bench_many": "Many ranges, many userfaultfds",
     "bench_register": "Registering 64 GiB",
     "bench_fill": "Bulk fill",
+    "bench_prefetch": "Hydration, replay, and how much to bring around a fault",
     "bench_observer": "Watching",
     "bench_fuse": "The same image through FUSE, and as a plain mapping",
     "bench_lazy_memory": "Lazy memory inside one's own process",

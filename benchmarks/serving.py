@@ -204,6 +204,33 @@ async def fill(target: Target, _options: argparse.Namespace) -> None:
     print(json.dumps({"bytes": filled, "seconds": took_ns / 1e9}))
 
 
+async def hydrate(target: Target, options: argparse.Namespace) -> None:
+    """Fill one range from a file that the page cache has, and print how long it took."""
+    import aiouffd
+    from aiouffd.prefetch import Prefetch
+    from aiouffd.sources.file import FileSource
+
+    # The file's reads run beside the fills: in threads, for which there is another processor.
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    source = FileSource(options.image)
+    for offset in range(0, source.size, 1 << 20):
+        await source.read(offset, min(1 << 20, source.size - offset))
+    async with aiouffd.Pager(aiouffd.Userfaultfd.adopt(target.uffds[0])) as pager:
+        pager.register(target.start, target.length, handler_of("pager"))
+        target.go()
+        prefetch = Prefetch(pager, source)
+        start = time.perf_counter_ns()
+        await prefetch.fill_all()
+        took_ns = time.perf_counter_ns() - start
+        filled = prefetch.figures.hydrated_bytes
+        if filled != target.length:
+            raise SystemExit(f"filled {filled} of {target.length} bytes")
+        target.socket.sendall(b"f")
+        await end_of(target)
+    await source.aclose()
+    print(json.dumps({"bytes": filled, "seconds": took_ns / 1e9}))
+
+
 def resident() -> int:
     """Say how many bytes of memory this process holds."""
     with open("/proc/self/statm", encoding="ascii") as file:
@@ -236,6 +263,7 @@ KINDS: dict[str, Callable[[Target, argparse.Namespace], Coroutine[Any, Any, None
     "suspend": serve_pager,
     "register": register,
     "fill": fill,
+    "hydrate": hydrate,
 }
 
 
@@ -246,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--socket", type=int, required=True)
     parser.add_argument("--cpu", type=int, required=True)
     parser.add_argument("--loop", choices=["asyncio", "uvloop"], default="asyncio")
+    parser.add_argument("--image", default="", help="the file that hydrate reads")
     parser.add_argument("--whole", action="store_true", help="all ranges as one")
     parser.add_argument("--observed", action="store_true", help="with Metrics")
     options = parser.parse_args(argv)
