@@ -21,6 +21,7 @@ The tree::
     │   └── StuckPage         the same page faults again and again though the kernel has it
     ├── PeerError             the other side of a hand-over broke its protocol
     ├── WorkingSetError       a recorded set of pages cannot be read, or is another image's
+    ├── NotPaused             a target ran while it had to hold still
     ├── StoreError            the fd store is full or does not answer
     └── MigrationFailed       a migration cannot go on
 
@@ -158,6 +159,10 @@ class PeerError(UffdError):
 
 class WorkingSetError(UffdError):
     """A recorded set of pages cannot be read, or was made for another image."""
+
+
+class NotPaused(UffdError):
+    """A target ran while its memory was being read, or could not be stopped."""
 
 
 class StoreError(UffdError):

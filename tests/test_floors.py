@@ -43,6 +43,7 @@ FLOORS = {
         . testing testing.sources cli.statuses cli.main cli cli.image_options cli.prefetch_options
         working_set_plot cli.working_set
         image image.new_file image.sparse image.packed image.copying image.survey
+        snapshot
         page_map status prometheus http_site control
         cli.control_client cli.sessions cli.top cli.complete cli.drain
         cli.output cli.diagnostics cli.operation cli.export
