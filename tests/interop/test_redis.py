@@ -32,8 +32,8 @@ PROGRAM = redis_servers.on_path()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs redis-server: sudo make interop")
 
 
-@pytest.fixture(scope="module")
-def server(  # type: ignore[no-redef]  # instead of theirs
+@pytest.fixture(scope="module")  # type: ignore[no-redef]  # instead of theirs
+def server(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RedisServer]:
     """The distribution's, whatever else there is."""
@@ -151,8 +151,11 @@ async def test_a_cluster_spreads_the_chunks(nodes: Sequence[RedisServer]) -> Non
 
 
 @contextlib.asynccontextmanager
-async def read_on(url: str, size: int, seed: int) -> AsyncIterator[list[int]]:
-    """Read at random, in eight tasks, as long as the block runs and some time longer."""
+async def read_on(url: str, size: int, seed: int) -> AsyncIterator[tuple[Source, list[int]]]:
+    """Read at random, in eight tasks, as long as the block runs and some time longer.
+
+    Yields the source, and how many reads are done.
+    """
     data = image(size)
     choose = random.Random(seed)
     done = [0]
@@ -168,7 +171,7 @@ async def read_on(url: str, size: int, seed: int) -> AsyncIterator[list[int]]:
     async with opened(url) as source:
         readers = [asyncio.ensure_future(reader()) for _ in range(8)]
         try:
-            yield done
+            yield source, done
             before = done[0]
             while done[0] < before + 200 and not any(each.done() for each in readers):
                 await asyncio.sleep(0.001)
@@ -183,15 +186,15 @@ async def test_a_node_that_is_killed_comes_back(nodes: Sequence[RedisServer], se
     size = 300 * PAGE
     url = f"{url_of(nodes)}{new_key()}?timeout=30"
     await store_image(BufferSource(image(size)), url, chunk=PAGE)
-    async with read_on(url, size, seed) as done:
+    async with read_on(url, size, seed) as (source, done):
         while done[0] < 200:
             await asyncio.sleep(0.001)
         nodes[1].kill()
-        await asyncio.sleep(0.2)
-        before = done[0]
-        await asyncio.sleep(0.2)
-        assert done[0] - before < 100  # the readers wait, each for a page of that node
+        whole = asyncio.ensure_future(source.read(0, size))  # of which a third lies there
+        await asyncio.sleep(0.3)
+        assert not whole.done()
         await asyncio.to_thread(nodes[1].start)
+        assert as_bytes(await within(whole, 30)) == image(size)
         await asyncio.to_thread(wait_for_cluster, nodes)
 
 
