@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import os
 import threading
 from pathlib import Path
@@ -79,6 +80,13 @@ def test_other_schemes_are_no_paths(scheme: str) -> None:
     """They are left to their modules, in capitals too."""
     assert path_of(f"{scheme}://host/image") is None
     assert path_of(f"{scheme.upper()}://host/image") is None
+
+
+@pytest.mark.parametrize("module", sorted(set(SCHEMES.values())))
+def test_each_scheme_has_its_module(module: str) -> None:
+    """It opens URLs."""
+    opener = importlib.import_module(f"aiouffd.sources.{module}").open_url
+    assert inspect.iscoroutinefunction(opener)
 
 
 @pytest.mark.parametrize(
