@@ -42,6 +42,7 @@ BENCHMARKS = {
     "bench_prefetch": "Hydration, replay, and how much to bring around a fault",
     "bench_observer": "Watching",
     "bench_fuse": "The same image through FUSE, and as a plain mapping",
+    "bench_remote": "Reads of remote images",
     "bench_lazy_memory": "Lazy memory inside one's own process",
 }
 

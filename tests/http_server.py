@@ -4,6 +4,8 @@
         source = await HttpSource.open(server.url)
         server.next(server.stall)              the next request, and only that one
 
+    python -m tests.http_server SIZE    prints its URL, and serves random bytes until SIGTERM
+
 Knows: HTTP, on purpose also how to break it.
 Must not know: aiouffd.
 """
@@ -11,7 +13,10 @@ Must not know: aiouffd.
 from __future__ import annotations
 
 import asyncio
+import random
+import signal
 import ssl
+import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
@@ -254,3 +259,17 @@ class ImageServer:
     def _abort(self, request: web.Request) -> None:
         assert request.transport is not None
         request.transport.abort()
+
+
+async def _main(size: int) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with ImageServer(random.Random(0).randbytes(size)) as server:
+        print(server.url, flush=True)
+        await stop.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(int(sys.argv[1])))

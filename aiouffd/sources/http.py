@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
@@ -100,6 +100,7 @@ class HttpSource:
         self._slots = asyncio.Semaphore(connections)
         self._reads = ReadsUnderWay(f"the source over {self.name}")
         self._generation = Generation(0, "", "")
+        self._condition: dict[str, str] = {}
         self._identity = ""
         self._changed = ""
 
@@ -161,6 +162,7 @@ class HttpSource:
                 connections=connections,
             )
             source._generation = await source._persist(source._probe, "its length")
+            source._condition = source._generation.condition
             source._identity = source._generation.identity(source.name)
         except BaseException:
             await session.close()
@@ -222,26 +224,42 @@ class HttpSource:
         """Make attempts until one succeeds, or the retries or the time are used up."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self._timeout
-        reason = "no connection was free"
-        try:
-            async with asyncio.timeout_at(end):
-                for failed in range(1, self._retries + 2):
-                    try:
-                        async with self._slots:
-                            return await attempt()
-                    except _TryAgain as error:
-                        reason, wait = str(error), error.after
-                    self._place = self._first
-                    if failed > self._retries:
-                        break
-                    wait = max(wait, _pause(failed, self._backoff))
-                    if loop.time() + wait >= end:
-                        reason += f"; another attempt in {wait:.1f} s would be too late"
-                        break
-                    await asyncio.sleep(wait)
-        except TimeoutError:
-            reason = f"not within {self._timeout:g} s; {reason}"
+        reason = ""
+        for failed in range(1, self._retries + 2):
+            wait = 0.0
+            try:
+                return await self._attempt(attempt, end)
+            except _TryAgain as error:
+                reason, wait = str(error), error.after
+            except TimeoutError:
+                reason = f"no whole answer within {self._request_timeout:g} s"
+            except aiohttp.ClientConnectorCertificateError as error:
+                raise SourceError(f"{self.name} cannot be trusted: {error}") from error
+            except (aiohttp.ClientError, OSError) as error:
+                reason = _reason(error)
+            self._place = self._first
+            wait = max(wait, _pause(failed, self._backoff))
+            if loop.time() + wait >= end:
+                reason += f"; the next attempt ({wait:.1f} s) exceeds {self._timeout:g} s"
+                break
+            if failed <= self._retries:
+                await asyncio.sleep(wait)
+        # No cause: some of aiohttp's errors show the whole URL, with what signs it.
         raise SourceError(f"{self.name}: {what} cannot be had: {reason}")
+
+    async def _attempt(self, attempt: Callable[[], Awaitable[T]], end: float) -> T:
+        """Wait for a turn, and then for as long as one request may take."""
+        if self._slots.locked():
+            async with asyncio.timeout_at(end):
+                await self._slots.acquire()
+        else:
+            await self._slots.acquire()  # at once: one timer less for each read
+        try:
+            limit = asyncio.get_running_loop().time() + self._request_timeout
+            async with asyncio.timeout_at(min(limit, end)):
+                return await attempt()
+        finally:
+            self._slots.release()
 
     def _replaced(self) -> SourceError:
         return SourceError(
@@ -263,7 +281,8 @@ class HttpSource:
     async def _probe(self) -> Generation:
         """Find length and generation by asking for the first byte."""
         remembered = self._place is not self._first
-        async with self._ask({"Range": "bytes=0-0"}) as response:
+        response = await self._ask({"Range": "bytes=0-0"})
+        with contextlib.closing(response):
             status, headers = response.status, response.headers
             found = ContentRange.parse(headers.get("Content-Range"))
             if (status == 416 and found is not None and found.size == 0) or (
@@ -275,7 +294,8 @@ class HttpSource:
                     f"{self.name} cannot be served: its server does not give ranges"
                     " (it answers a request for one byte with everything)"
                 )
-            self._refuse(response, remembered=remembered)
+            if status != 206:
+                raise self._refusal(response, remembered=remembered)
             if found is None or found.start != 0:
                 raise _TryAgain(f"no usable Content-Range: {headers.get('Content-Range')!r}")
             generation = Generation.of(found.size, headers)
@@ -288,9 +308,10 @@ class HttpSource:
         return generation
 
     async def _fetch(self, offset: int, length: int) -> bytes:
-        wanted = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        wanted = f"bytes={offset}-{offset + length - 1}"
         remembered = self._place is not self._first
-        async with self._ask(wanted | self._generation.condition) as response:
+        response = await self._ask({"Range": wanted, **self._condition})
+        with contextlib.closing(response):  # which does nothing if its body was read to the end
             status, headers = response.status, response.headers
             if status == 206:
                 found = ContentRange.parse(headers.get("Content-Range"))
@@ -298,7 +319,7 @@ class HttpSource:
                     raise _TryAgain(f"no usable Content-Range: {headers.get('Content-Range')!r}")
                 self._compare(found.size, headers)
                 if (found.start, found.length) != (offset, length):
-                    raise _TryAgain(f"asked for {wanted['Range']}, got {headers['Content-Range']}")
+                    raise _TryAgain(f"asked for {wanted}, got {headers['Content-Range']}")
                 data = await self._body(response, length)
                 if self._changed:  # while this answer was under way
                     raise self._replaced()
@@ -313,51 +334,35 @@ class HttpSource:
                 length_now = response.content_length
                 self._compare(self.size if length_now is None else length_now, headers)
                 raise _TryAgain("a request for a range was answered with everything (200)")
-            self._refuse(response, remembered=remembered)
-        raise AssertionError(status)  # 206 has been dealt with; all else is refused
+            raise self._refusal(response, remembered=remembered)
 
-    def _refuse(self, response: aiohttp.ClientResponse, *, remembered: bool) -> None:
-        """Raise for every status but 206."""
+    def _refusal(self, response: aiohttp.ClientResponse, *, remembered: bool) -> Exception:
+        """Make the error for a status that is no answer."""
         status = response.status
-        if status == 206:
-            return
         reason = f"the server answers {status} {response.reason or ''}".rstrip()
         if may_help_later(status):
-            raise _TryAgain(reason, retry_after(response.headers.get("Retry-After")))
+            return _TryAgain(reason, retry_after(response.headers.get("Retry-After")))
         if remembered:  # a signed URL that has expired: the first URL leads to a fresh one
-            raise _TryAgain(reason)
+            return _TryAgain(reason)
         hint = "; check user and password or token" if status in (401, 403, 407) else ""
-        raise SourceError(f"{self.name} cannot be read: {reason}{hint}")
+        return SourceError(f"{self.name} cannot be read: {reason}{hint}")
 
-    @contextlib.asynccontextmanager
-    async def _ask(self, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _ask(self, headers: dict[str, str]) -> aiohttp.ClientResponse:
         """Send a request, follow redirects, and give the answer before its body is read."""
         place = self._place
-        try:
-            async with asyncio.timeout(self._request_timeout):
-                for _ in range(_HOPS):
-                    response = await self._session.get(
-                        place.url,
-                        headers={**place.headers, **headers},
-                        proxy=place.proxy,
-                        allow_redirects=False,
-                    )
-                    try:
-                        if response.status not in REDIRECTS:
-                            self._place = place
-                            yield response
-                            return
-                        place = self._redirected(place, response)
-                    finally:
-                        response.close()  # nothing happens if its body was read to the end
-                raise SourceError(f"{self.name} redirects more than {_HOPS} times, in a loop?")
-        except TimeoutError:
-            raise _TryAgain(f"no whole answer within {self._request_timeout:g} s") from None
-        except aiohttp.ClientConnectorCertificateError as error:
-            raise SourceError(f"{self.name} cannot be trusted: {error}") from error
-        except (aiohttp.ClientError, OSError) as error:
-            # Not as a cause: some of these show the whole URL, with what signs it.
-            raise _TryAgain(_reason(error)) from None
+        for _ in range(_HOPS):
+            response = await self._session.get(
+                place.url,
+                headers={**place.headers, **headers},
+                proxy=place.proxy,
+                allow_redirects=False,
+            )
+            if response.status not in REDIRECTS:
+                self._place = place
+                return response
+            response.close()
+            place = self._redirected(place, response)
+        raise SourceError(f"{self.name} redirects more than {_HOPS} times, in a loop?")
 
     def _redirected(self, place: Place, response: aiohttp.ClientResponse) -> Place:
         try:
