@@ -84,6 +84,11 @@ class PrefetchFigures:
         """Give all figures by name."""
         return dataclasses.asdict(self)
 
+    def add(self, other: PrefetchFigures) -> None:
+        """Count what another one has done as well."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
 
 class _Stretch(NamedTuple):
     """One read, and the parts of it that are installed."""

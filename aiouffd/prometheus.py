@@ -105,12 +105,23 @@ def _faults(totals: Totals) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "aiouffd_faults_in_flight", "Faults that have begun and not ended", totals.in_flight
     )
+    yield from _prefetch(totals)
     installed = {"demand": counters.copied_bytes, "ahead": counters.filled_bytes}
     yield _by("installed_bytes", "Memory filled, in bytes", "how", installed)
     yield _by("layout_events", "Changes of targets' address spaces", "event", metrics.events)
     yield _histogram(
         "fault_seconds", "From a fault's message to its answer", "", {"": metrics.latency}
     )
+
+
+def _prefetch(totals: Totals) -> Iterator[Metric]:
+    figures = totals.prefetch
+    how = {"replay": figures.replayed_bytes, "hydration": figures.hydrated_bytes}
+    yield _by("prefetched_bytes", "Installed by working sets and in the background", "how", how)
+    text = "Brought in vain: there already, removed or gone"
+    yield _counter("prefetched_in_vain_bytes", text, figures.already_bytes)
+    yield _counter("prefetch_refused", "Stretches that were left out", figures.refused)
+    yield _counter("prefetch_read_bytes", "Read ahead from the source", figures.read_bytes)
 
 
 def _sessions(status: Status, totals: Totals) -> Iterator[Metric]:

@@ -90,6 +90,7 @@ class Status:
             "events": totals.metrics.events,
             "errors": totals.metrics.failures,
             "failures": totals.failures,
+            "prefetch": totals.prefetch.as_dict(),
             "latency": {
                 "count": latency.count,
                 "total_us": latency.total_ns / 1000,
@@ -128,6 +129,7 @@ class Status:
             "outcomes": session.metrics.outcomes,
             "events": session.metrics.events,
             "errors": session.metrics.failures,
+            "prefetch": session.prefetch.figures.as_dict(),
             "regions": [
                 {
                     "name": region.name,

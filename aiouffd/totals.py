@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Self
 
 from .metrics import Counters, Metrics
+from .prefetch import PrefetchFigures
 from .session import Session
 
 
@@ -26,6 +27,7 @@ class Totals:
     Attributes:
         counters: Of all pagers.
         metrics: Outcomes, events, errors and latencies of all.
+        prefetch: What was brought by working sets and in the background.
         in_flight: Faults that have begun and not ended.
         failures: Faults that ended in the policy's last action, by that action.
         sessions: How many there are or were, by state.
@@ -36,6 +38,7 @@ class Totals:
     def __init__(self) -> None:
         self.counters = Counters()
         self.metrics = Metrics()
+        self.prefetch = PrefetchFigures()
         self.in_flight = 0
         self.failures: dict[str, int] = {}
         self.sessions: dict[str, int] = {}
@@ -45,6 +48,7 @@ class Totals:
         counters = session.counters()
         self.counters.add(counters)
         self.metrics.merge(session.metrics)
+        self.prefetch.add(session.prefetch.figures)
         self.in_flight += session.in_flight
         if counters.failures:
             action = session.service.failure.then.value
@@ -57,6 +61,7 @@ class Totals:
         total = type(self)()
         total.counters.add(self.counters)
         total.metrics.merge(self.metrics)
+        total.prefetch.add(self.prefetch)
         total.in_flight = self.in_flight
         total.failures.update(self.failures)
         total.sessions.update(self.sessions)

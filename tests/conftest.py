@@ -2,7 +2,8 @@
 
 Laws of this file:
 
-* Async tests run on asyncio and on uvloop; the loop's name is in the test's id.
+* Async tests run on asyncio and on uvloop; the loop's name is in the test's id.  Those that
+  only drive child processes (``child``) run on asyncio.
 * After a test no descriptor, no task and no child process is left that was not there before.
 * Whatever is random comes from one seed, printed first and again beside each failure.
 * A skip says what is missing and how to get it.
@@ -134,6 +135,8 @@ def _rights() -> str:
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    if item.get_closest_marker("child") is not None:
+        return {"asyncio": LOOPS["asyncio"]}
     return LOOPS
 
 

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aiouffd.errors import SourceError
 from aiouffd.failure import Action, FailurePolicy
+from aiouffd.prefetch import Pace
 from aiouffd.prometheus import OUTCOMES, text_of
 from aiouffd.protocols import firecracker
 from aiouffd.server import Server
@@ -73,6 +74,7 @@ def check_accounts(scrape: Scrape) -> None:
     # already, its memory was gone, its waiter had been answered otherwise.
     installed = scrape.sum("installed_bytes_total")
     assert installed <= scrape.sum("source_bytes_total")
+    assert scrape.sum("prefetched_bytes_total") <= scrape("installed_bytes_total", "ahead")
 
 
 @contextlib.asynccontextmanager
@@ -184,6 +186,27 @@ async def test_without_trouble_the_equalities_are_exact(tmp_path: Path) -> None:
         assert last("installed_bytes_total", "demand") == SIZE // 4
         assert last("faults_total") == last("faults_ended_total", "copy") == SIZE // PAGE // 4
         assert last("memory_bytes") == 0
+
+
+async def test_what_came_ahead_is_told_apart(tmp_path: Path) -> None:
+    """Bytes on demand and ahead are what the source gave; resident is a state of its own."""
+    source = BufferSource(image(SIZE))
+    async with scraped(tmp_path, source, hydrate=Pace.FULL) as (server, scrape):
+        async with StandInVmm.start(server.path, SIZE) as guest:
+            await guest.read(SIZE - PAGE)
+            await eventually(lambda: scrape()("sessions", "resident"), "all is there")
+            now = scrape()
+            check_accounts(now)
+            assert now.sum("installed_bytes_total") == SIZE
+            assert now("prefetched_bytes_total", "hydration") == now(
+                "installed_bytes_total", "ahead"
+            )
+            assert now("prefetched_bytes_total", "replay") == 0
+            in_vain = now("prefetched_in_vain_bytes_total")
+            assert now.sum("source_bytes_total") == SIZE + in_vain
+        await eventually(lambda: not server.sessions, "it has ended")
+        assert scrape()("prefetched_bytes_total", "hydration") > 0
+        check_accounts(scrape())
 
 
 async def test_parked_faults_are_counted(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
     one.socket.close()
 
 
+@pytest.mark.child
 async def test_a_server_is_ready_busy_and_stopping(tmp_path: Path, manager: Manager) -> None:
     """READY once it listens, STATUS as targets come and go, STOPPING when it drains."""
     async with running(tmp_path, NOTIFY_SOCKET=manager.path) as server:
@@ -69,6 +70,7 @@ async def test_a_server_is_ready_busy_and_stopping(tmp_path: Path, manager: Mana
     assert not any("WATCHDOG" in fields for fields in manager.heard)
 
 
+@pytest.mark.child
 async def test_a_loop_that_hangs_misses_its_pings(tmp_path: Path, manager: Manager) -> None:
     """Pings come from the loop while it runs, and stop when the process is stopped."""
     notify = manager.path
@@ -173,6 +175,7 @@ async def activated(
         await process.communicate()
 
 
+@pytest.mark.child
 async def test_a_passed_socket_is_served(tmp_path: Path) -> None:
     """By its name; targets may connect before the server runs, and its name outlives it."""
     async with activated(tmp_path, "vm", "vm") as (process, path):
@@ -184,6 +187,7 @@ async def test_a_passed_socket_is_served(tmp_path: Path) -> None:
         assert path.exists()
 
 
+@pytest.mark.child
 @pytest.mark.parametrize(
     ("names", "kind", "listen", "message"),
     [

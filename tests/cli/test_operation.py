@@ -22,6 +22,8 @@ from aiouffd.testing.sources import image
 from tests.cli.running_serve import SIZE, command, running
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm, eventually
 
+pytestmark = pytest.mark.child
+
 
 async def test_sessions_and_drain(tmp_path: Path) -> None:
     """The table, the same as JSON, and a drain that ends when the last target does."""
