@@ -70,8 +70,6 @@ class Handover:
         others: Further descriptors, such as a memfd with the guest's memory.
         acknowledge: What the peer waits for once it is served; empty if it waits for nothing.
         dialect: Which protocol, and which flavour of it, the peer spoke.
-        backed: The memory maps the image itself: unregistered it has the right bytes, so
-            nothing in it is ever missing, and closing needs no policy.
     """
 
     fd: OwnedFd
@@ -79,7 +77,15 @@ class Handover:
     others: tuple[OwnedFd, ...] = ()
     acknowledge: bytes = b""
     dialect: str = ""
-    backed: bool = False
+
+    @property
+    def backed(self) -> bool:
+        """Whether it is registered for minor faults alone: the memory maps the image itself.
+
+        Unregistered it has the right bytes, so nothing in it is ever missing, and closing
+        needs no policy.
+        """
+        return not any(region.modes & Mode.MISSING for region in self.regions)
 
     def close(self) -> None:
         """Close every descriptor that nobody has taken over."""

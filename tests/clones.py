@@ -56,7 +56,7 @@ async def cloned(
     """Run a clone and the session that serves it."""
     with Clone(image, features=features) as clone:
         region = HandedRegion(clone.base, clone.length, 0, PAGE, Mode.MINOR)
-        handover = Handover(OwnedFd(clone.take_uffd()), (region,), backed=True)
+        handover = Handover(OwnedFd(clone.take_uffd()), (region,))
         pidfd = OwnedFd(os.pidfd_open(clone.pid))
         with Peer(clone.pid, os.geteuid(), os.getegid(), pidfd) as peer:
             async with Session(handover, image, peer=peer, service=Service(chunk=chunk)) as session:

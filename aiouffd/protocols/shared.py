@@ -147,7 +147,6 @@ def receiver(image: SharedImage) -> Receive:
             ),
             acknowledge=ACKNOWLEDGE,
             dialect=DIALECT,
-            backed=True,
         )
 
     return receive
