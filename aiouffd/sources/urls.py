@@ -53,6 +53,10 @@ SCHEMES: Final = {
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(//)?")
 _SMALLEST_CACHE: Final = 4096
 
+#: Seconds for an image to answer before its fallback is asked: well within the time that a
+#: fault may take.  Sources far away try again by themselves, as often as fits into it.
+_FALL_OVER_AFTER: Final = 5.0
+
 
 def path_of(url: str) -> str | None:
     """Give the path that a URL names on this machine; None if it is somewhere else.
@@ -145,8 +149,8 @@ async def open_image(
     Args:
         url: The image, or the base under the layers; see ``open_source``.
         layers: Sparse diffs over it, from the oldest to the newest.
-        fallback: The same bytes as ``url`` from elsewhere, for when that fails; if that
-            cannot even be opened, the fallback stands alone.
+        fallback: The same bytes as ``url`` from elsewhere, for when that fails or takes more
+            than five seconds; if it cannot even be opened, the fallback stands alone.
         cache_bytes: How much of the image to keep in memory, in bytes; 0 is no cache.
 
     Returns:
@@ -191,7 +195,7 @@ async def _open_base(url: str, fallback: str | None, opened: list[Source]) -> So
     if fallback is None:
         return opened[0]
     opened.append(await open_source(fallback))
-    image = FallbackSource(*opened)
+    image = FallbackSource(*opened, retries=0, timeout=_FALL_OVER_AFTER)
     opened[:] = [image]
     return image
 

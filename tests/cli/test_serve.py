@@ -22,6 +22,7 @@ from aiouffd.testing.sources import image
 from aiouffd.unix_socket import Connection
 from aiouffd.working_set import WorkingSet
 from tests.attached import Attached
+from tests.http_server import ImageServer
 from tests.seekable import seekable
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
 
@@ -58,14 +59,18 @@ class Serve:
 
 @contextlib.asynccontextmanager
 async def serve(
-    tmp_path: Path, *options: str, plain: bool = False, size: int | None = None
+    tmp_path: Path,
+    *options: str,
+    plain: bool = False,
+    size: int | None = None,
+    url: str | None = None,
 ) -> AsyncIterator[Serve]:
     """Run the command over an image of 32 pages until it listens."""
     file = tmp_path / "image"
     if not file.exists():
         file.write_bytes(image(SIZE))
     path = tmp_path / "socket"
-    command = ["serve", os.fspath(file), "--socket", os.fspath(path), *options]
+    command = ["serve", url or os.fspath(file), "--socket", os.fspath(path), *options]
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -352,6 +357,22 @@ async def test_a_compressed_image_is_served(tmp_path: Path) -> None:
             await server.event("started")
             assert await guest.read(0, SIZE) == image(SIZE)
         assert (await server.event("ended"))["error"] is None
+
+
+async def test_an_image_on_a_web_server_falls_over_to_a_file(tmp_path: Path) -> None:
+    """Its bytes come by HTTP until the web server is gone; the guest notices nothing."""
+    (tmp_path / "copy").write_bytes(image(SIZE))
+    async with ImageServer(image(SIZE)) as web:
+        options = ("--fallback", os.fspath(tmp_path / "copy"), "--cache", "16K")
+        async with serve(tmp_path, *options, url=web.url, size=SIZE) as server:
+            async with StandInVmm.start(server.path, SIZE) as guest:
+                await server.event("started")
+                assert await guest.read(0, 4 * PAGE) == image(SIZE)[: 4 * PAGE]
+                asked = len(web.requests)
+                web.always(web.status(404))
+                assert await guest.read(0, SIZE) == image(SIZE)
+            assert (await server.event("ended"))["failures"] == 0
+        assert len(web.requests) > asked > 0
 
 
 async def test_clones_share_one_copy(tmp_path: Path) -> None:
