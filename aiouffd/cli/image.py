@@ -46,6 +46,7 @@ examples:
   aiouffd image info memory.zst --layer later.diff
   aiouffd image verify memory.zst --against memory.img
   aiouffd image unpack memory.zst --layer later.diff later-again.img
+  aiouffd image push memory.zst redis://cache:6379/0/images/vm1
 
 An image is named by a path or by a URL, as for `aiouffd serve`; seekable zstd is recognised.
 `aiouffd image COMMAND --help` explains a command.
@@ -89,6 +90,25 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     _add_layers(compare)
     compare.add_argument("--pack", action="store_true", help="compress the layer")
     _add_packing(compare)
+
+    push = _command(commands, "push", _push, "store an image in Redis or Valkey")
+    push.add_argument("source", metavar="SOURCE", help="the image")
+    push.add_argument("out", metavar="URL", help="where: redis://HOST:PORT/DB/KEY")
+    _add_layers(push)
+    push.add_argument(
+        "--chunk",
+        type=byte_count,
+        default=64 << 10,
+        metavar="BYTES",
+        help="per key, a power of two (default: 64K)",
+    )
+    push.add_argument(
+        "--grace",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="who reads the image that was there before may go on so long (default: 3600)",
+    )
 
     info = _command(commands, "info", _info, "say what an image holds")
     info.add_argument("source", metavar="IMAGE", help="the image")
@@ -254,6 +274,18 @@ async def _diff(args: argparse.Namespace) -> int:
                 differ = await diff(base, new, writer, watch=progress)
         pages, of = -(-differ // PAGE), -(-new.size // PAGE)
         print(f"{args.out}: {pages:,} of {of:,} pages differ; stored in {_stored(args.out)}")
+    return 0
+
+
+async def _push(args: argparse.Namespace) -> int:
+    with _said():
+        from ..sources.redis import store_image
+    async with _opened(args.source, args.layer) as (image, *_):
+        with _progress(args, "storing") as progress, _said():
+            identity = await store_image(
+                image, args.out, chunk=args.chunk, grace=args.grace, progress=progress
+            )
+        print(f"{shown(args.out)}: {amount(image.size)}, stored as {identity}")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests import redis_servers
 from tests.redis_servers import RedisServer, new_key
 from tests.remote_serving import Place, RemoteServing
 from tests.serving import within
+from tests.stand_in_vmm import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +330,32 @@ async def test_a_restarted_server_is_no_error(tmp_path: Path, seed: int) -> None
                 await connected.flushall()
             with pytest.raises(SourceError, match="are gone"):
                 await source.read(0, PAGE)
+
+
+async def test_the_command_stores_an_image(server: RedisServer, tmp_path: Path) -> None:
+    """And ``verify`` finds it there; what cannot be is one line."""
+    file = tmp_path / "image"
+    file.write_bytes(image(64 * PAGE))
+    url = server.url + new_key()
+
+    async def run(*arguments: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "aiouffd", "image", *arguments),
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        out, _ = await within(process.communicate(), 30)
+        return process.returncode, out.decode()
+
+    status, said = await run("push", str(file), url, "--chunk", "8K")
+    assert (status, url in said) == (0, True), said
+    status, said = await run("verify", url, "--against", str(file))
+    assert status == 0, said
+    assert await run("push", str(file), url, "--chunk", "5000") == (
+        1,
+        "aiouffd: a chunk is a power of two from 4 KiB to 64 MiB, not 5000\n",
+    )
 
 
 # --- a real process's memory -----------------------------------------------------------
