@@ -9,11 +9,13 @@ served on demand alone, one thread that touches scattered pages; a chunk against
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from aiouffd.performer import PIECE_BYTES
@@ -94,13 +96,22 @@ def _hydration(settings: Settings, image: Path) -> list[Figure]:
 
 
 def _touching(
-    settings: Settings, image: Path, pages: int, count: int, *serving: str, seed: int = 1
+    settings: Settings,
+    image: Path,
+    pages: int,
+    count: int,
+    *serving: str,
+    seed: int = 1,
+    apart: bool = False,
 ) -> Callable[[], Sample]:
-    where = ("--socket=SOCKET", f"--cpu={settings.cpu}")
+    here = f"--cpu={settings.cpu}"
+    others = os.sched_getaffinity(0) - {settings.cpu}
+    there = f"--cpu={min(others)}" if apart and others else here
     python = (sys.executable, "-m")
-    target = [*python, "benchmarks.image_touching", *where, f"--size={pages * PAGE}"]
-    target += [f"--count={count}", f"--seed={seed}", "--each"]
-    server = [*python, "benchmarks.image_serving", "faults", *where, f"--image={image}", *serving]
+    target = [*python, "benchmarks.image_touching", "--socket=SOCKET", there]
+    target += [f"--size={pages * PAGE}", f"--count={count}", f"--seed={seed}", "--each"]
+    server = [*python, "benchmarks.image_serving", "faults", "--socket=SOCKET", here]
+    server += [f"--image={image}", *serving]
     return lambda: run(target, server, settings.seconds)[0]
 
 
@@ -130,15 +141,19 @@ def _replay(settings: Settings, image: Path, pages: int) -> list[Figure]:
 
 
 def _demand_beside_replay(settings: Settings, image: Path, pages: int) -> list[Figure]:
-    """Touch pages of another choice than those that are replayed."""
+    """Touch pages of another choice than those that are replayed, on another processor.
+
+    On the same one the kernel's scheduler would be measured: a replay never sleeps long.
+    """
     count, replayed = int(0.05 * pages), f"--replay={int(SHARE * pages)}"
+    touch = partial(_touching, settings, image, pages, count, seed=2, apart=True)
     figures = []
     for name, delay in (("a cached file", 0.0), ("1 ms a read", 0.001)):
         far = f"--delay={delay}"
         results = interleave(
             {
-                "alone": _touching(settings, image, pages, count, far, seed=2),
-                "beside": _touching(settings, image, pages, count, far, replayed, seed=2),
+                "alone": touch(far),
+                "beside": touch(far, replayed),
             },
             settings.runs,
         )
