@@ -51,8 +51,8 @@ class Served:
     image: SharedImage | None = None
 
 
-def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """Add IMAGE and what may stand around it."""
+def add_image_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add IMAGE and what may stand around it; give the group, for what else there is."""
     parser.add_argument(
         "image",
         metavar="IMAGE",
@@ -77,7 +77,12 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="BYTES",
         help="keep so much of the image in memory for all sessions, such as 1G",
     )
-    what.add_argument(
+    return what
+
+
+def add_share_option(group: argparse._ArgumentGroup) -> None:
+    """Add what only those can be asked who serve processes of this machine."""
+    group.add_argument(
         "--share",
         action="store_true",
         help="copy the image into memory once; peers map that copy, each with its own writes",
@@ -122,7 +127,7 @@ async def open_served(args: argparse.Namespace) -> AsyncIterator[Served]:
         raise UffdError(str(error)) from error
     try:
         size, name = source.size, shown(args.image)
-        if args.share:
+        if getattr(args, "share", False):
             image = await SharedImage.fill(source)
             await source.aclose()
             source = image

@@ -36,7 +36,13 @@ from ..unix_socket import Listener
 from . import operation, statuses
 from .diagnostics import logging_to
 from .export import add_export_options, exporting
-from .image_options import Served, add_image_options, open_served, sharing_report
+from .image_options import (
+    Served,
+    add_image_options,
+    add_share_option,
+    open_served,
+    sharing_report,
+)
 from .output import Lines
 from .prefetch_options import add_prefetch_options, prefetch_settings
 
@@ -74,7 +80,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_image_options(parser)
+    add_share_option(add_image_options(parser))
     parser.add_argument(
         "--socket",
         metavar="PATH",
