@@ -28,7 +28,8 @@ FLOORS = {
         lazy_serving frame_raise sigbus lazy_memory""",
     "pages": """
         sources sources.buffer sources.file sources.zero sources.measured
-        sources.seek_table sources.zstd_frames sources.compressed_layout sources.compressed
+        sources.buffer_pool sources.seek_table sources.zstd_frames sources.compressed_layout
+        sources.decompressing sources.compressed
         sources.cached sources.reads sources.layered sources.fallback sources.urls sources.shared
         sources.http_answers sources.http_places sources.http sources.object_store
         sources.peer sources.redis_client sources.redis

@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 from ..errors import ClosedError, SourceError
 from . import Source, check_read
+from .buffer_pool import BufferPool
 from .compressed_layout import Layout, is_compressed, read_layout
+from .decompressing import in_thread
 
 __all__ = ["CompressedSource", "is_compressed"]
 
@@ -41,13 +43,26 @@ RUN_BYTES: Final = 2 << 20
 #: What a frame gave.
 _Outcome: TypeAlias = "bytes | SourceError"
 
+#: For all images of this process: what is decompressed in threads, in order, is given as it is.
+_WHOLE: Final = BufferPool(RUN_BYTES, 4)
+
+
+class _Landed:
+    """What a run of frames gave: frame by frame, or all in one piece."""
+
+    __slots__ = ("outcomes", "whole")
+
+    def __init__(self, outcomes: dict[int, _Outcome], whole: memoryview | None = None) -> None:
+        self.outcomes = outcomes  # of all frames; if there is a whole, of the corrupt ones
+        self.whole = whole
+
 
 class _Flight:
     """A run of frames that is being brought, for any number of waiters."""
 
     __slots__ = ("run", "task", "waiters")
 
-    def __init__(self, run: range, task: asyncio.Task[dict[int, _Outcome]]) -> None:
+    def __init__(self, run: range, task: asyncio.Task[_Landed]) -> None:
         self.run = run
         self.task = task
         self.waiters = 0
@@ -91,7 +106,7 @@ class CompressedSource:
         self._cached: OrderedDict[int, bytes] = OrderedDict()
         self._held = 0
         self._flights: dict[int, _Flight] = {}  # by frame
-        self._tasks: set[asyncio.Task[dict[int, _Outcome]]] = set()
+        self._tasks: set[asyncio.Task[_Landed]] = set()
         self._closing = False
 
     @property
@@ -131,7 +146,7 @@ class CompressedSource:
         last = self.table.frame_at(offset + length - 1)
         if not self._is_little(first, last):
             return None
-        frames: list[bytes] = []
+        frames: list[bytes | memoryview] = []
         for number in range(first, last + 1):
             frame = self._frame_nowait(number)
             if frame is None:
@@ -153,11 +168,11 @@ class CompressedSource:
             return at_hand
         first = self.table.frame_at(offset)
         last = self.table.frame_at(offset + length - 1)
-        frames = await self._bring(first, last)
-        skip = offset - self.table.starts[first]
-        if length > RUN_BYTES:
-            return await asyncio.to_thread(_cut, frames, skip, length)
-        return _cut(frames, skip, length)
+        parts, start = await self._bring(first, last)
+        skip = offset - start
+        if len(parts) > 1 and length > RUN_BYTES:
+            return await in_thread(_cut, parts, skip, length)
+        return _cut(parts, skip, length)
 
     async def aclose(self) -> None:
         """Wait for what is being decompressed, then close the source below.
@@ -248,32 +263,62 @@ class CompressedSource:
 
     # --- many ------------------------------------------------------------------------------
 
-    async def _bring(self, first: int, last: int) -> list[bytes]:
-        """Collect frames: those at hand, those in flight, and the rest in new flights."""
-        found: dict[int, _Outcome] = {}
+    async def _bring(self, first: int, last: int) -> tuple[list[bytes | memoryview], int]:
+        """Collect frames: those at hand, those in flight, and the rest in new flights.
+
+        Returns:
+            Parts of the content without a gap, and the offset at which they begin.
+        """
+        found: dict[int, bytes] = {}
         joined: dict[int, _Flight] = {}
-        missing: list[int] = []
-        for number in range(first, last + 1):
-            frame = self._frame_at_hand(number)
-            if frame is not None:
-                found[number] = frame
-            elif number in self._flights:
-                joined[number] = self._flights[number]
-            else:
-                missing.append(number)
+        if self._is_untouched(first, last):
+            missing = list(range(first, last + 1))
+        else:
+            missing = []
+            for number in range(first, last + 1):
+                frame = self._frame_at_hand(number)
+                if frame is not None:
+                    found[number] = frame
+                elif number in self._flights:
+                    joined[number] = self._flights[number]
+                else:
+                    missing.append(number)
         for run in self._runs(missing):
-            flight = self._start(run)
-            joined.update(dict.fromkeys(run, flight))
-        await self._wait(set(joined.values()))
-        for number, flight in joined.items():
-            found[number] = flight.task.result()[number]
-        frames: list[bytes] = []
-        for number in range(first, last + 1):
-            outcome = found[number]
-            if isinstance(outcome, SourceError):
-                raise outcome
-            frames.append(outcome)
-        return frames
+            joined.update(dict.fromkeys(run, self._start(run)))
+        flights = set(joined.values())
+        await self._wait(flights)
+        starts = self.table.starts
+        if len(flights) == 1 and not found:
+            flight = flights.pop()
+            landed = flight.task.result()
+            if landed.whole is not None and not landed.outcomes:
+                return [landed.whole], starts[flight.run[0]]
+        parts = [
+            found[number] if number in found else self._part(joined[number], number)
+            for number in range(first, last + 1)
+        ]
+        return parts, starts[first]
+
+    def _is_untouched(self, first: int, last: int) -> bool:
+        """Say whether all of these frames hold data that nobody has brought or brings."""
+        starts = self.table.starts
+        with self._lock:
+            if any(first <= number <= last for number in self._cached):
+                return False
+        around = self._extents.around(starts[first])
+        return not self._flights and around is not None and around[1] >= starts[last + 1]
+
+    def _part(self, flight: _Flight, number: int) -> bytes | memoryview:
+        """Give one frame of a flight that has landed."""
+        landed = flight.task.result()
+        outcome = landed.outcomes.get(number)
+        if isinstance(outcome, SourceError):
+            raise outcome
+        if outcome is not None:
+            return outcome
+        starts = self.table.starts
+        base = starts[flight.run[0]]
+        return memoryview(landed.whole or b"")[starts[number] - base : starts[number + 1] - base]
 
     async def _wait(self, flights: set[_Flight]) -> None:
         """Wait for flights as one of their waiters."""
@@ -310,7 +355,7 @@ class CompressedSource:
         self._flights.update(dict.fromkeys(run, flight))
         self._tasks.add(task)
 
-        def land(done: asyncio.Task[dict[int, _Outcome]]) -> None:
+        def land(done: asyncio.Task[_Landed]) -> None:
             self._tasks.discard(done)
             self._forget(flight)
             if not done.cancelled():
@@ -324,8 +369,8 @@ class CompressedSource:
             if self._flights.get(number) is flight:
                 del self._flights[number]
 
-    async def _fly(self, run: range) -> dict[int, _Outcome]:
-        """Read and decompress neighbours; what fits into the cache beside others is kept."""
+    async def _fly(self, run: range) -> _Landed:
+        """Read and decompress neighbours; what is little is kept."""
         first, last = run[0], run[-1]
         offset, end = self._place(first, last)
         packed = self._source.read_nowait(offset, end - offset)
@@ -333,36 +378,52 @@ class CompressedSource:
             packed = await self._source.read(offset, end - offset)
         view = memoryview(packed).cast("B")
         if self._is_little(first, last):
-            outcomes = self._unpack_all(run, view)
+            landed = _Landed(self._unpack_each(run, view))
+        elif first == last:
+            landed = _Landed(await in_thread(self._unpack_each, run, view))
         else:
-            outcomes = await asyncio.to_thread(self._unpack_all, run, view)
-        starts = self.table.starts
-        # A run that would drive everything else out of the cache is read once and in order.
-        if last == first or starts[last + 1] - starts[first] <= self._cache_bytes // 2:
-            for number, outcome in outcomes.items():
-                if not isinstance(outcome, SourceError):
-                    self._keep(number, outcome)
-        return outcomes
+            return await in_thread(self._unpack_whole, run, view)
+        for number, outcome in landed.outcomes.items():
+            if not isinstance(outcome, SourceError):
+                self._keep(number, outcome)
+        return landed
 
-    def _unpack_all(self, run: range, packed: memoryview) -> dict[int, _Outcome]:
+    def _packed_frames(self, run: range, packed: memoryview) -> Iterator[tuple[int, memoryview]]:
         offsets = self.table.offsets
         base = offsets[run[0]]
+        for number in run:
+            yield number, packed[offsets[number] - base : offsets[number + 1] - base]
+
+    def _unpack_each(self, run: range, packed: memoryview) -> dict[int, _Outcome]:
         return {
-            number: self._unpack(
-                number, packed[offsets[number] - base : offsets[number + 1] - base]
-            )
-            for number in run
+            number: self._unpack(number, frame)
+            for number, frame in self._packed_frames(run, packed)
         }
 
+    def _unpack_whole(self, run: range, packed: memoryview) -> _Landed:
+        """Decompress neighbours into one piece: each is copied while it is in the CPU's cache."""
+        starts = self.table.starts
+        whole = _WHOLE.take(starts[run[-1] + 1] - starts[run[0]])
+        corrupt: dict[int, _Outcome] = {}
+        at = 0
+        for number, frame in self._packed_frames(run, packed):
+            outcome = self._unpack(number, frame)
+            if isinstance(outcome, SourceError):
+                corrupt[number] = outcome
+            else:
+                whole[at : at + len(outcome)] = outcome
+            at += starts[number + 1] - starts[number]
+        return _Landed(corrupt, whole.toreadonly())
 
-def _cut(frames: list[bytes], skip: int, length: int) -> bytes:
-    """Join frames and take a stretch of them."""
-    if len(frames) == 1:
-        return frames[0][skip : skip + length]
-    parts: list[bytes | memoryview] = list(frames)
-    over = sum(map(len, frames)) - skip - length
+
+def _cut(parts: list[bytes | memoryview], skip: int, length: int) -> bytes | memoryview:
+    """Take a stretch of parts, joined if there are several."""
+    if len(parts) == 1:
+        return parts[0][skip : skip + length]
+    over = sum(map(len, parts)) - skip - length
+    cut = list(parts)
     if skip:
-        parts[0] = memoryview(frames[0])[skip:]
+        cut[0] = memoryview(parts[0])[skip:]
     if over:
-        parts[-1] = memoryview(frames[-1])[: len(frames[-1]) - over]
-    return b"".join(parts)
+        cut[-1] = memoryview(parts[-1])[: len(parts[-1]) - over]
+    return b"".join(cut)

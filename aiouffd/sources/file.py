@@ -47,6 +47,8 @@ READERS: Final = 4
 #: The longest read on the loop: what is longer holds it too long, cached or not.
 _INLINE_BYTES: Final = 512 * 1024
 
+_COPIED: Final = 64 << 10  # bytes
+
 #: File systems whose pages are memory: a plain read of them does not wait for a disk, and
 #: they refuse RWF_NOWAIT (seen with tmpfs and memfd on Linux 6.18).
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
@@ -159,7 +161,10 @@ class FileSource:
             raise self._failed(offset, length, error) from error
         self._check_generation(_generation(fd))
         # A short read inside an unchanged file: the rest is not in the page cache.
-        return bytes(data) if done == length else None  # the pager is quickest with bytes
+        if done != length:
+            return None
+        # The pager is quickest with bytes; of what is large a copy costs more than that saves.
+        return bytes(data) if length <= _COPIED else data
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Read on the loop if the page cache has it, else in a thread.

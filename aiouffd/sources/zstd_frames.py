@@ -32,6 +32,7 @@ LEVELS: Final = zstd.CompressionParameter.compression_level.bounds()
 _FRAME_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _HAS_CHECKSUM: Final = 0x04  # in the frame header's descriptor, its fifth byte
 _CHECKSUM_BYTES: Final = 4
+_HEADER_BYTES: Final = 5  # of which the last is the descriptor
 
 
 class FrameCompressor:
@@ -70,7 +71,11 @@ def decompress(frame: memoryview, size: int, checksum: int | None) -> bytes:
         ZstdError: These are other bytes.
     """
     if checksum is not None:
-        frame = _with_checksum(frame, checksum)
+        has_checksum = len(frame) > _HEADER_BYTES and frame[4] & _HAS_CHECKSUM
+        if not has_checksum:
+            frame = _with_checksum(frame, checksum)
+        elif int.from_bytes(frame[-_CHECKSUM_BYTES:], "little") != checksum:
+            raise ZstdError("its checksum and the seek table's differ")
     decompressor = zstd.ZstdDecompressor()
     data = decompressor.decompress(frame, size)
     if len(data) != size or not decompressor.eof or decompressor.unused_data:
@@ -79,13 +84,9 @@ def decompress(frame: memoryview, size: int, checksum: int | None) -> bytes:
 
 
 def _with_checksum(frame: memoryview, checksum: int) -> memoryview:
-    """Give a frame that checksum, unless it has it."""
-    if len(frame) <= _CHECKSUM_BYTES or bytes(frame[:4]) != _FRAME_MAGIC:
+    """Give a frame without a checksum that one."""
+    if len(frame) <= _HEADER_BYTES or bytes(frame[:4]) != _FRAME_MAGIC:
         raise ZstdError("no zstd frame begins here")
+    descriptor = bytes([frame[4] | _HAS_CHECKSUM])
     stored = checksum.to_bytes(_CHECKSUM_BYTES, "little")
-    if not frame[4] & _HAS_CHECKSUM:
-        descriptor = bytes([frame[4] | _HAS_CHECKSUM])
-        return memoryview(b"".join((_FRAME_MAGIC, descriptor, frame[5:], stored)))
-    if bytes(frame[-_CHECKSUM_BYTES:]) != stored:
-        raise ZstdError("its checksum and the seek table's differ")
-    return frame
+    return memoryview(b"".join((_FRAME_MAGIC, descriptor, frame[5:], stored)))

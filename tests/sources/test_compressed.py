@@ -8,6 +8,7 @@ import io
 import random
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,6 +27,9 @@ from tests.seekable import FRAME, seekable, zstd
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class _Far(BufferSource):
@@ -394,6 +398,39 @@ async def test_much_is_decompressed_off_the_loop(monkeypatch: pytest.MonkeyPatch
             small = length <= little
             assert threads[length] == {small}
             assert (source.read_nowait(offset, length) is not None) == small
+
+
+async def test_large_answers_stay_as_they_are() -> None:
+    """Answers that are kept keep their bytes, however many come after them."""
+    data = image(32 * FRAME)
+    async with opened(BufferSource(seekable(data))) as source:
+        length = module.INLINE_BYTES + FRAME
+        kept = [(at, await source.read(at, length)) for at in range(0, 24 * FRAME, FRAME + 1)]
+        for at, answer in kept:
+            assert as_bytes(answer) == data[at : at + length]
+
+
+def test_a_child_has_threads_of_its_own() -> None:
+    """After a fork, large reads go on in parent and child."""
+    program = """
+import asyncio, os, sys
+from aiouffd.sources.buffer import BufferSource
+from aiouffd.sources.compressed import CompressedSource
+from tests.seekable import seekable
+data = os.urandom(1 << 20)
+async def read():
+    source = await CompressedSource.open(BufferSource(seekable(data)))
+    assert bytes(await source.read(0, len(data))) == data
+    await source.aclose()
+asyncio.run(read())
+pid = os.fork()
+asyncio.run(read())
+if pid:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True, timeout=60
+    )
 
 
 async def test_closing_waits_for_what_is_under_way() -> None:
