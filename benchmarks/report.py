@@ -40,6 +40,7 @@ BENCHMARKS = {
     "bench_register": "Registering 64 GiB",
     "bench_fill": "Bulk fill",
     "bench_prefetch": "Hydration, replay, and how much to bring around a fault",
+    "bench_sources": "Compressed images",
     "bench_observer": "Watching",
     "bench_fuse": "The same image through FUSE, and as a plain mapping",
     "bench_remote": "Reads of remote images",
