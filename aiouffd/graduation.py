@@ -72,6 +72,10 @@ class Graduation:
         self._prefetch: dict[Pager, Prefetch] = {}
         self._detaching: dict[Pager, Detaching] = {}
 
+    def bring_by(self, pager: Pager, prefetch: Prefetch) -> None:
+        """Let a Prefetch that knows what it has brought already do the rest."""
+        self._prefetch[pager] = prefetch
+
     def adopted(self, child: Pager) -> None:
         """Note a forked child that has just been taken up."""
         self._complete = {one for one in self._complete if not one.uffd.closed}

@@ -389,6 +389,7 @@ class Session:
 
     def _begin_prefetch(self) -> None:
         self.prefetch = Prefetch(self.pager, self.source, extents=self._extents)
+        self._graduation.bring_by(self.pager, self.prefetch)
         if self.service.replay is not None or self.service.hydrate is not Pace.OFF:
             self._prefetching = asyncio.create_task(
                 self._run_prefetch(), name="aiouffd session prefetch"
@@ -626,6 +627,8 @@ class Session:
     async def _complete(self) -> None:
         await self.fill()
         # Not a single await from the last look in fill() to the end of detach().
+        if self._prefetching is not None:
+            self._prefetching.cancel()
         self._graduation.detach()
         self._enter(State.DETACHED)
         self._detaching = asyncio.create_task(self._settle(), name="aiouffd detach")

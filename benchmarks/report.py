@@ -37,6 +37,7 @@ BENCHMARKS = {
     "bench_fault": "Fault to resume, one thread",
     "bench_threads": "Sixteen threads",
     "bench_many": "Many ranges, many userfaultfds",
+    "bench_sessions": "Many sessions",
     "bench_register": "Registering 64 GiB",
     "bench_fill": "Bulk fill",
     "bench_prefetch": "Hydration, replay, and how much to bring around a fault",
