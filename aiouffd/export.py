@@ -46,6 +46,7 @@ STEP_BYTES: Final = 1 << 20  # answered in one turn of the loop
 _BACKLOG: Final = 1024  # requests that wait for the limits to let them in
 _REQUEST_COST: Final = 4096  # bytes that a request counts at least
 _HIGH, _LOW = 1 << 20, 1 << 18  # of answers that the kernel has not taken yet, in bytes
+_LONG: Final = 32 << 10  # bytes of an answer from which on copying them is not worth a system call
 _QUEUE: Final = 128  # connections that the kernel holds until they are accepted
 _SHORTAGE_PAUSE: Final = 0.1  # seconds without accepting while descriptors are short
 _SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -235,8 +236,18 @@ class _Connection(asyncio.Protocol):
 
     @staticmethod
     def _write(transport: asyncio.Transport, parts: list[Buffer]) -> None:
+        """Send parts of answers: short ones together, long ones as they are, without a copy."""
         # Not writelines: before Python 3.13.6 or so it never calls pause_writing.
-        transport.write(b"".join(parts))
+        short: list[Buffer] = []
+        for part in parts:
+            if len(part) < _LONG:  # type: ignore[arg-type]  # bytes, or a view of them
+                short.append(part)
+                continue
+            transport.write(b"".join(short))
+            short.clear()
+            transport.write(memoryview(part))
+        if short:
+            transport.write(b"".join(short))
 
     def _end_read(self, task: asyncio.Task[None]) -> None:
         self._reading_bytes -= self._reads.pop(task)

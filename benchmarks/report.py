@@ -45,6 +45,7 @@ BENCHMARKS = {
     "bench_observer": "Watching",
     "bench_fuse": "The same image through FUSE, and as a plain mapping",
     "bench_remote": "Reads of remote images",
+    "bench_network": "Reads from a peer and from Redis",
     "bench_lazy_memory": "Lazy memory inside one's own process",
 }
 
