@@ -3,12 +3,16 @@
 Knows: how a read is timed.
 Must not know: who else ran, targets.
 
+Rates are in time of the CPU, of all threads: on one CPU one of them always has something to do,
+and what neighbours take is not counted.
+
 ``python -m benchmarks.reading IMAGE CPU frames|one|page|kept|order LOOP PIECE`` prints JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -47,21 +51,21 @@ async def frames_of(path: str) -> list[tuple[memoryview, int]]:
 def time_frames(path: str) -> dict[str, float]:
     """Decompress every frame and drop it."""
     frames = asyncio.run(frames_of(path))
-    began = time.perf_counter_ns()
+    began = time.process_time_ns()
     for frame, size in frames:
         decompress(frame, size, None)
-    took = time.perf_counter_ns() - began
+    took = time.process_time_ns() - began
     return {"rate": sum(size for _, size in frames) / took * 1e9}
 
 
 async def time_order(path: str, piece: int) -> dict[str, float]:
     """Read the image from its start to its end."""
     source = await open_image(path)
-    began = time.perf_counter_ns()
+    began = time.process_time_ns()
     for offset in range(0, source.size, piece):
         length = min(piece, source.size - offset)
         await source.read(offset, length)
-    took = time.perf_counter_ns() - began
+    took = time.process_time_ns() - began
     await source.aclose()
     return {"rate": source.size / took * 1e9}
 
@@ -102,6 +106,8 @@ def main() -> None:
     path, cpu, kind, *rest = sys.argv[1:]
     if int(cpu) >= 0:
         os.sched_setaffinity(0, {int(cpu)})
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, -20)  # before everything else on this CPU
     if kind == "frames":
         sample = time_frames(path)
     elif kind == "one":
