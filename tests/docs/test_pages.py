@@ -15,6 +15,7 @@ import doctest
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,25 +120,43 @@ def test_commands_run(page: Path, tmp_path: Path, time_scale: float) -> None:
             "PYTHONPATH": str(ROOT),
             "PATH": f"{programs}:{os.environ['PATH']}",
         }
-        _run_commands(text, folder, environment, time_scale)
+        _run_commands(text, folder, environment, time_scale, stack)
 
 
-def _run_commands(text: str, folder: Path, environment: dict[str, str], time_scale: float) -> None:
+def _run_commands(
+    text: str,
+    folder: Path,
+    environment: dict[str, str],
+    time_scale: float,
+    stack: contextlib.ExitStack,
+) -> None:
     for block in _BLOCK.finditer(text):
         if block["language"] != "bash":
             continue
-        done = subprocess.run(
+        with subprocess.Popen(
             ["bash", "-e", "-c", block["code"]],
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             cwd=folder,
             env=environment,
             text=True,
-            timeout=30 * time_scale,
-        )
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
-        assert block["output"] is None or done.stdout == block["output"]
+            start_new_session=True,
+        ) as shell:
+            # What a page leaves in the background ends with the page, however that ends.
+            stack.callback(_end_group, shell.pid)
+            try:
+                printed, errors = shell.communicate(timeout=30 * time_scale)
+            except subprocess.TimeoutExpired:
+                _end_group(shell.pid)
+                raise
+        assert (shell.returncode, errors) == (0, ""), errors
+        assert block["output"] is None or printed == block["output"]
+
+
+def _end_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def test_the_tutorials_program_serves_a_fault(time_scale: float) -> None:
