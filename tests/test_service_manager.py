@@ -71,6 +71,15 @@ async def test_a_server_is_ready_busy_and_stopping(tmp_path: Path, manager: Mana
 
 
 @pytest.mark.child
+async def test_a_server_that_is_ready_can_be_stopped(tmp_path: Path, manager: Manager) -> None:
+    """From the moment on at which it says so: the signal drains, and is no sudden death."""
+    async with running(tmp_path, NOTIFY_SOCKET=manager.path) as server:
+        await manager.hear("READY")
+        server.process.terminate()
+        assert await server.end() == 0
+
+
+@pytest.mark.child
 async def test_a_loop_that_hangs_misses_its_pings(tmp_path: Path, manager: Manager) -> None:
     """Pings come from the loop while it runs, and stop when the process is stopped."""
     notify = manager.path

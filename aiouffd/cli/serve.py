@@ -232,6 +232,7 @@ async def _serve(args: argparse.Namespace, path: str | Listener, out: Lines, ser
         any_directory=args.any_directory,
         report=report,
     )
+    orders.take()  # a signal from now on is no sudden death: peers may come any moment
     async with (
         exporting(args, served, args.export, tell),
         server,
@@ -266,6 +267,12 @@ class _Orders:
         self.draining = asyncio.Event()
         self.stopping = asyncio.Event()
 
+    def take(self) -> None:
+        """Take the signals, for as long as the loop lives."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.signalled)
+
     def drain(self) -> None:
         """Begin to drain, if that was not begun."""
         self.draining.set()
@@ -283,37 +290,30 @@ async def _run_until_told(
     image: SharedImage | None,
 ) -> bool:
     """Serve; give whether living sessions were closed by a second signal."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, orders.signalled)
-    try:
-        await orders.draining.wait()
-        if image is not None:
-            tell(*await sharing_report(image, server.sessions))
-        living = len(server.sessions)
-        manager.stopping(f"draining: {living} sessions live on")
-        tell(
-            {"event": "draining", "sessions": living},
-            f"draining: no new peers, {living} sessions live on",
-        )
-        draining = asyncio.ensure_future(server.drain())
-        second = asyncio.ensure_future(orders.stopping.wait())
-        await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
-        second.cancel()
-        if draining.done():
-            await draining
-            return False
-        living = len(server.sessions)
-        tell(
-            {"event": "aborting", "sessions": living},
-            f"aborting: {living} sessions are closed by the policy",
-        )
-        await server.aclose()
+    await orders.draining.wait()
+    if image is not None:
+        tell(*await sharing_report(image, server.sessions))
+    living = len(server.sessions)
+    manager.stopping(f"draining: {living} sessions live on")
+    tell(
+        {"event": "draining", "sessions": living},
+        f"draining: no new peers, {living} sessions live on",
+    )
+    draining = asyncio.ensure_future(server.drain())
+    second = asyncio.ensure_future(orders.stopping.wait())
+    await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
+    second.cancel()
+    if draining.done():
         await draining
-        return living > 0
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        return False
+    living = len(server.sessions)
+    tell(
+        {"event": "aborting", "sessions": living},
+        f"aborting: {living} sessions are closed by the policy",
+    )
+    await server.aclose()
+    await draining
+    return living > 0
 
 
 _EVENTS: Final[dict[type[Report], str]] = {
