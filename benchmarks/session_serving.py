@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from .serving import MARK, PAGE, Target, end_of, receive, resident
 
 SETTLE_SECONDS = 1.2  # each target is asked once whether it lives, after a second
-IDLE_SECONDS = 1.5
+IDLE_SECONDS = 1.0
 
 
 async def serve(target: Target, options: argparse.Namespace) -> None:

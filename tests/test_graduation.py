@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 from aiouffd import Action, FailurePolicy
-from aiouffd.errors import ClosedError, SourceError, TargetGone
+from aiouffd.errors import ClosedError, NotSupported, SourceError, StuckPage, TargetGone
 from aiouffd.session import Milestone, State
 from aiouffd.sources.buffer import BufferSource
 from tests.serving import MADV_DONTNEED, check_books, image, unread, within
@@ -45,6 +45,30 @@ async def test_a_target_lives_on_without_us(kind: str, request: pytest.FixtureRe
         assert figures.resident_s is not None
         assert figures.copied_bytes + figures.filled_bytes == (pages - 1) * size
         check_books(session.pager)
+
+
+async def test_huge_pages_that_are_missing_are_found(request: pytest.FixtureRequest) -> None:
+    """EEXIST says that a huge page is there, and also that there is none left to give."""
+    request.getfixturevalue("huge_pages")(6)
+    source = BufferSource(image(0, 4 * HUGE, HUGE))
+    async with served(source, kind="hugetlb", pages=4) as (target, session):
+        (region,) = session.pager.regions
+        check = session._graduation._check_huge
+        assert await target.start_read(0) == 1
+        with pytest.raises(StuckPage, match="pool of huge pages") as found:
+            check(session.pager, region)
+        assert found.value.address == target.at(1)
+        assert await target.start_madvise(MADV_DONTNEED, 1) == 0
+        assert await target.start_read(2) == 3
+        assert await target.start_read(3) == 4
+        check(session.pager, region)  # what was removed is no business of the source
+        child = await target.fork()
+        with pytest.raises(NotSupported):
+            await session.complete()
+        child.kill()
+        await until(lambda: not session.pager.children, "its end is seen")
+        await session.complete()
+        assert await target.start_sweep() == [1, 0, 3, 4]
 
 
 async def test_what_graduates_is_what_the_source_says() -> None:
