@@ -21,6 +21,8 @@ Laws of this file:
 
 * The parsers make no system call; descriptors are closed if their message is refused.
 * A client is never believed about the image: all it can spoil is its own memory.
+* Nor that it maps it: the kernel is asked.  One that has handed over other memory instead, as a
+  VMM that knows nothing of sharing does, is served page by page, and closed by the policy.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import json
 import mmap
 import os
@@ -39,6 +42,7 @@ from typing import Final, NamedTuple
 from ..errors import PeerError
 from ..fds import OwnedFd
 from ..handover import HandedRegion, Handover, Receive
+from ..kernel import calls
 from ..ranges import PAGE_SIZE, align_up
 from ..sources.shared import SharedImage
 from ..uffd import Feature, Mode, Userfaultfd
@@ -133,13 +137,8 @@ def receiver(image: SharedImage) -> Receive:
     async def receive(connection: Connection) -> Handover:
         await connection.send(invitation(image.size), [image.fileno()])
         handover = await firecracker.receive(connection)
-        for number, region in enumerate(handover.regions):
-            if region.page_size != PAGE_SIZE:
-                handover.close()
-                raise PeerError(
-                    f"region {number} ({region}) has pages of {region.page_size} bytes;"
-                    f" those of the image have {PAGE_SIZE}"
-                )
+        if not all(_maps_a_file(handover, region) for region in handover.regions):
+            return handover
         return dataclasses.replace(
             handover,
             regions=tuple(
@@ -150,6 +149,14 @@ def receiver(image: SharedImage) -> Receive:
         )
 
     return receive
+
+
+def _maps_a_file(handover: Handover, region: HandedRegion) -> bool:
+    """Ask the kernel whether memory can be continued from a file's pages, by its first page."""
+    if region.page_size != PAGE_SIZE:
+        return False
+    done = calls.continue_(handover.fd.fileno(), region.start, PAGE_SIZE)
+    return done in (PAGE_SIZE, -errno.EEXIST, -errno.EFAULT)  # the last one is a hole
 
 
 def attach(path: str | os.PathLike[str]) -> mmap.mmap:
