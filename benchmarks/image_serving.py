@@ -63,6 +63,7 @@ async def serve_faults(peer: socket.socket, options: argparse.Namespace) -> None
     """Serve by a pager."""
     import aiouffd
     from aiouffd.handlers import from_source
+    from aiouffd.prefetch import Prefetch
     from aiouffd.sources.file import FileSource
 
     layout, fds, _, _ = socket.recv_fds(peer, LAYOUT.size, 1)
@@ -78,25 +79,24 @@ async def serve_faults(peer: socket.socket, options: argparse.Namespace) -> None
         source = Delayed(source, options.delay)
     async with aiouffd.Pager(aiouffd.Userfaultfd.adopt(fds[0])) as pager:
         pager.register(start, length, from_source(source, chunk=options.chunk))
-        replay = asyncio.ensure_future(replay_pages(pager, source, options))
+        prefetch, pages = Prefetch(pager, source), replayed_pages(source, options)
         peer.sendall(b"g")
+        replay = asyncio.ensure_future(prefetch.replay(pages, any_image=True))
         await end_of(peer)
         replay.cancel()
         await asyncio.wait([replay])
     await source.aclose()
 
 
-async def replay_pages(pager: Any, source: Any, options: argparse.Namespace) -> None:
-    """Bring the pages that a target of that seed touches."""
-    from aiouffd.prefetch import Prefetch
+def replayed_pages(source: Any, options: argparse.Namespace) -> Any:
+    """Make the set of the pages that a target of that seed touches."""
     from aiouffd.working_set import Header, WorkingSet
 
-    if not options.replay:
-        return
     pages = WorkingSet(Header(identity="", image_size=source.size))
-    for page in pages_of(source.size, options.replay, options.seed):
-        pages.add(page)
-    await Prefetch(pager, source).replay(pages, any_image=True)
+    if options.replay:
+        for page in pages_of(source.size, options.replay, options.seed):
+            pages.add(page)
+    return pages
 
 
 async def serve_fuse(peer: socket.socket, options: argparse.Namespace) -> None:
