@@ -141,6 +141,7 @@ class Prefetch:
         self._pager = pager
         self._source = source
         self._extents = extents
+        self._into = source if isinstance(source, ReadsInto) else None
         self._brought: dict[Region, WorkingSet] = {}  # by granule of the region
         self._filling = asyncio.Lock()
         self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
@@ -504,7 +505,7 @@ class Prefetch:
             None if it is left out.
         """
         buffer: mmap.mmap | None = None
-        if stretch.length > _AT_HAND_BYTES and isinstance(self._source, ReadsInto):
+        if stretch.length > _AT_HAND_BYTES and self._into is not None:
             buffer = self._take_buffer(stretch.length)
         try:
             # A buffer whose read was cancelled or failed may still be written to: it is let go.
@@ -530,14 +531,14 @@ class Prefetch:
         inside = min(length, self._source.size - offset)
         self.figures.reads += 1
         self.figures.read_bytes += inside
-        if buffer is None or not isinstance(self._source, ReadsInto):
+        if buffer is None or self._into is None:
             data = await self._source.read(offset, inside)
             got = memoryview(data).nbytes
             if got != inside:
                 raise SourceError(f"a source gave {got} of {inside} bytes at offset {offset}")
             return memoryview(data if inside == length else _padded(data, length)).cast("B")
         view = memoryview(buffer)[:length]
-        await self._source.readinto(offset, view[:inside])
+        await self._into.readinto(offset, view[:inside])
         view[inside:] = bytes(length - inside)
         return view
 
