@@ -338,3 +338,45 @@ async def test_a_fetch_ends_with_the_last_session_that_wanted_it() -> None:
         await turns()
         assert inner.cancelled == 1
         assert cache.figures().held_bytes == 0
+
+
+async def test_whatever_happens_at_once_the_bytes_are_right(seed: int) -> None:
+    """Reads, cancellations, failures and views held for long, in random order."""
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    inner = SlowSource(DATA, wait=False)
+    cache = CachedSource(inner, 6 * PAGE, block=PAGE)
+    held: list[Buffer] = []
+    reads: dict[asyncio.Task[Buffer], tuple[int, int]] = {}
+    failed = 0
+    for _ in range(600):
+        offset = rng.randrange(20 * PAGE)
+        length = rng.randrange(1, 4 * PAGE)
+        reads[asyncio.ensure_future(cache.read(offset, length))] = offset, length
+        inner.error = SourceError("now and then") if rng.random() < 0.05 else None
+        (inner.hold if rng.random() < 0.3 else inner.let_go)()
+        if rng.random() < 0.3:
+            rng.choice(list(reads)).cancel()
+        if rng.random() < 0.5:
+            await asyncio.sleep(0)
+        for task in [task for task in reads if task.done()]:
+            offset, length = reads.pop(task)
+            if task.cancelled():
+                continue
+            if task.exception() is not None:
+                assert isinstance(task.exception(), SourceError)
+                failed += 1
+                continue
+            assert as_bytes(task.result()) == DATA[offset : offset + length]
+            held = [*held[-3:], task.result()]
+        assert cache.figures().held_bytes <= 6 * PAGE
+    inner.let_go()
+    await asyncio.gather(*reads, return_exceptions=True)
+    await turns()
+    assert not cache._flights
+    assert not cache._tasks
+    figures = cache.figures()
+    assert failed
+    assert 0 < figures.joined < figures.misses
+    assert figures.held_bytes == sum(map(len, cache._blocks.values())) <= 6 * PAGE
+    await cache.aclose()
