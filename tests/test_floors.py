@@ -29,8 +29,8 @@ FLOORS = {
     "pages": """
         sources sources.buffer sources.file sources.zero sources.measured
         sources.buffer_pool sources.seek_table sources.zstd_frames sources.compressed_layout
-        sources.decompressing sources.compressed
-        sources.cached sources.reads sources.layered sources.fallback sources.urls sources.shared
+        sources.decompressing sources.reads sources.compressed
+        sources.cached sources.layered sources.fallback sources.urls sources.shared
         sources.http_answers sources.http_places sources.http sources.object_store
         sources.peer sources.redis_client sources.redis
         working_set recording prefetch

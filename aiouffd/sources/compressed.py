@@ -27,6 +27,7 @@ from . import Source, check_read
 from .buffer_pool import BufferPool
 from .compressed_layout import Layout, is_compressed, read_layout
 from .decompressing import in_thread
+from .reads import ReadsUnderWay
 
 __all__ = ["CompressedSource", "is_compressed"]
 
@@ -107,6 +108,7 @@ class CompressedSource:
         self._held = 0
         self._flights: dict[int, _Flight] = {}  # by frame
         self._tasks: set[asyncio.Task[_Landed]] = set()
+        self._reads = ReadsUnderWay("this source")  # into buffers; others are flights
         self._closing = False
 
     @property
@@ -174,12 +176,72 @@ class CompressedSource:
             return await in_thread(_cut, parts, skip, length)
         return _cut(parts, skip, length)
 
+    async def readinto(self, offset: int, buffer: memoryview) -> None:
+        """Decompress into a buffer of the caller's, in a thread: what is much is copied once.
+
+        Others do not wait for the frames of such a read; who wants one decompresses it.
+
+        Raises:
+            SourceError: A frame is corrupt, or the source below failed.
+            ClosedError: The source is closed.
+
+        Cancellation: the buffer is written to for a while; do not use it again.
+        """
+        if self._closing:
+            raise ClosedError("this source is closed")
+        check_read(offset, len(buffer), self._size)
+        starts = self.table.starts
+        at, end = offset, offset + len(buffer)
+        with self._reads:
+            while at < end:
+                first, last = self.table.frame_at(at), self.table.frame_at(end - 1)
+                if starts[last + 1] - starts[first] > RUN_BYTES:
+                    last = max(first, self.table.frame_at(starts[first] + RUN_BYTES) - 1)
+                stop = min(end, starts[last + 1])
+                await self._unpack_run_into(first, last, at, buffer[at - offset : stop - offset])
+                at = stop
+
+    async def _unpack_run_into(
+        self, first: int, last: int, offset: int, buffer: memoryview
+    ) -> None:
+        if self._holes and not self._extents.holds(offset, len(buffer)):
+            buffer[:] = bytes(len(buffer))
+            return
+        place, end = self._place(first, last)
+
+        def at_hand() -> bool:  # reading what is at hand is work as well, and may be done anywhere
+            packed = self._source.read_nowait(place, end - place)
+            if packed is not None:
+                self._unpack_into(range(first, last + 1), packed, offset, buffer)
+            return packed is not None
+
+        if not await in_thread(at_hand):
+            packed = await self._source.read(place, end - place)
+            await in_thread(self._unpack_into, range(first, last + 1), packed, offset, buffer)
+
+    def _unpack_into(self, run: range, packed: Buffer, offset: int, buffer: memoryview) -> None:
+        """Put the stretch of some frames that a buffer asks for into it; in any thread."""
+        starts = self.table.starts
+        untouched = self._is_untouched(run[0], run[-1])
+        for number, frame in self._packed_frames(run, memoryview(packed).cast("B")):
+            content: _Outcome | None = None if untouched else self._frame_at_hand(number)
+            if content is None:
+                content = self._unpack(number, frame)
+            if isinstance(content, SourceError):
+                raise content
+            at = starts[number] - offset
+            if at < 0 or at + len(content) > len(buffer):
+                skip = max(-at, 0)
+                content, at = content[skip : len(buffer) - at], at + skip
+            buffer[at : at + len(content)] = content
+
     async def aclose(self) -> None:
         """Wait for what is being decompressed, then close the source below.
 
         Cancellation: the source below stays open; call again.
         """
         self._closing = True
+        await self._reads.end()
         while self._tasks:
             await asyncio.wait(self._tasks)
         with self._lock:

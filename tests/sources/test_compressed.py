@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aiouffd.errors import SourceError
-from aiouffd.sources import Source, identity_of
+from aiouffd.errors import ClosedError, SourceError
+from aiouffd.sources import ReadsInto, Source, identity_of
 from aiouffd.sources import compressed as module
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.compressed import CompressedSource, is_compressed
@@ -398,6 +398,54 @@ async def test_much_is_decompressed_off_the_loop(monkeypatch: pytest.MonkeyPatch
             small = length <= little
             assert threads[length] == {small}
             assert (source.read_nowait(offset, length) is not None) == small
+
+
+@pytest.mark.parametrize("far", [True, False])
+async def test_reading_into_a_buffer_is_reading(far: bool, seed: int) -> None:
+    """Any stretch ends in the buffer as it is read: frames kept, holes, runs, edges of frames."""
+    data = bytearray(mixed(150 * FRAME, 1))
+    data[20 * FRAME : 60 * FRAME] = bytes(40 * FRAME)
+    extents = [(0, 20 * FRAME), (60 * FRAME, 90 * FRAME)]
+    file = seekable(bytes(data), extents=extents)
+    choose = random.Random(seed)
+    async with opened(_Far(file) if far else BufferSource(file)) as source:
+        assert isinstance(source, ReadsInto)
+        stretches = [(0, len(data)), (30 * FRAME, FRAME), (FRAME + 1, 10), (0, FRAME)]
+        for _ in range(20):
+            at = choose.randrange(len(data))
+            stretches.append((at, choose.randint(1, len(data) - at)))
+            await source.read(choose.randrange(len(data)), 1)  # some frames are kept
+        for at, length in stretches:
+            buffer = bytearray(b"x" * (length + 2))
+            await source.readinto(at, memoryview(buffer)[1:-1])
+            assert buffer == b"x" + data[at : at + length] + b"x"
+        with pytest.raises(SourceError, match="outside"):
+            await source.readinto(len(data), memoryview(bytearray(1)))
+    with pytest.raises(ClosedError):
+        await source.readinto(0, memoryview(bytearray(1)))
+
+
+async def test_reading_a_corrupt_frame_into_a_buffer_is_an_error() -> None:
+    """The frame is named; and a close waits for such a read."""
+    data = image(8 * FRAME)
+    file = bytearray(seekable(data))
+    file[3 * FRAME + 200] ^= 0xFF
+    below = _Far(bytes(file))
+    source = await CompressedSource.open(below)
+    with pytest.raises(SourceError, match="frame 3"):
+        await source.readinto(0, memoryview(bytearray(len(data))))
+    below.go.clear()
+    buffer = bytearray(2 * FRAME)
+    below.reads.clear()
+    read = asyncio.ensure_future(source.readinto(0, memoryview(buffer)))
+    while not below.reads:
+        await asyncio.sleep(0)
+    close = asyncio.ensure_future(source.aclose())
+    await asyncio.sleep(0)
+    below.go.set()
+    await read
+    await close
+    assert buffer == data[: 2 * FRAME]
 
 
 async def test_large_answers_stay_as_they_are() -> None:
