@@ -6,7 +6,7 @@ Must not know: who else ran, targets.
 Rates are in time of the CPU, of all threads: on one CPU one of them always has something to do,
 and what neighbours take is not counted.
 
-``python -m benchmarks.reading IMAGE CPU frames|one|page|kept|order LOOP PIECE`` prints JSON.
+``python -m benchmarks.reading IMAGE CPU frames|one|page|kept|(order|into) LOOP PIECE`` prints JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import mmap
 import os
 import random
 import statistics
@@ -58,13 +59,18 @@ def time_frames(path: str) -> dict[str, float]:
     return {"rate": sum(size for _, size in frames) / took * 1e9}
 
 
-async def time_order(path: str, piece: int) -> dict[str, float]:
-    """Read the image from its start to its end."""
+async def time_order(path: str, piece: int, *, into: bool) -> dict[str, float]:
+    """Read the image from its start to its end, into one buffer or each piece into a new one."""
     source = await open_image(path)
+    buffer = memoryview(mmap.mmap(-1, piece))
+    buffer[:] = bytes(piece)  # its memory is there, as that of a buffer used before
     began = time.process_time_ns()
     for offset in range(0, source.size, piece):
         length = min(piece, source.size - offset)
-        await source.read(offset, length)
+        if into:
+            await source.readinto(offset, buffer[:length])
+        else:
+            await source.read(offset, length)
     took = time.process_time_ns() - began
     await source.aclose()
     return {"rate": source.size / took * 1e9}
@@ -112,14 +118,14 @@ def main() -> None:
         sample = time_frames(path)
     elif kind == "one":
         sample = time_one(path)
-    elif kind == "order":
+    elif kind in ("order", "into"):
         factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
         if rest[0] == "uvloop":
             import uvloop
 
             factory = uvloop.new_event_loop
         with asyncio.Runner(loop_factory=factory) as runner:
-            sample = runner.run(time_order(path, int(rest[1])))
+            sample = runner.run(time_order(path, int(rest[1]), into=kind == "into"))
     else:
         sample = asyncio.run(time_page(path, kept=kind == "kept"))
     print(json.dumps(sample))
