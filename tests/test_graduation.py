@@ -108,6 +108,22 @@ async def test_children_graduate_with_their_parent() -> None:
         assert session.counters().filled_bytes >= 3 * (pages - 2) * PAGE
 
 
+async def test_orphans_graduate_too() -> None:
+    """The target has exited; the child that it forked lives, and needs nobody afterwards."""
+    pages = 64
+    async with served(BufferSource(image(0, pages * PAGE)), pages=pages) as (target, session):
+        child = await target.fork()
+        grandchild = await child.fork()
+        target.kill()
+        await until(lambda: session.pager.target_gone, "its end is seen")
+        child.kill()
+        await until(lambda: len(session._serving_pagers()) == 1, "its end is seen as well")
+        await session.complete()
+        assert session.state is State.DETACHED
+        assert not is_registered(grandchild, grandchild.base)
+        assert await holds(grandchild, model(pages))
+
+
 async def test_memory_that_grew_and_moved_is_given_back() -> None:
     """A tail that mremap grew reads zero, and is not left registered where nobody looks."""
     pages = 64
@@ -148,10 +164,21 @@ async def test_a_thread_that_is_changing_memory_is_not_left_waiting(how: str) ->
             await until(lambda: session.state is State.DETACHED, "it is detached")
             assert not completing.done()
             assert not is_registered(target, target.at(40))
+            if how == "munmap":  # too late
+                completing.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await completing
+            # nor does anybody poison what is not ours any more
+            closing = asyncio.ensure_future(session.aclose(Action.POISON))
+            await asyncio.sleep(0)
             read_on()
             assert await change == 0
             assert await other == (to if how == "mremap" else 0)
-            await within(completing)
+            await within(session.complete())
+            await within(closing)
+            if how != "munmap":
+                await within(completing)
+            assert session.outcome == "detached"
         assert not is_registered(target, to)
         assert await target.start_words(target.at(24), PAGE, 40) == list(range(25, 65))
 
