@@ -65,6 +65,19 @@ async def test_with_a_password_and_another_database(tmp_path: Path) -> None:
             assert "wrongest" not in str(raised.value)
 
 
+async def test_a_password_that_has_changed_is_an_error_at_once(tmp_path: Path) -> None:
+    """It would not be right the next time either."""
+    options = ("--requirepass", "right")
+    with RedisServer(tmp_path, *options, program=PROGRAM, password="right") as locked:
+        url = f"redis://:right@127.0.0.1:{locked.port}/0/{new_key()}?timeout=60"
+        await store_image(BufferSource(image(PAGE)), url)
+        async with opened(url) as source:
+            locked.cli("-a", "right", "--no-auth-warning", "config", "set", "requirepass", "other")
+            locked.cli("-a", "other", "--no-auth-warning", "client", "kill", "type", "normal")
+            with pytest.raises(SourceError, match="invalid username-password"):
+                await within(source.read(0, PAGE))
+
+
 async def opened_once(url: str) -> None:
     async with opened(url):
         pass
