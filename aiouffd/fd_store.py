@@ -25,7 +25,7 @@ from typing import Final, Self
 
 from .errors import StoreError
 from .fds import OwnedFd
-from .sd_notify import Channel, take_listen_fds
+from .sd_notify import Channel
 
 #: What one message may carry (SCM_MAX_FD).
 MAX_GROUP: Final = 253
@@ -61,10 +61,16 @@ class FdStore:
         self._counts = {name: len(fds) for name, fds in self.taken.items()}
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self | None:
+    def from_environment(
+        cls,
+        taken: Sequence[tuple[str, OwnedFd]] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Self | None:
         """Give the fd store if this process was started with one, else None.
 
-        The descriptors it was started with are taken over, once.
+        Args:
+            taken: What it gave back, from ``take_listen_fds``.
+            environment: By default ours.
 
         Raises:
             OSError: There should be one, but it does not listen.
@@ -73,11 +79,15 @@ class FdStore:
         path, limit = source.get("NOTIFY_SOCKET", ""), source.get("FDSTORE", "")
         if not path or not limit.isdecimal() or not int(limit):
             return None
-        return cls(path, int(limit), take_listen_fds())
+        return cls(path, int(limit), taken)
 
     def __len__(self) -> int:
         """How many descriptors are in it, as far as we know."""
         return sum(self._counts.values())
+
+    def holds(self, name: str) -> bool:
+        """Say whether something is kept under a name."""
+        return name in self._counts
 
     def put(self, name: str, fds: Sequence[OwnedFd | int]) -> None:
         """Keep a group of descriptors, all or none.

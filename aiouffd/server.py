@@ -32,12 +32,16 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, TypeAlias, assert_never
 
-from .errors import PeerError, SourceError, UffdError
+from .errors import PeerError, SourceError, StoreError, UffdError
 from .failure import Action
+from .fd_store import FdStore
 from .handover import Handover, Peer, Receive, peer_credentials, pin_peer
+from .manifest import Manifest
 from .metrics import Observer
+from .protection import Protection, new_name
 from .session import Milestone, Service, Session, State, current_session, settle
-from .sources import Extents, Source
+from .sources import Extents, Source, identity_of
+from .takeover import Stored, fail_closed, highest_id, inodes_of, take_groups
 from .totals import Totals
 from .unix_socket import Connection, Listener
 
@@ -47,6 +51,8 @@ _ACCEPT_BATCH: Final = 16  # connections per wake-up: other work of the loop mus
 _QUEUE: Final = 128  # connections that the kernel holds until they are accepted
 _SHORTAGE_PAUSE: Final = 0.1  # seconds without accepting while descriptors are short
 _SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+LISTENER: Final = "aiouffd-listener-"  #: in the store; then the device and inode of its name
 
 #: One source for all sessions, which stays its maker's to close; or a function that opens one
 #: for each session, in a thread, which the session closes.
@@ -70,6 +76,16 @@ class Started:
             f"session of {self.session.name} started: {len(handover.regions)} regions,"
             f" {_mib(size)}, pages of {handover.regions[0].page_size} bytes, {handover.dialect}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOver:
+    """A session that a process before us had served goes on."""
+
+    session: Session
+
+    def __str__(self) -> str:
+        return f"session {self.session.id} of {self.session.name} taken over"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +164,7 @@ class Refused:
         return f"refused {self.peer}: {self.reason}"
 
 
-Report: TypeAlias = Started | FirstPage | Resident | Detached | Ended | Refused
+Report: TypeAlias = Started | TakenOver | FirstPage | Resident | Detached | Ended | Refused
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -207,6 +223,7 @@ class Server:
         mode: int = 0o600,
         replace: bool = False,
         any_directory: bool = False,
+        store: FdStore | None = None,
         report: Callable[[Report], None] = log_report,
         observers: Sequence[Observer] = (),
     ) -> None:
@@ -227,6 +244,8 @@ class Server:
             mode: Rights of the socket.
             replace: Take the name over from a server that still listens there.
             any_directory: See Listener.bind.
+            store: Keeps what sessions need to outlive this process, and gives back those that
+                have; stays the caller's to close, after the server.
             report: Told of every session's start and end, and of every refusal.
             observers: Told of every fault and event of every session.
         """
@@ -251,6 +270,7 @@ class Server:
         self._mode = mode
         self._replace = replace
         self._any_directory = any_directory
+        self._store = store
         self._report = report
         self._observers = tuple(observers)
         self._listener: Listener | None = None
@@ -295,7 +315,9 @@ class Server:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.aclose()
+        # What an error of ours ends lives on in the store, for the next server.
+        left = isinstance(error, Exception) and self._store is not None
+        await self.aclose(Action.HANG if left else None)
 
     async def start(self) -> None:
         """Open the source and begin to listen; ``async with`` does this.
@@ -310,13 +332,20 @@ class Server:
                 pass
         else:
             self._extents = await asyncio.to_thread(_extents_of, self._source)
-        self._listener = self._passed or Listener.bind(
-            self.path,
-            mode=self._mode,
-            replace=self._replace,
-            any_directory=self._any_directory,
-            backlog=_QUEUE - 1,  # the kernel takes one more
+        self._take_over()
+        self._listener = (
+            self._passed
+            or self._take_listener()
+            or Listener.bind(
+                self.path,
+                mode=self._mode,
+                replace=self._replace,
+                any_directory=self._any_directory,
+                backlog=_QUEUE - 1,  # the kernel takes one more
+            )
         )
+        if self._passed is None:
+            self._keep_listener(self._listener)
         self._loop.add_reader(self._listener.fileno(), self._on_connection)
 
     async def wait_closed(self) -> None:
@@ -374,7 +403,111 @@ class Server:
             if connection is None:
                 break
             self._admit(connection)
+        if self._store is not None:
+            self._store.remove(_listener_name(listener))
         listener.close()
+
+    # --- what outlives this process ----------------------------------------------------
+
+    def _take_listener(self) -> Listener | None:
+        """Listen on where a process before us did: who has connected meanwhile waits there."""
+        if self._store is None:
+            return None
+        found = None
+        for name in [one for one in self._store.taken if one.startswith(LISTENER)]:
+            fd, *more = self._store.taken.pop(name)
+            device, _, inode = name.removeprefix(LISTENER).partition("-")
+            listener = Listener.resume(fd, self.path, (int(device, 16), int(inode, 16)))
+            for one in more:
+                one.close()
+            if listener is not None and found is None:
+                found = listener
+            else:
+                self._store.remove(name)
+        return found
+
+    def _keep_listener(self, listener: Listener) -> None:
+        if self._store is not None and not self._store.holds(_listener_name(listener)):
+            self._store.put(_listener_name(listener), [listener.fileno()])
+
+    def _take_over(self) -> None:
+        """Serve on what a process before us had served."""
+        if self._store is None:
+            return
+        assert self._loop is not None  # noqa: S101 - set before
+        groups = take_groups(self._store.taken)
+        self._ids = itertools.count(highest_id(groups) + 1)
+        for group in groups:
+            if group.unstored and group.journal is not None:  # before its parent's forgets it
+                self._store.put(group.name, [group.journal.fileno()])
+            task = self._loop.create_task(self._serve_stored(group), name="aiouffd take-over")
+            self._tasks.add(task)
+            task.add_done_callback(self._forget_task)
+
+    async def _serve_stored(self, group: Stored) -> None:
+        """Take one session from the store to its end."""
+        assert self._store is not None  # noqa: S101 - the group comes from it
+        manifest = group.manifest
+        who = f"session {manifest.session}" if manifest is not None else group.name
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                await self._run_session(await self._resume(group, stack), taken_over=True)
+        except (UffdError, OSError) as error:
+            group.trouble = group.trouble or str(error)
+            self._refuse(who, f"is not served on: {group.trouble}")
+            if await fail_closed(group):
+                with contextlib.suppress(StoreError):
+                    self._store.remove(group.name)
+        finally:
+            group.close()
+
+    async def _resume(self, group: Stored, stack: contextlib.AsyncExitStack) -> Session:
+        manifest = group.manifest
+        if group.trouble or manifest is None or self._store is None:
+            raise PeerError(group.trouble)
+        source, extents = await stack.enter_async_context(self._open_source())
+        if (manifest.image, manifest.image_size) != (identity_of(source), source.size):
+            raise PeerError("the image is not the one that it was served from")
+        peer, handover = group.peer(), group.handover()
+        if callable(self._service) and peer is None:
+            service = Service(on_close=Action(manifest.on_close))
+        else:
+            service = self._service_for(peer, handover)  # type: ignore[arg-type]
+        self._admitted += 1
+        stack.callback(self._leave_session)
+        session = Session(
+            handover,
+            source,
+            peer=peer,
+            service=service,
+            extents=extents,
+            observers=self._observers,
+            on_milestone=self._on_milestone,
+            protection=Protection(self._store, manifest, group.journal),
+            books=group.books,
+            id=manifest.session,
+        )
+        await stack.enter_async_context(session)
+        return session
+
+    def _protection(
+        self, session: str, handover: Handover, peer: Peer, source: Source, service: Service
+    ) -> Protection | None:
+        """Make the protection of a new session; memory that maps its image needs none."""
+        if self._store is None or handover.backed:
+            return None
+        manifest = Manifest(
+            session=session,
+            name=new_name(),
+            regions=handover.regions,
+            image=identity_of(source),
+            image_size=source.size,
+            dialect=handover.dialect,
+            on_close=service.on_close.value,
+            peer=(peer.pid, peer.uid, peer.gid),
+            others=inodes_of(handover.others),
+        )
+        return Protection(self._store, manifest)
 
     # --- peers -------------------------------------------------------------------------
 
@@ -477,6 +610,7 @@ class Server:
                 stack.push_async_callback(settle, handover, service, peer)
             self._admit_session(stack)
             source, extents = await stack.enter_async_context(self._open_source())
+            number = str(next(self._ids))
             session = Session(
                 handover,
                 source,
@@ -485,7 +619,8 @@ class Server:
                 extents=extents,
                 observers=self._observers,
                 on_milestone=self._on_milestone,
-                id=str(next(self._ids)),
+                protection=self._protection(number, handover, peer, source, service),
+                id=number,
             )
             current_session.set(session)  # for all that begins here, by whatever way
             await stack.enter_async_context(session)
@@ -544,10 +679,10 @@ class Server:
             case _:
                 assert_never(milestone)
 
-    async def _run_session(self, session: Session) -> None:
+    async def _run_session(self, session: Session, *, taken_over: bool = False) -> None:
         self.sessions.add(session)
         self.served += 1
-        self._report(Started(session))
+        self._report(TakenOver(session) if taken_over else Started(session))
         for milestone in tuple(session.milestones):
             self._on_milestone(session, milestone)
         try:
@@ -579,6 +714,11 @@ def _extents_of(source: Source) -> Extents:
         return Extents(source.extents())
     except ValueError as error:
         raise SourceError(f"the source's extents are unusable: {error}") from error
+
+
+def _listener_name(listener: Listener) -> str:
+    device, inode = listener.identity or (0, 0)
+    return f"{LISTENER}{device:x}-{inode:x}"
 
 
 def _who(connection: Connection) -> str:

@@ -41,6 +41,7 @@ from .handover import Handover, Peer
 from .metrics import Counters, Metrics, Observer
 from .pager import Pager
 from .prefetch import Pace, Prefetch
+from .protection import Books, Protection, restore
 from .ranges import align_up
 from .recording import Recorder, Recording
 from .resolutions import Handler
@@ -233,6 +234,8 @@ class Session:
         extents: Extents | None = None,
         observers: Sequence[Observer] = (),
         on_milestone: Callable[[Session, Milestone], object] | None = None,
+        protection: Protection | None = None,
+        books: Books | None = None,
         id: str = "",  # noqa: A002 - what users call it
     ) -> None:
         """Prepare; nothing is read before ``async with``.
@@ -246,6 +249,8 @@ class Session:
             extents: The source's extents, when they have been collected before.
             observers: Told of every fault and event.
             on_milestone: Told of each milestone when it is reached; must not block or raise.
+            protection: Keeps what the session knows, so that it outlives this process.
+            books: What a process before us knew, from its journal: serve on from there.
             id: See the attribute.
         """
         self.id: Final = id
@@ -273,6 +278,9 @@ class Session:
         self._refusing: set[asyncio.Task[None]] = set()  # closes of children beyond the limit
         self._many_children = False
         self._given_up = 0  # descriptors of children that could not be settled
+        self._protections: dict[Pager, Protection] = {}
+        self._protection = protection
+        self._books = books
         self._graduation: Graduation
         self._completing: asyncio.Task[None] | None = None
         self._waiting = 0  # callers of complete()
@@ -356,14 +364,29 @@ class Session:
         try:
             self._serve_regions()
             self._check_regions()  # now that the pager would settle what is refused
+            self._protect()
             self._enter(State.SERVING)
             self.pager.start()
+            if self._books is not None:
+                self.pager.wake_all()
             self._begin_prefetch()
         except BaseException as error:
             await self._close(None)
             if isinstance(error, ValueError):  # regions that no memory can have
                 raise PeerError(str(error), self.name) from error
             raise
+
+    def _protect(self) -> None:
+        """See that the session outlives this process, from its first fault on."""
+        protection, books = self._protection, self._books
+        if protection is None:
+            return
+        self._protections[self.pager] = protection
+        if books is not None:
+            protection.resume(self.pager, self._regions, books)
+        else:
+            pidfd = () if self.peer is None else (self.peer.pidfd,)
+            protection.begin(self.pager, self._regions, (*pidfd, *self.handover.others))
 
     def _check_regions(self) -> None:
         for number, region in enumerate(self.handover.regions):
@@ -426,9 +449,14 @@ class Session:
 
     def _limit_children(self, child: Pager) -> None:
         """Settle a forked child that is one too many; the target itself is served on."""
+        parent = self._protections.get(child.parent) if child.parent is not None else None
+        protection = parent.protect_child(child) if parent is not None else None
+        if protection is not None:
+            self._protections[child] = protection
         for one in self._children:
             if one.uffd.closed:
                 self._past.add(one.counters)
+                self._protections.pop(one, None)
         self._children = [one for one in self._children if not one.uffd.closed]
         self._children.append(child)
         self._graduation.adopted(child)
@@ -464,7 +492,7 @@ class Session:
     def _serve_regions(self) -> None:
         if self._extents is None:
             self._extents = Extents(self.source.extents())
-        for number, region in enumerate(self.handover.regions):
+        self._regions = [
             self.pager.register(
                 region.start,
                 region.length,
@@ -477,6 +505,8 @@ class Session:
                 # Who asks to hear of moves may grow memory; of the new tail nothing is told.
                 grows=bool(self.pager.uffd.features & Feature.EVENT_REMAP),
             )
+            for number, region in enumerate(self.handover.regions)
+        ]
         self._graduation = Graduation(
             self._serving_pagers, self.source, self._extents, peer=self.peer
         )
@@ -698,13 +728,16 @@ def _on_close(handover: Handover, service: Service) -> Action:
     return Action.ZERO if handover.backed else service.on_close
 
 
-async def settle(handover: Handover, service: Service, peer: Peer | None) -> None:
+async def settle(
+    handover: Handover, service: Service, peer: Peer | None, books: Books | None = None
+) -> None:
     """Close a hand-over; memory that no session took over is settled by ``on_close`` first.
 
     Args:
         handover: Closed already if a session had it.
         service: Whose ``on_close`` and deadline count.
         peer: Whose memory it is, if known.
+        books: What a process before us knew of the memory, from its journal.
 
     Raises:
         UffdError: It could not be settled; the peer is killed, or the userfaultfd kept open.
@@ -734,15 +767,20 @@ async def settle(handover: Handover, service: Service, peer: Peer | None) -> Non
         handover.close()
         raise
     try:
-        for region in handover.regions:
+        regions = [
             pager.register(
                 region.start,
                 region.length,
                 zeroes,  # never asked: while it closes every fault gets the action
                 modes=region.modes,
                 page_size=region.page_size,
+                offset=region.offset,
                 registered=True,
             )
+            for region in handover.regions
+        ]
+        if books is not None:
+            restore(pager, regions, books)
     except ValueError as error:
         raise PeerError(str(error)) from error
     finally:

@@ -294,6 +294,41 @@ class Listener:
         path = "@" + os.fsdecode(name[1:]) if abstract else str(name)
         return cls(sock, None, "", path)
 
+    @classmethod
+    def resume(
+        cls, fd: OwnedFd, path: str | os.PathLike[str], identity: tuple[int, int]
+    ) -> Self | None:
+        """Listen on, on a socket that a process before us has bound; the descriptor is owned.
+
+        Args:
+            fd: Listening.
+            path: The socket's name.
+            identity: What ``identity`` was there.
+
+        Returns:
+            None if the name is another's by now; the descriptor is closed then.
+        """
+        path = os.path.abspath(path)
+        parent, name = os.path.split(path)
+        sock = socket.socket(fileno=fd.detach())
+        sock.setblocking(False)
+        try:
+            directory = OwnedFd(os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        except OSError:
+            sock.close()
+            return None
+        listener = cls(sock, directory, name, path)
+        if listener.identity == identity:
+            return listener
+        listener._identity = None
+        listener.close()
+        return None
+
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """(device, inode) of the name when it was bound."""
+        return self._identity
+
     def fileno(self) -> int:
         """Give the listening descriptor's number.
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from aiouffd.fd_store import FdStore
-from aiouffd.sd_notify import notify
+from aiouffd.sd_notify import notify, take_listen_fds
 from tests.targets import DEADLINE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     told = [False]
     signal.signal(signal.SIGTERM, lambda *_: told.__setitem__(0, True))
-    store = FdStore.from_environment()
+    store = FdStore.from_environment(take_listen_fds())
     assert store is not None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.connect(sys.argv[1])

@@ -3,7 +3,8 @@
  *
  * usage: soak_target SOCKET CONTROL KIND THREADS PAGES PAGE_SIZE SEED OPERATIONS LIFE FEATURES ALARM_US
  *
- * SOCKET    gets "BASE LENGTH" and beside it the userfaultfd; one byte from it means go.
+ * SOCKET    gets "BASE LENGTH" and beside it the userfaultfd; one byte from it means go.  If it is a
+ *           path, `aiouffd serve` listens there, and gets what Firecracker sends; no page is lost then.
  * CONTROL   is a memory file of struct control, shared with the server.
  * KIND      anon, shmem (shared mapping of a memfd), shmem-private, hugetlb (shared).
  * OPERATIONS is a string of letters with weights, "r30w10...": see do_operation.
@@ -33,6 +34,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -59,12 +61,14 @@ struct worker {
 };
 
 struct uffdio_api { uint64_t api, features, ioctls; };
+struct uffdio_register { uint64_t start, length, mode, ioctls; };
 
 static struct control *control;
 static struct worker workers[MAX_THREADS];
 static char *home_base, *away_base;
 static size_t page_size, pages, threads;
 static int shared, is_anon, life, pattern;
+static const char *server; /* the path of its socket, or none */
 static char letters[32];
 static unsigned weights[32], weight_sum, letter_count;
 static __thread struct worker *self;
@@ -444,15 +448,25 @@ static void hand_over(int socket, uint64_t features)
 {
     int uffd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
     struct uffdio_api api = {0xAA, features, 0};
-    char text[64], byte;
+    char text[256], byte;
     union { struct cmsghdr header; char bytes[CMSG_SPACE(sizeof(int))]; } ancillary = {0};
     struct iovec part = {text, 0};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = ancillary.bytes,
                              .msg_controllen = sizeof(ancillary.bytes)};
     if (uffd < 0 || ioctl(uffd, _IOWR(0xAA, 0x3F, struct uffdio_api), &api))
         die("userfaultfd");
-    part.iov_len = snprintf(text, sizeof(text), "%lu %lu", (unsigned long)home_base,
-                            (unsigned long)(threads * pages * page_size));
+    struct uffdio_register all = {(uint64_t)home_base, threads * pages * page_size, 1, 0};
+    if (server && ioctl(uffd, _IOWR(0xAA, 0x00, struct uffdio_register), &all))
+        die("register");
+    if (server)
+        part.iov_len = snprintf(text, sizeof(text),
+                                "[{\"base_host_virt_addr\":%lu,\"size\":%lu,\"offset\":0,"
+                                "\"page_size\":%lu,\"page_size_kib\":%lu}]",
+                                (unsigned long)home_base, (unsigned long)(threads * pages * page_size),
+                                page_size, page_size);
+    else
+        part.iov_len = snprintf(text, sizeof(text), "%lu %lu", (unsigned long)home_base,
+                                (unsigned long)(threads * pages * page_size));
     struct cmsghdr *header = CMSG_FIRSTHDR(&message);
     header->cmsg_level = SOL_SOCKET;
     header->cmsg_type = SCM_RIGHTS;
@@ -461,15 +475,28 @@ static void hand_over(int socket, uint64_t features)
     if (sendmsg(socket, &message, MSG_NOSIGNAL) < 0)
         die("sendmsg");
     close(uffd);
+    if (server)
+        return;
     if (read(socket, &byte, 1) != 1)
         _exit(0); /* the server is gone */
+}
+
+static int connect_to(const char *path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    strncpy(address.sun_path, path, sizeof(address.sun_path) - 1);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address)))
+        die("connect");
+    return fd;
 }
 
 int main(int count, char **arguments)
 {
     if (count != 12)
         die("arguments");
-    int socket = atoi(arguments[1]), control_fd = atoi(arguments[2]);
+    server = arguments[1][0] == '/' ? arguments[1] : NULL;
+    int socket = server ? connect_to(server) : atoi(arguments[1]), control_fd = atoi(arguments[2]);
     threads = strtoul(arguments[4], NULL, 0);
     pages = strtoul(arguments[5], NULL, 0);
     page_size = strtoul(arguments[6], NULL, 0);
@@ -505,7 +532,7 @@ int main(int count, char **arguments)
         worker->shadow = own_memory(pages * page_size);
         worker->bounce = own_memory(4096);
         for (size_t page = 0; page < pages; page++)
-            worker->state[page] = page % 64 == 63 ? LOST : IMAGE;
+            worker->state[page] = !server && page % 64 == 63 ? LOST : IMAGE;
     }
     hand_over(socket, strtoull(arguments[10], NULL, 0));
     /* A mapping that never had a page of its own is forked without its poison marks, by the kernel. */

@@ -85,14 +85,14 @@ def test_nobody_reads(manager: socket.socket) -> None:
 )
 def test_there_is_no_store(environment: dict[str, str]) -> None:
     """Without a notify socket and a limit above zero there is no store."""
-    assert FdStore.from_environment(environment) is None
+    assert FdStore.from_environment((), environment) is None
 
 
 def test_there_should_be_one(manager: socket.socket) -> None:
     """With both there is; if it does not listen that is an error."""
     path = manager.getsockname()
-    with FdStore.from_environment({"NOTIFY_SOCKET": path, "FDSTORE": "9"}) as store:  # type: ignore[union-attr]
+    with FdStore.from_environment((), {"NOTIFY_SOCKET": path, "FDSTORE": "9"}) as store:  # type: ignore[union-attr]
         assert store.limit == 9
         assert store.taken == {}
     with pytest.raises(OSError):
-        FdStore.from_environment({"NOTIFY_SOCKET": path + "x", "FDSTORE": "9"})
+        FdStore.from_environment((), {"NOTIFY_SOCKET": path + "x", "FDSTORE": "9"})

@@ -37,7 +37,7 @@ FLOORS = {
         handlers""",
     "processes": """
         sd_notify service_manager fd_store keeper
-        unix_socket handover graduation session sharing totals server
+        unix_socket handover manifest protection graduation session sharing takeover totals server
         protocols.firecracker protocols.shared
         export""",
     "tools": """
@@ -47,7 +47,7 @@ FLOORS = {
         snapshot
         page_map status prometheus http_site control
         cli.control_client cli.sessions cli.top cli.complete cli.drain
-        cli.output cli.diagnostics cli.operation cli.export
+        cli.output cli.diagnostics cli.operation cli.store_options cli.export
         cli.progress cli.image
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }

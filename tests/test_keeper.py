@@ -97,7 +97,8 @@ async def test_the_limit_is_known_to_the_command(tmp_path: Path, files: list[str
 async def test_gives_up_and_kills_the_targets(tmp_path: Path) -> None:
     """After so many deaths in a row the targets are killed before anything is closed."""
     with subprocess.Popen(["sleep", "1000"]) as target:
-        async with keeping(tmp_path, "--tries", "3", "--max-delay", "0.01") as kept:
+        options = ("--tries", "3", "--max-delay", "0.01", "--give-up", "kill")
+        async with keeping(tmp_path, *options) as kept:
             run = await kept.next_run()
             await run.ask("pidfd", "target", target.pid)
             for _ in range(2):

@@ -34,9 +34,11 @@ signals:
   SIGHUP           start the command anew beside the old one (serve needs --replace), and let
                    the old one end once the new one is ready: a change of version
 
-when the command is given up, and when it ends and leaves descriptors behind:
-  kill  the targets are killed, or their missing memory would read as zeros
-  hold  the descriptors are held and the targets wait, until this process is killed
+when the command is given up, and when it ends and leaves descriptors behind, missing memory must
+not come to read as zeros:
+  policy  as the server's --policy says
+  kill    the targets are killed
+  hold    the descriptors are held and the targets wait, until this process is killed
 """
 
 
@@ -79,7 +81,10 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="descriptors to keep at most: three for each target (default: %(default)s)",
     )
     parser.add_argument(
-        "--give-up", choices=("kill", "hold"), default="kill", help="see below (default: kill)"
+        "--give-up",
+        choices=("policy", "kill", "hold"),
+        default="policy",
+        help="see below (default: policy)",
     )
     return parser
 
@@ -88,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
     """Keep until the command is through; give its exit status."""
     logging.basicConfig(format="aiouffd keep: %(message)s", level=logging.INFO)
     _raise_descriptor_limit()
-    fail_closed: FailClosed = kill_targets if args.give_up == "kill" else _hold
+    ways: dict[str, FailClosed] = {"policy": _settle, "kill": _kill, "hold": _hold}
     keeper = Keeper(
         args.command_line,
-        fail_closed=fail_closed,
+        fail_closed=ways[args.give_up],
         patience=Patience(
             tries=args.tries, healthy_after=args.healthy_after, max_delay=args.max_delay
         ),
@@ -99,6 +104,18 @@ def run(args: argparse.Namespace) -> int:
         permanent=take_listen_fds(),
     )
     return asyncio.run(keeper.run())
+
+
+async def _settle(kept: Kept) -> set[str]:
+    from ..takeover import fail_all_closed  # in most lives of a keeper nobody asks for it
+
+    return await fail_all_closed(kept)
+
+
+async def _kill(kept: Kept) -> set[str]:
+    """Kill what can be killed; forked children, which cannot, are settled."""
+    left = await kill_targets(kept)
+    return await _settle({name: kept[name] for name in left})
 
 
 async def _hold(kept: Kept) -> set[str]:

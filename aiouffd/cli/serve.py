@@ -26,8 +26,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from ..failure import Action, FailurePolicy
+from ..fd_store import FdStore
 from ..sd_notify import take_listen_fds
-from ..server import Detached, Ended, FirstPage, Refused, Report, Resident, Server, Started
+from ..server import (
+    Detached,
+    Ended,
+    FirstPage,
+    Refused,
+    Report,
+    Resident,
+    Server,
+    Started,
+    TakenOver,
+)
 from ..service_manager import ServiceManager
 from ..session import Service
 from ..sources.measured import Reads
@@ -45,6 +56,7 @@ from .image_options import (
 )
 from .output import Lines
 from .prefetch_options import add_prefetch_options, prefetch_settings
+from .store_options import add_store_options, not_stored, open_store
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -139,6 +151,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="bring so much around each fault, such as 64K (default: one page)",
     )
     add_export_options(parser)
+    add_store_options(parser)
     add_prefetch_options(parser)
     operation.add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
@@ -174,15 +187,21 @@ def _size(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM; give the exit status."""
     _raise_descriptor_limit()
+    taken = take_listen_fds()
+    store = open_store(args, taken)
     path: str | Listener = args.socket
     if args.socket.startswith(operation.PASSED):
-        path = operation.passed_listener(args.socket, take_listen_fds())
+        path = operation.passed_listener(args.socket, not_stored(taken))
+    else:
+        for _, fd in not_stored(taken):
+            fd.close()
     with (
+        store or contextlib.nullcontext(),
         Lines(sys.stdout) as out,
         Lines(sys.stderr) as diagnostics,
         logging_to(diagnostics, as_json=args.json, level=args.log_level),
     ):
-        return asyncio.run(_open_and_serve(args, path, out))
+        return asyncio.run(_open_and_serve(args, path, out, store))
 
 
 def _raise_descriptor_limit() -> None:
@@ -194,12 +213,20 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _open_and_serve(args: argparse.Namespace, path: str | Listener, out: Lines) -> int:
+async def _open_and_serve(
+    args: argparse.Namespace, path: str | Listener, out: Lines, store: FdStore | None
+) -> int:
     async with open_served(args) as served:
-        return await _serve(args, path, out, served)
+        return await _serve(args, path, out, served, store)
 
 
-async def _serve(args: argparse.Namespace, path: str | Listener, out: Lines, served: Served) -> int:
+async def _serve(
+    args: argparse.Namespace,
+    path: str | Listener,
+    out: Lines,
+    served: Served,
+    store: FdStore | None,
+) -> int:
     def tell(fields: dict[str, Any], text: str) -> None:
         line = json.dumps({"time": round(time.time(), 3)} | fields) if args.json else text
         out.put(line)
@@ -230,6 +257,7 @@ async def _serve(args: argparse.Namespace, path: str | Listener, out: Lines, ser
         mode=args.mode,
         replace=args.replace,
         any_directory=args.any_directory,
+        store=store,
         report=report,
     )
     orders.take()  # a signal from now on is no sudden death: peers may come any moment
@@ -318,6 +346,7 @@ async def _run_until_told(
 
 _EVENTS: Final[dict[type[Report], str]] = {
     Started: "started",
+    TakenOver: "taken_over",
     FirstPage: "first_page",
     Resident: "resident",
     Detached: "detached",
@@ -337,7 +366,7 @@ def _fields(report: Report) -> dict[str, Any]:
         return event | {"seconds": report.seconds}
     if isinstance(report, Detached):
         return event
-    if isinstance(report, Started):
+    if isinstance(report, Started | TakenOver):
         regions = session.handover.regions
         return event | {
             "dialect": session.handover.dialect,
