@@ -7,7 +7,9 @@ Must not know: how to serve.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,8 +24,9 @@ from ..server import Server, SourceOrOpener
 from ..sources.measured import MeasuredSource, Reads
 from ..status import Status
 from ..unix_socket import Listener
-from .control_client import VARIABLE
+from .control_client import VARIABLE, ask
 from .diagnostics import LEVELS
+from .statuses import CommandError
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -97,19 +100,40 @@ async def operating(
     async with contextlib.AsyncExitStack() as stack:
         status = Status(server, reads=reads, image=image)
         if args.control is not None:
-            control = Control(
-                status,
-                args.control or f"{server.path}.control",
-                drain=drain,
-                metrics=_metrics_if_there(status),
-                replace=args.replace,
-                any_directory=args.any_directory,
-            )
-            await stack.enter_async_context(control)
-            where["control"] = control.path
+            path = args.control or f"{server.path}.control"
+
+            def control(*, replace: bool) -> Control:
+                return Control(
+                    status,
+                    path,
+                    drain=drain,
+                    metrics=_metrics_if_there(status),
+                    replace=replace,
+                    any_directory=args.any_directory,
+                )
+
+            try:
+                await stack.enter_async_context(control(replace=args.replace))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or not await _is_draining(path):
+                    raise
+                await stack.enter_async_context(control(replace=True))
+            where["control"] = path
         if args.metrics is not None:
             where["metrics"] = await stack.enter_async_context(_listening(status, *args.metrics))
         yield where
+
+
+async def _is_draining(path: str) -> bool:
+    """Say whether the server that answers on a control socket takes nobody any more.
+
+    It has given up its serving socket to the next one, and so it does this.
+    """
+    try:
+        _, health = await asyncio.to_thread(ask, path, "GET", "health")
+    except CommandError:
+        return False
+    return bool(health["status"] == "draining")
 
 
 def _metrics_if_there(status: Status) -> Callable[[], bytes] | None:

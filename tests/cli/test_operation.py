@@ -91,6 +91,31 @@ async def test_drain_again_and_again_never_aborts(tmp_path: Path) -> None:
         assert await server.end() == 0
 
 
+async def test_a_newer_server_takes_over_what_a_draining_one_held(tmp_path: Path) -> None:
+    """Both sockets go to the next; from one that serves nothing is taken."""
+    async with running(tmp_path, "--control") as server:
+        here = ("--control", server.listening["control"])
+        path = str(tmp_path / "other")
+        image_path = str(tmp_path / "image")
+        status, _, err = await command("serve", image_path, "--socket", path, *here)
+        assert status == 1
+        assert "a server listens there" in err
+        async with StandInVmm.start(server.socket, SIZE) as guest:
+            await server.event("started")
+            server.process.terminate()
+            await server.event("draining")
+            async with running(tmp_path, "--control") as newer:
+                assert newer.listening["control"] == here[1]
+                _, out, _ = await command("sessions", *here, "--json")
+                assert json.loads(out) == {"sessions": []}
+                assert await guest.read(0, SIZE) == image(SIZE)
+                guest.kill()
+                await server.event("stopped")
+                assert await server.end() == 0
+                assert (await command("drain", *here, "--wait"))[0] == 0
+                assert await newer.end() == 0
+
+
 async def test_top_draws_one_picture(tmp_path: Path) -> None:
     """The sums, the table, and a map with a character for each cell."""
     async with running(tmp_path, "--control") as server:
