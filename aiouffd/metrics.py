@@ -10,6 +10,7 @@ Counters are plain integers of their pager; a histogram entry costs some 90 ns.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -92,7 +93,7 @@ class Histogram:
 
     def merge(self, other: Histogram) -> None:
         """Count what another histogram has counted as well."""
-        self.buckets = [one + two for one, two in zip(self.buckets, other.buckets, strict=True)]
+        self.buckets = list(map(operator.add, self.buckets, other.buckets))
         self.count += other.count
         self.total_ns += other.total_ns
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import enum
 import errno
@@ -545,8 +546,7 @@ class Session:
 
     def counters(self) -> Counters:
         """Add up the counters of the target and of the children that it forked."""
-        total = Counters()
-        total.add(self._past)
+        total = copy.copy(self._past)
         for pager in (self.pager, *self._children):
             total.add(pager.counters)
         return total
