@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log: Final = logging.getLogger("aiouffd.control")
 
-_CLOSING_S: Final = 2.0  # for answers under way
+_CLOSING_S: Final = 1.0  # for answers under way, twice
 _BODY_BYTES: Final = 1 << 16
 
 

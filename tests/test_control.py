@@ -237,17 +237,21 @@ async def test_only_the_owner_may_ask(tmp_path: Path) -> None:
 async def test_it_ends_though_clients_hang_on(tmp_path: Path) -> None:
     """An idle connection and one that waits for ever do not hold up the end."""
     loop = asyncio.get_running_loop()
+    source = BufferSource(image(SIZE))
+    server = Server(tmp_path / "socket", firecracker.receive, source, report=lambda _: None)
+    path = tmp_path / "control"
     with socket.socket(socket.AF_UNIX) as idle, socket.socket(socket.AF_UNIX) as waiting:
-        async with controlled(tmp_path) as (server, path), guest_of(server):
-            for sock, target in ((idle, "GET /v1/health"), (waiting, "POST /v1/drain")):
-                sock.setblocking(False)
-                await loop.sock_connect(sock, str(path))
-                await loop.sock_sendall(sock, f"{target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-            assert b"200 OK" in await loop.sock_recv(idle, 4096)
-            await eventually(lambda: server.draining, "the drain is asked for")
-            ending = asyncio.timeout(20)  # aiohttp by itself takes a minute
-            await ending.__aenter__()
-        await ending.__aexit__(None, None, None)
+        async with server, guest_of(server):  # somebody lives, so that the drain goes on
+            async with asyncio.timeout(20):  # aiohttp by itself takes a minute
+                async with Control(Status(server), path):
+                    for sock, what in ((idle, "GET /v1/health"), (waiting, "POST /v1/drain")):
+                        sock.setblocking(False)
+                        await loop.sock_connect(sock, str(path))
+                        request = f"{what} HTTP/1.1\r\nHost: x\r\n\r\n"
+                        await loop.sock_sendall(sock, request.encode())
+                    assert b"200 OK" in await loop.sock_recv(idle, 4096)
+                    await eventually(lambda: server.draining, "the drain is asked for")
+            assert len(server.sessions) == 1
 
 
 async def test_faults_that_fail_are_counted_by_policy(tmp_path: Path) -> None:
