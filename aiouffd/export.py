@@ -274,15 +274,20 @@ class _Connection(asyncio.Protocol):
         """Answer what has been asked, then close."""
         self._draining = True
         if self._transport is None:
-            self.drop("the export is closing")
+            self.drop("")
         elif not self._transport.is_closing():
             self._transport.pause_reading()
             self._go_on_soon()
             if self.silent:
-                self.drop("the export is closing")
+                self.drop("")
 
     def drop(self, why: str, *, politely: bool = False) -> None:
-        """Close now; ``politely``, once what was written has been taken."""
+        """Close now; ``politely``, once what was written has been taken.
+
+        Args:
+            why: What it did; "" if it did nothing wrong, which is then not counted as refused.
+            politely: As said.
+        """
         self.error = self.error or why
         if self._transport is None:
             if self.task is not None:
@@ -417,7 +422,7 @@ class Export:
         """
         accepting = self._stop_listening()
         for connection in tuple(self._connections):
-            connection.drop("the export is closing")
+            connection.drop("")
         await self._end(accepting)
 
     async def _end(self, accepting: list[asyncio.Task[None]]) -> None:

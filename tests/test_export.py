@@ -275,6 +275,7 @@ async def test_closing_ends_what_is_in_flight() -> None:
         with pytest.raises(SourceError, match="did not come within"):
             await within(read)
         await peer.aclose()
+    assert export.refused == 0  # nobody has done anything wrong
 
 
 async def test_closing_with_a_handshake_in_progress(
