@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         StuckPage,
         TargetGone,
         UffdError,
+        WorkingSetError,
     )
     from .events import Event, Forked, PageFault, Remapped, Removed, Unmapped
     from .failure import Action, FailurePolicy
@@ -80,6 +81,7 @@ _EXPORTS = {
         "StuckPage",
         "TargetGone",
         "UffdError",
+        "WorkingSetError",
     ),
     "events": (
         "Event",
@@ -189,5 +191,6 @@ __all__ = [
     "Unprotect",
     "Userfaultfd",
     "Wake",
+    "WorkingSetError",
     "Zero",
 ]
