@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from .errors import ClosedError, SourceError, TargetGone, UffdError, WorkingSetError
 from .pager import Pager
-from .ranges import align_down, align_up
+from .prefetch_plan import Place, Plan, Stretch, stretches
 from .region import Region
 from .sources import Extents, ReadsInto, Source, identity_of
 from .uffd import Mode
@@ -49,10 +49,6 @@ STEP_BYTES: Final = 64 << 10  #: a step of hydration after a fault; each quiet o
 MOST_BYTES: Final = 4 << 20  #: the longest step of hydration
 _REPLAY_BYTES: Final = 512 << 10  # the longest read of a replay
 _AT_HAND_BYTES: Final = 256 << 10  # read at once on the loop: stays in the processor's cache
-# A gap that is read along: cheaper than one more read.  It is not filled along: for scattered
-# pages gaps of 16 KiB would save a third of the time and take twice the memory (Linux 6.18).
-_READ_ACROSS: Final = 64 << 10
-_BREATH: Final = 256  # runs that are planned between two turns of the loop
 _SLOW_SHARE: Final = 0.2  # of the time that SLOW works
 _SLOW_PAUSE: Final = 0.005  # seconds, at least, between its steps
 
@@ -91,18 +87,6 @@ class PrefetchFigures:
         """Count what another one has done as well."""
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
-
-
-class _Stretch(NamedTuple):
-    """One read, and the parts of it that are installed."""
-
-    region: Region
-    offset: int
-    length: int
-    parts: list[tuple[int, int]]  # (offset, length), whole pages
-
-
-_Plan: TypeAlias = Iterator[_Stretch | None]
 
 
 class _Bytes(NamedTuple):
@@ -200,10 +184,10 @@ class Prefetch:
         figures, counters = self.figures, self._pager.counters
         began, faults = time.monotonic(), counters.faults
 
-        def plan() -> Iterator[_Stretch | None]:
+        def plan() -> Plan:
             for region in self._regions():
                 runs = ((first * GRANULE, count * GRANULE) for first, count in pages.runs())
-                yield from self._stretches(region, runs, lambda: _REPLAY_BYTES)
+                yield from self._plan(region, runs, lambda: _REPLAY_BYTES)
 
         def count(done: int) -> None:
             figures.replayed_bytes += done
@@ -251,12 +235,11 @@ class Prefetch:
     async def _hydrate(self, pace: Pace, *, strict: bool) -> None:
         figures = self.figures
         began, refused = time.monotonic(), figures.refused
-
         done: set[Region] = set()
 
-        def plan(regions: list[Region]) -> Iterator[_Stretch | None]:
+        def plan(regions: list[Region]) -> Plan:
             for region in regions:
-                yield from self._stretches(region, self._missing(region), lambda: self._step)
+                yield from self._plan(region, self._missing(region), lambda: self._step)
 
         def count(done: int) -> None:
             figures.hydrated_bytes += done
@@ -296,71 +279,11 @@ class Prefetch:
         for first, count in brought.gaps():
             yield region.offset + first * GRANULE, count * GRANULE
 
-    def _stretches(
-        self,
-        region: Region,
-        runs: Iterable[tuple[int, int]],
-        limit: Callable[[], int],
-    ) -> Iterator[_Stretch | None]:
-        """Cut runs of bytes into reads: whole pages that hold data, neighbours together.
-
-        Args:
-            region: Where to; what lies outside of it is left out.
-            runs: (offset, length) in the source, ascending.
-            limit: Says how long a read may be by now, in bytes.
-
-        Returns:
-            Stretches; now and then None, for the loop to have its turn.
-        """
-        size = region.page_size
-        parts: list[tuple[int, int]] = []
-        start = end = -1
-        for low, high in self._pages_with_data(region, runs):
-            if low == high:
-                yield None
-            while low < high:
-                longest = max(align_down(limit(), size), size)
-                if parts and (low - end > _READ_ACROSS or low + size - start > longest):
-                    yield _Stretch(region, start, end - start, parts)
-                    parts = []
-                    continue  # by now a step may be shorter
-                if not parts:
-                    start = end = low
-                stop = min(high, start + longest)
-                if parts and low == end:
-                    parts[-1] = (parts[-1][0], stop - parts[-1][0])
-                else:
-                    parts.append((low, stop - low))
-                low = end = stop  # noqa: PLW2901 - what is left of the run
-        if parts:
-            yield _Stretch(region, start, end - start, parts)
-
-    def _pages_with_data(
-        self, region: Region, runs: Iterable[tuple[int, int]]
-    ) -> Iterator[tuple[int, int]]:
-        """Give the (start, end) of the whole pages with data that runs touch, each once."""
-        size = region.page_size
-        first, last = region.offset, region.offset + region.length
-        data = self._data()
-        last = min(last, first + align_up(max(self._source.size - first, 0), size))
-        done = first  # pages before it were given
-        for number, (offset, length) in enumerate(runs):
-            if offset >= last:
-                return
-            if not number % _BREATH:
-                yield done, done
-            low = max(offset, first)
-            high = min(offset + length, last)
-            if low >= high:
-                continue
-            # Regions begin at any offset that is whole small pages: pages count from there.
-            low = first + align_down(low - first, size)
-            high = first + align_up(high - first, size)
-            for start, stop in data.within(low, high):
-                page = max(first + align_down(start - first, size), done)
-                done = max(first + align_up(stop - first, size), done)
-                if page < done:
-                    yield page, done
+    def _plan(
+        self, region: Region, runs: Iterable[tuple[int, int]], limit: Callable[[], int]
+    ) -> Plan:
+        memory = Place(region.offset, region.length, region.page_size)
+        return stretches(region, memory, runs, self._data(), self._source.size, limit)
 
     def _set_step(self) -> None:
         """Make the next step longer, or short again after a fault."""
@@ -372,15 +295,15 @@ class Prefetch:
 
     # --- bringing ----------------------------------------------------------------------
 
-    async def _bring(self, plan: _Plan, count: _Count, *, strict: bool) -> None:
+    async def _bring(self, plan: Plan, count: _Count, *, strict: bool) -> None:
         """Read several stretches at once, one while a fault is in flight, and install them.
 
         The next read is under way while the last is installed.
         """
         pager = self._pager
-        reading: dict[asyncio.Task[_Bytes | None], _Stretch] = {}
-        ready: deque[tuple[_Stretch, _Bytes]] = deque()
-        stretch: _Stretch | None = None
+        reading: dict[asyncio.Task[_Bytes | None], Stretch] = {}
+        ready: deque[tuple[Stretch, _Bytes]] = deque()
+        stretch: Stretch | None = None
         planned = False
         held = 0  # bytes, in both
         try:
@@ -411,11 +334,12 @@ class Prefetch:
                 else:
                     return
         finally:
+            self._buffers.clear()
             for task in reading:
                 task.cancel()
             await asyncio.gather(*reading, return_exceptions=True)
 
-    async def _next_to_read(self, plan: _Plan, count: _Count, *, strict: bool) -> _Stretch | None:
+    async def _next_to_read(self, plan: Plan, count: _Count, *, strict: bool) -> Stretch | None:
         """Take the next stretch that has to be read; bring what comes before and is at hand.
 
         Returns:
@@ -425,7 +349,7 @@ class Prefetch:
             if stretch is None:
                 await asyncio.sleep(0)
                 continue
-            rest: _Stretch | None = stretch
+            rest: Stretch | None = stretch
             if stretch.length <= max(_AT_HAND_BYTES, stretch.region.page_size):
                 rest = await self._bring_at_hand(stretch, count, strict=strict)
             if rest is not None and self._is_wanted(rest.region, rest.offset, rest.length):
@@ -435,7 +359,7 @@ class Prefetch:
             self._set_step()
         return None
 
-    async def _bring_slowly(self, plan: _Plan, count: _Count) -> None:
+    async def _bring_slowly(self, plan: Plan, count: _Count) -> None:
         """Bring one stretch after the other, with pauses, and only while no fault is in flight."""
         for stretch in plan:
             if stretch is None:
@@ -454,8 +378,8 @@ class Prefetch:
             self._set_step()
 
     async def _bring_at_hand(
-        self, stretch: _Stretch, count: _Count, *, strict: bool
-    ) -> _Stretch | None:
+        self, stretch: Stretch, count: _Count, *, strict: bool
+    ) -> Stretch | None:
         """Bring what the source gives without waiting, piece by piece.
 
         Returns:
@@ -476,7 +400,7 @@ class Prefetch:
                         continue
                     if data is None:
                         left = [(at, start + length - at), *stretch.parts[number + 1 :]]
-                        return _Stretch(region, at, end - at, left)
+                        return Stretch(region, at, end - at, left)
                     await self._install(region, at, data, count, strict=strict)
         return None
 
@@ -498,7 +422,7 @@ class Prefetch:
         self.figures.read_bytes += inside
         return data if inside == length else _padded(data, length)
 
-    async def _read_stretch(self, stretch: _Stretch, *, strict: bool) -> _Bytes | None:
+    async def _read_stretch(self, stretch: Stretch, *, strict: bool) -> _Bytes | None:
         """Read a stretch, however long that takes.
 
         Returns:
@@ -515,7 +439,7 @@ class Prefetch:
             return None
 
     async def _install_parts(
-        self, stretch: _Stretch, data: _Bytes, count: _Count, *, strict: bool
+        self, stretch: Stretch, data: _Bytes, count: _Count, *, strict: bool
     ) -> None:
         """Install the parts of a stretch that has been read."""
         for offset, size in stretch.parts:

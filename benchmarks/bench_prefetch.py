@@ -37,6 +37,7 @@ from .serving import MARK
 
 HYDRATED = 1 << 30
 IMAGE = 16 << 20
+FEWEST = 64  # pages of the image, in a quick run
 SHARE = 0.3  # of the image's pages that the target touches
 HYDRATION_AT_LEAST = 0.85
 REPLAY_AT_MOST = 0.1  # of the time that demand alone takes
@@ -49,7 +50,7 @@ def measure(settings: Settings) -> list[Figure]:
     with tempfile.TemporaryDirectory(prefix="aiouffd-bench-", dir="/var/tmp") as folder:
         image = Path(folder, "image")
         # A page is a fault's worth of work: few faults asked for, little to serve.
-        pages = max(64, min(IMAGE // PAGE, settings.faults))
+        pages = max(FEWEST, min(IMAGE // PAGE, settings.faults))
         image.write_bytes(_half_random(pages * PAGE))
         packed = _pack(image)
         return [
@@ -172,6 +173,7 @@ def _demand_beside_replay(settings: Settings, image: Path, pages: int) -> list[F
 def _chunks(settings: Settings, image: Path, packed: Path, pages: int) -> list[Figure]:
     """Touch all pages in order, and few that are scattered, with chunks of several lengths."""
     figures = []
+    chunks = CHUNKS if pages > FEWEST else CHUNKS[:2]
     far = int(min(pages, 1024))  # at a millisecond each
     for name, file, delay, most in (
         ("local", image, 0.0, pages),
@@ -183,7 +185,7 @@ def _chunks(settings: Settings, image: Path, packed: Path, pages: int) -> list[F
                 str(chunk): _touching(
                     settings, file, pages, count, f"--delay={delay}", f"--chunk={chunk}"
                 )
-                for chunk in CHUNKS
+                for chunk in chunks
             }
             results = interleave(contestants, min(settings.runs, 3))
             figures += [
@@ -193,7 +195,7 @@ def _chunks(settings: Settings, image: Path, packed: Path, pages: int) -> list[F
                     floor=results[str(CHUNKS[0])]["took_ns"],
                     unit=milliseconds,
                 )
-                for chunk in CHUNKS[1:]
+                for chunk in chunks[1:]
             ]
     return figures
 

@@ -33,7 +33,7 @@ FLOORS = {
         sources.cached sources.layered sources.fallback sources.urls sources.shared
         sources.http_answers sources.http_places sources.http sources.object_store
         sources.peer sources.redis_client sources.redis
-        working_set recording prefetch
+        working_set recording prefetch_plan prefetch
         handlers""",
     "processes": """
         sd_notify service_manager fd_store keeper

@@ -6,30 +6,24 @@ import asyncio
 import mmap
 import random
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aiouffd import (
     ClosedError,
     Feature,
     Mode,
     PageFault,
-    Pager,
-    Region,
     Resolution,
     SourceError,
     TargetGone,
 )
 from aiouffd.errors import WorkingSetError
-from aiouffd.handlers import from_source, zeroes
+from aiouffd.handlers import from_source
 from aiouffd.prefetch import MOST_BYTES, READS, STEP_BYTES, Pace, Prefetch
-from aiouffd.ranges import Range
-from aiouffd.sources import Extents, Source
+from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.working_set import GRANULE, Header, WorkingSet
@@ -679,69 +673,3 @@ async def test_planning_lets_the_loop_turn() -> None:
             await asyncio.sleep(0)
         assert turns > 100
         assert served.pager.counters.filled_bytes == PAGE
-
-
-# --- planning --------------------------------------------------------------------------
-
-
-@given(
-    runs=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), max_size=12),
-    holes=st.lists(st.integers(0, 299), max_size=6, unique=True),
-    first=st.integers(0, 100),
-    pages=st.integers(1, 40),
-    size=st.sampled_from([1, 4, 8]),
-    limit=st.integers(1, 50),
-)
-def test_a_plan_brings_every_wanted_page_once(
-    runs: list[tuple[int, int]],
-    holes: list[int],
-    first: int,
-    pages: int,
-    size: int,
-    limit: int,
-) -> None:
-    """Whole pages, in order, none outside of the region, none that holds no data."""
-    source_pages = 300
-    wanted = WorkingSet(Header(identity="", image_size=400 * GRANULE))
-    for run in runs:
-        wanted.add(*run)
-    edges = sorted({0, *holes, source_pages})
-    # every other stretch between two edges is a hole
-    data = [(a, b) for n, (a, b) in enumerate(pairwise(edges)) if n % 2 == 0]
-    extents = Extents([(a * GRANULE, (b - a) * GRANULE) for a, b in data])
-    source = BufferSource(bytes(source_pages * GRANULE))
-    prefetch = Prefetch(cast("Pager", None), source, extents=extents)
-    region = Region(
-        cast("Pager", None),
-        Range(0x10000000, pages * size * GRANULE),
-        zeroes,
-        modes=Mode.MISSING,
-        page_size=size * GRANULE,
-        offset=first * GRANULE,
-        name="",
-        grows=False,
-        ioctls=0,
-    )
-    byte_runs = [(a * GRANULE, n * GRANULE) for a, n in wanted.runs()]
-    found = list(prefetch._stretches(region, byte_runs, lambda: limit * GRANULE))
-    plan = [stretch for stretch in found if stretch is not None]
-    held = {granule for a, b in data for granule in range(a, b)}
-    ask = {granule for a, n in wanted.runs() for granule in range(a, a + n)}
-    must = set()
-    for page in range(pages):
-        of_page = set(range(first + page * size, first + (page + 1) * size))
-        if held & of_page and ask & of_page:
-            must |= of_page
-    brought: list[int] = []
-    for stretch in plan:
-        assert stretch.offset == stretch.parts[0][0]
-        assert stretch.offset + stretch.length == sum(stretch.parts[-1])
-        assert stretch.length <= max(limit // size * size, size) * GRANULE
-        for offset, length in stretch.parts:
-            assert length > 0
-            assert length % (size * GRANULE) == 0
-            assert (offset - region.offset) % (size * GRANULE) == 0
-            brought += range(offset // GRANULE, (offset + length) // GRANULE)
-    assert brought == sorted(set(brought))
-    assert all(first <= granule < first + pages * size for granule in brought)
-    assert set(brought) == must
