@@ -36,7 +36,6 @@ if TYPE_CHECKING:
         StuckPage,
         TargetGone,
         UffdError,
-        WorkingSetError,
     )
     from .events import Event, Forked, PageFault, Remapped, Removed, Unmapped
     from .failure import Action, FailurePolicy
@@ -81,7 +80,6 @@ _EXPORTS = {
         "StuckPage",
         "TargetGone",
         "UffdError",
-        "WorkingSetError",
     ),
     "events": (
         "Event",
@@ -191,6 +189,5 @@ __all__ = [
     "Unprotect",
     "Userfaultfd",
     "Wake",
-    "WorkingSetError",
     "Zero",
 ]

@@ -141,7 +141,7 @@ class Graduation:
         try:
             if self._peer.exited():
                 raise TargetGone("looking for huge pages", errno.ESRCH, 0, 0)
-            for start, end in _pages_with_data(region, self._extents):
+            for start, end in pages_with_data(region, self._extents):
                 hint = region.start - region.offset
                 for where in pager.space.addresses(region, start, end - start, hint):
                     for gap in pager.space.removed.gaps(where):
@@ -218,7 +218,7 @@ class Graduation:
                 yield Range.between(int(start, 16), int(end, 16))
 
 
-def _pages_with_data(region: Region, extents: Extents) -> Iterator[tuple[int, int]]:
+def pages_with_data(region: Region, extents: Extents) -> Iterator[tuple[int, int]]:
     """Give the (start, end) of whole pages of a region that hold data, each once."""
     first, last, size = region.offset, region.offset + region.length, region.page_size
     done = first

@@ -36,7 +36,7 @@ from typing import Final, Self
 from .errors import ClosedError, PeerError, TargetGone, UffdError
 from .events import Event, PageFault
 from .failure import Action, FailurePolicy
-from .graduation import Graduation
+from .graduation import Graduation, pages_with_data
 from .handlers import from_source, zeroes
 from .handover import Handover, Peer
 from .metrics import Counters, Metrics, Observer
@@ -45,9 +45,10 @@ from .prefetch import Pace, Prefetch
 from .protection import Books, Protection, restore
 from .ranges import align_up
 from .recording import Recorder, Recording
+from .residency import NEVER, Residency
 from .resolutions import Handler
 from .sources import Extents, Source, identity_of
-from .uffd import Feature, Userfaultfd
+from .uffd import Feature, Mode, Userfaultfd
 from .working_set import WorkingSet
 
 log: Final = logging.getLogger("aiouffd.session")
@@ -179,22 +180,26 @@ _SERVED: Final = frozenset(("copy", "zero", "continue", "move"))
 
 
 class _Watch:
-    """The session's own observer: the first fault, the first page, and the first failure."""
+    """The session's own observer: the first fault, the first failure, and a count of faults.
 
-    def __init__(self, on_first_page: Callable[[], None]) -> None:
+    Attributes:
+        left: Faults until ``on_turn`` is called, with the outcome of the last.
+    """
+
+    def __init__(self, on_turn: Callable[[str], None]) -> None:
         self.first_fault: float | None = None
-        self.first_page: float | None = None
         self.error: Exception | None = None
-        self._on_first_page = on_first_page
+        self.left = 1
+        self._on_turn = on_turn
 
     def begin(self, fault: PageFault) -> None:  # noqa: ARG002 - Observer says so
         if self.first_fault is None:
             self.first_fault = time.monotonic()
 
     def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:  # noqa: ARG002
-        if self.first_page is None and outcome in _SERVED:
-            self.first_page = time.monotonic()
-            self._on_first_page()
+        self.left -= 1
+        if self.left <= 0:
+            self._on_turn(outcome)
 
     def event(self, event: Event) -> None:
         pass
@@ -267,7 +272,9 @@ class Session:
         self._observers: tuple[Observer, ...] = tuple(observers)
         self._recording: Recording | None = None
         self._prefetching: asyncio.Task[None] | None = None
-        self._watch = _Watch(lambda: self._reached(Milestone.FIRST_PAGE))
+        self._watch = _Watch(self._count_pages)
+        self._first_page: float | None = None
+        self._residency: Residency | None = None
         self._on_milestone = on_milestone
         self._state = State.HANDSHAKING
         self._resident: float | None = None
@@ -314,6 +321,20 @@ class Session:
             self._resident = time.monotonic()
             self._reached(Milestone.RESIDENT)
         return True
+
+    def _count_pages(self, outcome: str) -> None:
+        """Look whether a milestone is reached, and say after how many faults to look again."""
+        if self._first_page is None:
+            if outcome not in _SERVED:
+                self._watch.left = 1
+                return
+            self._first_page = time.monotonic()
+            self._reached(Milestone.FIRST_PAGE)
+        residency = self._residency if self._state is State.SERVING else None
+        self._watch.left = NEVER if residency is None else residency.faults_left()
+
+    def _count_anew(self) -> None:
+        self._watch.left = 1
 
     def _reached(self, milestone: Milestone) -> None:
         self.milestones.append(milestone)
@@ -428,6 +449,8 @@ class Session:
             self._enter(State.RESIDENT)
 
     async def _end_prefetch(self) -> None:
+        if self._residency is not None:
+            await self._residency.aclose()
         if self._prefetching is not None:
             self._prefetching.cancel()
             await asyncio.wait([self._prefetching])
@@ -512,6 +535,20 @@ class Session:
             self._serving_pagers, self.source, self._extents, peer=self.peer
         )
 
+        self._residency = Residency(
+            self.pager,
+            [
+                (region, start, end)
+                for region in self.pager.regions
+                if region.modes & Mode.MISSING
+                for start, end in pages_with_data(region, self._extents)
+            ],
+            peer=self.peer,
+            most=max(self.service.chunk, *(one.page_size for one in self.handover.regions)),
+            on_resident=lambda: self._enter(State.RESIDENT),
+            ask_again=self._count_anew,
+        )
+
     def _serving_pagers(self) -> list[Pager]:
         """Give the pagers that serve: the target's, then those of its children."""
         return [
@@ -578,7 +615,7 @@ class Session:
             p50_us=self.metrics.latency.quantile(0.5) / 1000,
             p99_us=self.metrics.latency.quantile(0.99) / 1000,
             first_fault_s=since(self._watch.first_fault),
-            first_page_s=since(self._watch.first_page),
+            first_page_s=since(self._first_page),
             resident_s=since(self._resident),
         )
 

@@ -37,7 +37,8 @@ FLOORS = {
         handlers""",
     "processes": """
         sd_notify service_manager fd_store keeper
-        unix_socket handover manifest protection graduation session sharing takeover totals server
+        unix_socket handover manifest protection graduation residency
+        session sharing takeover totals server
         protocols.firecracker protocols.shared
         export""",
     "tools": """

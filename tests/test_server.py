@@ -23,7 +23,7 @@ from aiouffd.errors import SourceError
 from aiouffd.failure import Action, FailurePolicy
 from aiouffd.fds import OwnedFd
 from aiouffd.protocols import firecracker
-from aiouffd.server import Ended, FirstPage, Refused, Report, Server, Started
+from aiouffd.server import Ended, FirstPage, Refused, Report, Resident, Server, Started
 from aiouffd.session import Service, State
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
@@ -173,8 +173,8 @@ async def test_serving_begins_before_the_hand_over_ends(serving: Serving) -> Non
         vmm(serving, touch_first=True, load=True, dialect="stratovirt") as guest,
     ):
         assert await guest.read(0, SIZE) == image(SIZE)
-        await eventually(lambda: len(serving.reports) == 2, "the session is reported")
-        assert [type(report) for report in serving.reports] == [Started, FirstPage]
+        await eventually(lambda: len(serving.reports) >= 2, "the session is reported")
+        assert [type(report) for report in serving.reports[:2]] == [Started, FirstPage]
 
 
 async def test_a_vmm_that_fails_after_the_hand_over_leaves_nothing(serving: Serving) -> None:
@@ -194,7 +194,8 @@ async def test_each_session_is_reported_with_its_figures(serving: Serving) -> No
             await guest.read(0, SIZE)
             pid = guest.process.pid
         await eventually(serving.ended, "the session ends")
-    started, first, ended = serving.reports
+    # That all of it was read is found out a little later, perhaps after its end.
+    started, first, ended = (one for one in serving.reports if not isinstance(one, Resident))
     assert isinstance(first, FirstPage)
     assert first.session.figures().first_page_s == first.seconds > 0
     who = f"pid {pid} (uid {os.geteuid()})"

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiouffd.errors import NotSupported, SourceError
@@ -129,7 +129,6 @@ def test_packed_and_unpacked_is_the_same(pages: str, short: int, dig: bool) -> N
         asyncio.run(go(Path(name)))
 
 
-@example("ab", 0, "--", 0, "layer")  # nothing but holes hides what is below
 @given(PAGES, SHORT, PAGES, SHORT, st.sampled_from(["layer", "layer.zst"]))
 @settings(max_examples=60)
 def test_a_base_under_a_difference_is_the_new_image(

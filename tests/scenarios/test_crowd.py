@@ -44,7 +44,8 @@ async def test_three_hundred_sessions_are_served_each_in_its_own_way(tmp_path: P
         async with crowd(path, count, PAGES) as targets:
             await targets.ready()
             assert sorted(asked) == sorted(targets.pids)
-            assert server.states()[State.SERVING] == len(server.sessions) == count
+            states = server.states()  # some have read all of their memory
+            assert states[State.SERVING] + states[State.RESIDENT] == len(server.sessions) == count
             sessions: dict[int, Session] = {}
             for session in server.sessions:
                 assert session.peer is not None
