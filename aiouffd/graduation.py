@@ -144,7 +144,7 @@ class Graduation:
             for start, end in pages_with_data(region, self._extents):
                 hint = region.start - region.offset
                 for where in pager.space.addresses(region, start, end - start, hint):
-                    for gap in pager.space.removed.gaps(where):
+                    for gap in region.fillable(where):
                         self._check_gap(pager, fd, gap, region.page_size)
         finally:
             os.close(fd)

@@ -129,7 +129,7 @@ class Residency:
             gap
             for region, start, end in self._data
             for where in space.addresses(region, start, end - start, region.start - region.offset)
-            for gap in space.removed.gaps(where)
+            for gap in region.fillable(where)
         ]
 
     def _missing(self, places: list[Range]) -> int:

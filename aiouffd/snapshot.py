@@ -204,8 +204,9 @@ class _Memory:
         while True:
             pager.read_events()
             epoch, events = pager.space.epoch, pager.counters.events
-            places = [place for region in pager.regions for place in _own(region)]
-            gone = [list(pager.space.removed.runs(where)) for where, _ in places]
+            owned = [(region, place) for region in pager.regions for place in _own(region)]
+            places = [place for _, place in owned]
+            gone = [list(_removed(region, where)) for region, (where, _) in owned]
             found = await asyncio.to_thread(self._scan, places, gone)
             pager.read_events()
             held_still = (epoch, events) == (pager.space.epoch, pager.counters.events)
@@ -247,6 +248,17 @@ def _own(region: Region) -> Iterator[tuple[Range, int]]:
     for where, offset in region.ranges:
         if offset < end:
             yield Range(where.start, min(where.length, end - offset)), offset
+
+
+def _removed(region: Region, where: Range) -> Iterator[Range]:
+    """Give what reads zero unless it is there: removed now, or while another server had it."""
+    at = where.start
+    for run in region.fillable(where):
+        if at < run.start:
+            yield Range.between(at, run.start)
+        at = run.end
+    if at < where.end:
+        yield Range.between(at, where.end)
 
 
 class _Copying:

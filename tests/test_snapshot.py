@@ -13,6 +13,7 @@ import pytest
 
 from aiouffd import NotPaused, NotSupported
 from aiouffd.errors import SourceError, TargetGone
+from aiouffd.filled_pages import FilledPages
 from aiouffd.session import Session, State
 from aiouffd.snapshot import take_snapshot
 from aiouffd.sources.buffer import BufferSource
@@ -128,6 +129,23 @@ async def test_memory_that_moved_is_where_it_was_in_the_image(tmp_path: Path) ->
     async with served(layered, pages=pages) as (target, _):
         assert await holds(target, bytes(expected))
     await layered.aclose()
+
+
+async def test_what_was_removed_while_another_server_had_it(tmp_path: Path) -> None:
+    """After a take-over a page that was filled before, and is missing, was removed: zeros."""
+    pages = 64
+    async with served(BufferSource(image(0, pages * PAGE)), pages=pages) as (target, session):
+        (region,) = session.pager.regions
+        bits = bytearray(FilledPages.bytes_for(pages * PAGE, PAGE))
+        before = FilledPages(bits, 0, 0, pages * PAGE, PAGE)
+        before.add_range(10 * PAGE, 4 * PAGE)
+        region.filled_before = before
+        session.pager.uffd.copy(target.at(11), image(11 * PAGE))  # and this one was not
+        snapshot = await take_snapshot(session, tmp_path / "diff", stop=True)
+        assert (snapshot.zero_bytes, snapshot.written_bytes) == (3 * PAGE, 0)
+        layer = FileSource(tmp_path / "diff")
+        assert list(layer.extents()) == [(10 * PAGE, PAGE), (12 * PAGE, 2 * PAGE)]
+        await layer.aclose()
 
 
 async def test_huge_pages(tmp_path: Path, request: pytest.FixtureRequest) -> None:
