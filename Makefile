@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 ARGS ?=
-TARGETS := test lint types docs coverage bench mutations interop check
+TARGETS := test lint types docs coverage bench mutations chaos interop check
 
 .PHONY: help $(TARGETS) clean
 
@@ -16,6 +16,7 @@ help:
 	@echo "     make docs      the pages, into docs/_build"
 	@echo "sudo make coverage  every branch of the floors that have no loop"
 	@echo "sudo make mutations each law of the pager broken once, to see its test fail"
+	@echo "sudo make chaos     a thousand kills of the server under load, nothing lost"
 	@echo "sudo make bench     every figure that the project quotes"
 	@echo "sudo make interop   programs that nobody here wrote, against us"
 	@echo "     make clean     remove .venv, caches and what was built"

@@ -59,6 +59,7 @@ class FdStore:
         for name, fd in taken:
             self.taken.setdefault(name, []).append(fd)
         self._counts = {name: len(fds) for name, fds in self.taken.items()}
+        self._total = sum(self._counts.values())
 
     @classmethod
     def from_environment(
@@ -83,7 +84,7 @@ class FdStore:
 
     def __len__(self) -> int:
         """How many descriptors are in it, as far as we know."""
-        return sum(self._counts.values())
+        return self._total
 
     def holds(self, name: str) -> bool:
         """Say whether something is kept under a name."""
@@ -99,7 +100,7 @@ class FdStore:
         Raises:
             StoreError: It is full, or nobody reads its messages.
         """
-        if len(self) + len(fds) > self.limit:
+        if self._total + len(fds) > self.limit:
             raise StoreError(
                 f"the fd store is full: {len(self)} descriptors of at most {self.limit}; raise"
                 " FileDescriptorStoreMax= or --max-fds"
@@ -107,6 +108,7 @@ class FdStore:
         numbers = [fd if isinstance(fd, int) else fd.fileno() for fd in fds]
         self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", numbers)
         self._counts[name] = self._counts.get(name, 0) + len(fds)
+        self._total += len(fds)
 
     def remove(self, name: str) -> None:
         """Keep the descriptors of a name no longer; nothing happens if there are none.
@@ -114,7 +116,9 @@ class FdStore:
         Raises:
             StoreError: Nobody reads its messages.
         """
-        if self._counts.pop(name, 0):
+        count = self._counts.pop(name, 0)
+        if count:
+            self._total -= count
             self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
     def barrier(self, timeout: float = 5.0) -> bool:

@@ -42,12 +42,13 @@ PATIENCE: Final = 30.0 * TIME_SCALE  # seconds without a step of a target: it ha
 THREADS: Final = 3
 PAGES: Final = 512  # per thread
 
-#: What targets do: letters with weights, see do_operation in soak_target.c.
+#: What targets do: letters with weights, see do_operation in soak_target.c.  Forks are rare: of
+#: more than 64 children in a second a server refuses some (see Service.max_children).
 OPERATIONS: Final = {
     "balloon": "r20n2w8d12p3k3K2",
-    "forks": "r20n2w8d4f2k3K2",
+    "forks": "r40n4w16d8f1k6K4",
     "moves": "r20n2w8d4m4u1p3k3K2",
-    "all": "r20n2w8d4m4u1p3f1k3K2",
+    "all": "r60n6w24d12m12u3p9f1k9K6",
 }
 
 

@@ -1,6 +1,6 @@
 """What ``make`` does: a virtual environment per interpreter, and the project's checks inside it.
 
-    python3 -m tests.run test|lint|types|docs|coverage|bench|mutations|interop|check
+    python3 -m tests.run test|lint|types|docs|coverage|bench|mutations|chaos|interop|check
         [arguments for the tool]
 
 Knows: where interpreters are, how to make ``.venv/<version>`` in the checkout, what each check is.
@@ -233,6 +233,11 @@ def mutations(arguments: list[str]) -> int:
     return run(environment(pythons()[0], "test"), "-m", "tests.mutate_laws", *arguments)
 
 
+def chaos(arguments: list[str]) -> int:
+    """Kill servers at random moments under load, a thousand times, and see that nothing is lost."""
+    return run(environment(pythons()[0], "test"), "-m", "tests.chaos", *arguments)
+
+
 def check(arguments: list[str]) -> int:
     """Check what takes seconds: style, types, and the tests that need no kernel."""
     status = lint([])
@@ -249,7 +254,7 @@ COVERED = ("aiouffd/kernel/*", *(f"aiouffd/{module}.py" for module in PURE))
 
 CHECKS = {
     each.__name__: each
-    for each in (test, lint, types, docs, coverage, bench, mutations, interop, check)
+    for each in (test, lint, types, docs, coverage, bench, mutations, chaos, interop, check)
 }
 
 
