@@ -21,7 +21,7 @@ FLOORS = {
         fds ranges events resolutions failure address_space
         protocols protocols.pages""",
     "asyncio": """
-        eager metrics uffd filled_pages journal
+        eager threads metrics uffd filled_pages journal
         flight performer region timers parking watchdog recovery resolver reader
         dispatcher settling detaching pager
         lazy_pages lazy_mapping lazy_answers lazy_flights lazy_faults lazy_pins

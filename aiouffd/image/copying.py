@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 from ..errors import SourceError
 from ..sources import Extents, Source
+from ..threads import in_thread
 from . import PAGE, ImageWriter, Watcher, watch_nothing
-from .new_file import in_thread
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -1,6 +1,6 @@
 """A file that has its name only when it is complete.
 
-Knows: temporary names, fsync, rename; threads that write.
+Knows: temporary names, fsync, rename.
 Must not know: what is written.
 
 Law of this file: whatever happens before ``commit`` has returned, what bore the name before
@@ -9,40 +9,17 @@ bears it still, or the new file does, whole.  Only a killed process leaves a tem
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-
-async def in_thread(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call a function in a thread.
-
-    Cancellation: the function ends first, for a thread must not go on writing to a descriptor
-    whose number is somebody else's by then.
-    """
-    call = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
-    try:
-        return await asyncio.shield(call)
-    except asyncio.CancelledError:
-        while not call.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([call])
-        if not call.cancelled():
-            call.exception()  # nobody else asks for it
-        raise
 
 
 class NewFile:

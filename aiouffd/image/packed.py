@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 
 from ..sources import Extents
 from ..sources.seek_table import MAX_FRAME_BYTES, MAX_FRAMES, Note, build, build_note
-from .new_file import NewFile, in_thread
+from ..threads import in_thread
+from .new_file import NewFile
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

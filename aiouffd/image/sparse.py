@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final, Self
 from ..errors import NotSupported
 from ..sources import Extents
 from ..sources.file import data_extents
-from .new_file import NewFile, in_thread
+from ..threads import in_thread
+from .new_file import NewFile
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

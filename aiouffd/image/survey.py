@@ -15,9 +15,9 @@ from ..sources import Source, identity_of
 from ..sources.compressed import CompressedSource
 from ..sources.file import FileSource
 from ..sources.layered import LayeredSource
+from ..threads import in_thread
 from . import Watcher, watch_nothing
 from .copying import differing_pages, pieces, read_in_order
-from .new_file import in_thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

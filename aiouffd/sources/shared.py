@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Final, Self
 from ..errors import ClosedError, SourceError
 from ..fds import OwnedFd
 from ..ranges import PAGE_SIZE, align_up
+from ..threads import in_thread
 from . import Extents, Source, check_read, identity_of
 from .file import data_extents
 
@@ -196,16 +197,18 @@ async def _copy(source: Source, file: OwnedFd) -> None:
             data = source.read_nowait(offset, length)
             if data is None:
                 data = await source.read(offset, length)
-            await asyncio.to_thread(_write, file.fileno(), data, offset)
+            await in_thread(_write, file.fileno(), data, offset)
 
     workers = [asyncio.ensure_future(work()) for _ in range(_AT_ONCE)]
     try:
         await asyncio.gather(*workers)
     finally:
-        # A thread that still writes must end before the file is closed.
+        # A thread that still writes ends before the file is closed: its number is reused at once.
         for worker in workers:
             worker.cancel()
-        await asyncio.wait(workers)
+        while not all(worker.done() for worker in workers):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait(workers)
 
 
 def _write(number: int, data: Buffer, offset: int) -> None:

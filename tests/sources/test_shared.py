@@ -8,6 +8,7 @@ import fcntl
 import mmap
 import os
 import random
+import threading
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -15,7 +16,7 @@ import pytest
 
 from aiouffd.errors import SourceError
 from aiouffd.fds import OwnedFd
-from aiouffd.sources import Source, identity_of
+from aiouffd.sources import Source, identity_of, shared
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.layered import Layer, LayeredSource
 from aiouffd.sources.shared import SharedImage
@@ -146,6 +147,31 @@ async def test_a_cancelled_fill_leaves_nothing() -> None:
     with pytest.raises(asyncio.CancelledError):
         await filling
     assert source.cancelled == len(source.reads) == 4
+
+
+async def test_a_thread_that_writes_ends_before_the_file_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also when the fill is cancelled again and again: the file's number is reused at once."""
+    begun, gate = threading.Event(), threading.Event()
+    written: list[int] = []
+
+    def write(number: int, data: object, offset: int) -> None:
+        begun.set()
+        gate.wait(10)
+        written.append(os.pwrite(number, b"x", offset))  # EBADF, or worse, if it was closed
+
+    monkeypatch.setattr(shared, "_write", write)
+    filling = asyncio.ensure_future(SharedImage.fill(BufferSource(image(PAGE))))
+    await asyncio.to_thread(begun.wait, 10)
+    for _ in range(3):
+        filling.cancel()
+        await turns()
+        assert not filling.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await filling
+    assert written == [1]
 
 
 async def test_random_images_are_copied_right(seed: int) -> None:
