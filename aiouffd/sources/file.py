@@ -138,7 +138,7 @@ class FileSource:
         return iter(self._extents)
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
-        """Read what the page cache has.
+        """Read what the page cache has; on a loop's thread no more than would hold it long.
 
         Kernel: preadv2(RWF_NOWAIT), since Linux 4.14.
 
@@ -150,7 +150,7 @@ class FileSource:
             raise ClosedError(f"the source over {self.path} is closed")
         check_read(offset, length, self._size)
         fd = self._fd.fileno()
-        if self._inline_flags is None:
+        if self._inline_flags is None or (length > _INLINE_BYTES and _runs_loop()):
             return None
         data = bytearray(length)
         try:
@@ -175,11 +175,9 @@ class FileSource:
 
         Cancellation: the thread finishes its read; nobody waits for it but ``aclose``.
         """
-        if length <= _INLINE_BYTES or self._closing:
-            cached = self.read_nowait(offset, length)
-            if cached is not None:
-                return cached
-        check_read(offset, length, self._size)
+        cached = self.read_nowait(offset, length)
+        if cached is not None:
+            return cached
         data = bytearray(length)
         await self._read_in_thread(offset, memoryview(data))
         return data
@@ -254,6 +252,15 @@ class FileSource:
             f"{self.path} was changed while it was served: {self._changed};"
             " replace an image by renaming a new file over it"
         )
+
+
+def _runs_loop() -> bool:
+    """Say whether this thread has a loop, which a long copy would hold."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _generation(fd: int) -> tuple[int, int]:

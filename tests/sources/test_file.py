@@ -390,6 +390,10 @@ async def test_long_reads_hold_up_no_loop(tmp_path: Path) -> None:
     long.write_bytes(data)
     source = FileSource(long)
     assert source._executor is None
+    assert source.read_nowait(0, 1 << 20) is None
+    at_hand = await asyncio.to_thread(source.read_nowait, 0, 1 << 20)  # a thread may copy it
+    assert at_hand is not None
+    assert as_bytes(at_hand) == data
     assert as_bytes(await source.read(0, 1 << 20)) == data
     assert source._executor is not None
     await source.aclose()
