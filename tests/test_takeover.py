@@ -41,8 +41,8 @@ def _kill(server: Kept) -> None:
 def test_killed_again_and_again(seed: int) -> None:
     """Under load, at random moments: no byte is wrong and no thread waits on."""
     with kept(["--chunk", "16K", "--hydrate", "slow"]) as server:
-        run = Chaos(server, seed, per_life=8)
-        run.run(8)
+        run = Chaos(server, seed, per_life=5)
+        run.run(5)
         assert run.done.checked
         assert server.end() == 0
 
@@ -116,3 +116,22 @@ def test_a_detached_or_ended_session_leaves_nothing(seed: int, target_of: list[T
         server.wait_for("ended", 2)
         assert server.end() == 0
         assert server.events["taken_over"] == 1
+
+
+def test_a_new_version_takes_the_new_and_the_old_drains(seed: int, target_of: list[Target]) -> None:
+    """SIGHUP: who is served stays with the old server, who comes goes to the new one."""
+    with kept(["--replace"]) as server:
+        old = server.server()
+        first = _start(server, "balloon", seed, target_of)
+        server.popen.send_signal(signal.SIGHUP)
+        server.wait_for("listening", 2)
+        server.wait_for("draining", 1)
+        second = _start(server, "balloon", seed + 1, target_of)
+        assert server.server() != old
+        assert server.events["taken_over"] == 0
+        first.finish()
+        server.wait_for("stopped", 1)
+        _kill(server)  # and the new one survives a crash as ever
+        server.wait_for("taken_over", 1)
+        second.finish()
+        assert server.end() == 0
