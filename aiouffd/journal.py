@@ -37,6 +37,7 @@ Cost: 2 bits a page (the bit, and one for a removed page in the log) and some 80
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -219,9 +220,12 @@ class Journal:
 
     def end(self) -> None:
         """Say that it is of no use any more: what it tells of is over."""
-        on_end, self.on_end = self.on_end, None
+        on_end, self.on_end, self.on_fork = self.on_end, None, None
         if on_end is not None:
             on_end()
+        self.inbox.release()
+        with contextlib.suppress(BufferError):  # a batch is under way; its end lets go
+            self._memory.close()
 
     # --- writing -----------------------------------------------------------------------
 

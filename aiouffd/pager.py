@@ -321,9 +321,10 @@ class Pager:
         if dispatcher.target is not None:
             dispatcher.target.close()
         if close:
+            journal = dispatcher.reader.forget_journal()
             self.uffd.close()
-            if dispatcher.journal is not None:
-                dispatcher.journal.end()
+            if journal is not None:
+                journal.end()
         if self._parent is not None and self in self._parent.children:
             self._parent.children.remove(self)
         dispatcher.over.set()

@@ -34,7 +34,7 @@ from .events import (
     decode,
 )
 from .fds import OwnedFd
-from .journal import JournalError
+from .journal import Journal, JournalError
 from .kernel import abi, calls
 from .ranges import Range
 
@@ -78,12 +78,20 @@ class Reader:
         self._on_child = on_child
         self._pausing = False
         self._reading = False
+        self._given_up: Journal | None = None  # too small for the books, and to be ended still
         self.read_into(memoryview(bytearray(_BATCH * MESSAGE_SIZE)))
 
     def read_into(self, buffer: memoryview) -> None:
         """Read into another buffer of 64 messages from now on."""
         self._buffer = buffer
         self._read = calls.reader(self._dispatcher.fd, buffer)
+
+    def forget_journal(self) -> Journal | None:
+        """Write into the journal no longer, and give it to who ends it."""
+        journal, self._dispatcher.journal = self._dispatcher.journal, None
+        if journal is not None and not self._dispatcher.uffd.closed:
+            self.read_into(memoryview(bytearray(_BATCH * MESSAGE_SIZE)))
+        return journal or self._given_up
 
     def settle(self) -> None:
         """What was read is in the books: let the journal, if there is one, make room for more.
@@ -98,9 +106,9 @@ class Reader:
             if journal.settled(dispatcher.space, number_of):
                 self.read_into(journal.inbox)
         except JournalError as error:
-            log.critical("%r will not outlive this process: %s", dispatcher.uffd, error)
-            dispatcher.journal = None
-            self.read_into(memoryview(bytearray(_BATCH * MESSAGE_SIZE)))
+            # Not the error itself, whose frames hold on to the journal.
+            log.critical("%r will not outlive this process: %s", dispatcher.uffd, str(error))
+            self._given_up = self.forget_journal()
 
     def start(self) -> None:
         """Begin to read whenever there is something."""

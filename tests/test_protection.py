@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aiouffd import Action, Feature, Pager, Userfaultfd
+from aiouffd import Action, Feature, Pager, Userfaultfd, journal
 from aiouffd.fd_store import FdStore
 from aiouffd.fds import OwnedFd
 from aiouffd.handover import HandedRegion
@@ -190,8 +190,8 @@ async def test_what_cannot_be_read_fails_closed(manager: Manager) -> None:
     with Target("anon", PAGES, features=LAYOUT, register=1) as target:
         pager = await _serve(target, Protection(manager.store, manifest_of(target)), manager)
         (fds,) = manager.kept.values()
-        journal = next(fd for fd in fds if Journal.is_one(fd.fileno()))
-        os.pwrite(journal.fileno(), b"\x63", 8)
+        file = next(fd for fd in fds if Journal.is_one(fd.fileno()))
+        os.pwrite(file.fileno(), b"\x63", 8)
         await _die(pager)
         (group,) = take_groups(manager.kept)
         assert "version 99" in group.trouble
@@ -207,6 +207,35 @@ async def test_half_a_group_is_never_closed(manager: Manager) -> None:
         assert not await fail_closed(group)
         os.fstat(number)
         os.close(number)
+
+
+async def test_books_too_large_for_a_journal(
+    manager: Manager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A target whose books outgrow the journal is served on; it would only not outlive a crash."""
+    with Target("anon", PAGES, features=LAYOUT, register=1) as target:
+        manifest = manifest_of(target)
+        pager = await _serve(target, Protection(manager.store, manifest), manager)
+        assert pager.journal is not None
+        monkeypatch.setattr(pager.journal, "_limit", 0)  # written anew with the next event
+        monkeypatch.setattr(journal, "_HALF_BYTES", 0)  # and there is no room
+        await within(target.start_madvise(MADV_DONTNEED, 3))
+        assert await within(target.start_read(3)) == 0
+        assert await within(target.start_read(4)) == 5
+        assert pager.journal is None
+        assert "will not outlive" in caplog.text
+        (group,) = take_groups({name: [fd.dup() for fd in fds] for name, fds in _listen(manager)})
+        assert "given up" in group.trouble
+        assert group.fd is not None
+        group.fd.close()
+        group.close()
+        await pager.aclose()
+        manager.listen()
+        assert manager.said[-1] == f"remove {manifest.name} 0"
+
+
+def _listen(manager: Manager) -> list[tuple[str, list[OwnedFd]]]:
+    return list(manager.listen().items())
 
 
 def test_a_full_store_refuses(tmp_path: Path) -> None:
