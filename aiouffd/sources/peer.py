@@ -1,6 +1,6 @@
 """A source over an image that another aiouffd server exports, over TCP or TLS.
 
-Knows: one connection, and how to get another one.
+Knows: two connections, and how to get others.
 Must not know: the bytes on it (``protocols.pages`` does), what the other server reads from.
 
 Laws of this file:
@@ -11,6 +11,8 @@ Laws of this file:
   another, every read from then on raises SourceError: bytes of two images are never mixed.
 * A read that nobody waits for any more is answered all the same; the answer is thrown away.
 * One connection carries any number of reads at once, answered in any order.
+* What a fault waits for does not stand in line behind megabytes: long reads have a connection
+  of their own, made when there is one; unless the other server has no room for it.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 #: How long to wait before the second connection in a row that brings nothing; doubled each time.
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 2.0
+_LONG: Final = 128 << 10  # bytes of a read that goes over the second connection
 _AT_ONCE: Final = 4  # pieces of one long read that are asked for at once
 _USER_TIMEOUT_MS: Final = 10_000  # until the kernel gives up on bytes that nobody acknowledges
 
@@ -132,6 +135,23 @@ class _Link(asyncio.Protocol):
                 future.set_exception(_Lost(str(error) if error else self._why))
 
 
+class _Way:
+    """A way to the other server: one connection after the other."""
+
+    __slots__ = ("dialling", "link", "pause")
+
+    def __init__(self) -> None:
+        self.link: _Link | None = None
+        self.dialling = asyncio.Lock()
+        self.pause = 0.0  # before the next connection; 0 once one has brought something
+
+    def close(self) -> None:
+        """End the connection, if there is one."""
+        link, self.link = self.link, None
+        if link is not None:
+            link.close()
+
+
 class PeerSource:
     """An image of another aiouffd server.
 
@@ -162,9 +182,8 @@ class PeerSource:
         self._timeout = timeout
         self._hello: pages.Hello | None = None
         self._extents = Extents(())
-        self._link: _Link | None = None
-        self._dialling = asyncio.Lock()
-        self._pause = 0.0  # before the next connection; 0 once one has brought something
+        self._way = _Way()
+        self._long_way = _Way()
         self._why = "it does not answer"  # the last loss
         self._changed: str | None = None
         self._reads = ReadsUnderWay(f"the source over {self._where}")
@@ -196,8 +215,8 @@ class PeerSource:
         source = cls(host, port, name, ssl=ssl, timeout=timeout)
         try:
             async with asyncio.timeout(timeout):
-                source._link = await source._dial()
-            hello = source._hello = source._link.hello
+                link = source._way.link = await source._dial()
+            hello = source._hello = link.hello
             source.granularity = hello.granularity
             length = pages.table_length(hello.extents)
             table = await source._read(0, length, pages.EXTENTS) if length else b""
@@ -244,9 +263,9 @@ class PeerSource:
         return await self._read(offset, length, pages.READ)
 
     async def aclose(self) -> None:
-        """Let reads in flight end, then close the connection; what is lost now stays lost.
+        """Let reads in flight end, then close the connections; what is lost now stays lost.
 
-        Cancellation: the connection is closed at once.
+        Cancellation: the connections are closed at once.
         """
         try:
             await self._reads.end()
@@ -254,9 +273,8 @@ class PeerSource:
             self._close()
 
     def _close(self) -> None:
-        link, self._link = self._link, None
-        if link is not None:
-            link.close()
+        self._way.close()
+        self._long_way.close()
 
     def _check(self, offset: int, length: int) -> None:
         self._reads.check()
@@ -292,12 +310,13 @@ class PeerSource:
         """Ask until there is an answer, or the time is over."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout
+        way = self._long_way if length > _LONG and kind == pages.READ else self._way
         try:
             while True:
-                link = self._link
+                link = way.link
                 if link is None or link.lost:
                     async with asyncio.timeout_at(deadline):
-                        link = await self._connect()
+                        link = await self._connect(way)
                 number, future = link.ask(offset, length, kind)
                 # A timer of our own: asyncio.timeout costs a tenth of the whole exchange.
                 timer = loop.call_at(deadline, _expire, future)
@@ -307,14 +326,14 @@ class PeerSource:
                     self._why = str(lost)
                     continue
                 except SourceError as error:
-                    self._pause = 0.0
+                    way.pause = 0.0
                     raise SourceError(f"{self._where}: {error}") from None
                 except (TimeoutError, asyncio.CancelledError):
                     link.forget(number)
                     raise
                 finally:
                     timer.cancel()
-                self._pause = 0.0
+                way.pause = 0.0
                 return data
         except TimeoutError:
             raise SourceError(
@@ -324,27 +343,31 @@ class PeerSource:
 
     # --- connections -------------------------------------------------------------------
 
-    async def _connect(self) -> _Link:
+    async def _connect(self, way: _Way) -> _Link:
         """Get another connection; the first read that needs it does so for all."""
-        async with self._dialling:
+        async with way.dialling:
             while True:
                 if self._changed is not None:
                     raise SourceError(self._changed)
-                if self._link is not None and not self._link.lost:
-                    return self._link
+                if way.link is not None and not way.link.lost:
+                    return way.link
                 if self._reads.closed:
                     raise SourceError(f"{self._where}: {self._why}, and the source is closing")
-                pause, self._pause = self._pause, max(_FIRST_PAUSE, self._pause * 2)
-                self._pause = min(self._pause, _LONGEST_PAUSE)
+                pause, way.pause = way.pause, max(_FIRST_PAUSE, way.pause * 2)
+                way.pause = min(way.pause, _LONGEST_PAUSE)
                 # Not all clients of a server that comes back come at the same moment.
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
                 try:
                     link = await self._dial()
                 except (OSError, PeerError) as error:
                     self._why = str(error)
+                    first = self._way.link
+                    if way is not self._way and first is not None and not first.lost:
+                        self._long_way = self._way  # there is no room for a second one
+                        return first
                     continue
                 self._check_same(link)
-                self._link = link
+                way.link = link
 
     async def _dial(self) -> _Link:
         """Connect and greet.
@@ -375,6 +398,7 @@ class PeerSource:
             f" {now.size} bytes, identity {now.identity!r}; it had {was.size} bytes, identity"
             f" {was.identity!r}"
         )
+        self._close()  # what is under way on the other connection hears of it, too
         raise SourceError(self._changed)
 
 

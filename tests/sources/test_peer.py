@@ -17,7 +17,7 @@ import pytest
 import trustme
 
 from aiouffd.errors import SourceError
-from aiouffd.export import Export
+from aiouffd.export import Export, Limits
 from aiouffd.protocols import pages
 from aiouffd.sources import Source, identity_of
 from aiouffd.sources.buffer import BufferSource
@@ -363,28 +363,28 @@ async def test_a_killed_server_that_comes_back_is_no_error(
     try:
         source = await open_url(f"aiouffd://127.0.0.1:{port}/image?timeout=30")
         choose = random.Random(2)
-        done = 0
+        done, enough = 0, False
 
         async def read_on() -> None:
             nonlocal done
-            for _ in range(150):
+            while not enough:
                 page = choose.randrange(size // PAGE)
                 got = await source.read(page * PAGE, PAGE)
                 assert as_bytes(got) == data[page * PAGE : (page + 1) * PAGE]
                 done += 1
 
         readers = [asyncio.ensure_future(read_on()) for _ in range(16)]
-        for killed_at in (400, 1200):
-            while done < killed_at:
+        for _ in range(2):
+            until = done + 400
+            while done < until:
                 await asyncio.sleep(0)
             await kill(process)
             in_between = asyncio.ensure_future(source.read(0, size))  # begins while nobody is there
             await asyncio.sleep(0)
-            assert not all(reader.done() for reader in readers)
             process = await start_server(file, port)
             assert as_bytes(await within(in_between, 30)) == data
+        enough = True
         await within(asyncio.gather(*readers), 30)
-        assert done == 16 * 150
         await source.aclose()
     finally:
         await kill(process)
@@ -450,6 +450,72 @@ async def test_a_lost_connection_is_made_anew_only_when_it_is_needed(
         assert export.connections == 1
         await peer.aclose()
     await source.aclose()
+
+
+class LongOnesWait(BufferSource):
+    """Answers pages at once, and what is long when it is let go."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.waiting = 0
+        self.gate = asyncio.Event()
+
+    def read_nowait(self, offset: int, length: int) -> Buffer:
+        return None if length > PAGE else super().read_nowait(offset, length)  # type: ignore[return-value]
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        if length > PAGE:
+            self.waiting += 1
+            await self.gate.wait()
+        return super().read_nowait(offset, length)
+
+
+async def test_a_page_does_not_wait_behind_long_reads() -> None:
+    """Though the other server lets no more of these in."""
+    data = image(12 << 20)
+    source = LongOnesWait(data)
+    async with Export(source) as export:
+        peer = await PeerSource.open("127.0.0.1", export.port)
+        long = [asyncio.ensure_future(peer.read(0, len(data))) for _ in range(2)]
+        while source.waiting < 4:
+            await asyncio.sleep(0)
+        assert as_bytes(await within(peer.read(PAGE, PAGE))) == data[PAGE : 2 * PAGE]
+        assert source.waiting == 4  # 8 MiB: a peer has no more in flight
+        source.gate.set()
+        for read in long:
+            assert as_bytes(await read) == data
+        assert export.connections == 2
+        await peer.aclose()
+
+
+async def test_without_room_for_a_second_connection_the_first_carries_all() -> None:
+    """It is not asked for again and again, either."""
+    data = image(1 << 20)
+    async with Export(BufferSource(data), limits=Limits(connections=1)) as export:
+        peer = await PeerSource.open("127.0.0.1", export.port)
+        for _ in range(3):
+            assert as_bytes(await within(peer.read(0, len(data)))) == data
+        assert (export.connections, export.refused) == (1, 1)
+        await peer.aclose()
+
+
+async def test_a_long_read_that_finds_another_image_ends_all_reads(
+    free_port: Callable[[], int],
+) -> None:
+    """The connection for pages leads to the first image still, and is not read on."""
+    port = free_port()
+    size = 1 << 20
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(Export(BufferSource(image(size)), port=port))
+        peer = await PeerSource.open("127.0.0.1", port)
+        stack.push_async_callback(peer.aclose)
+        assert as_bytes(await peer.read(0, PAGE)) == image(size)[:PAGE]
+        first._stop_listening()
+        second = Export(BufferSource(image(size, seed=1)), port=port)
+        await stack.enter_async_context(second)
+        for length in (size, PAGE):
+            with pytest.raises(SourceError, match="has another image now"):
+                await within(peer.read(0, length))
 
 
 # --- a real process's memory -----------------------------------------------------------
