@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from typing import Final
 
 from .ranges import Range, align_down, align_up
+
+_BITS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class FilledPages:
@@ -23,7 +26,7 @@ class FilledPages:
     Sharing: one writer.
     """
 
-    __slots__ = ("_at", "_count", "_memory", "_offset", "_page_size", "_shift")
+    __slots__ = ("_at", "_count", "_end", "_first", "_memory", "_offset", "_page_size", "_shift")
 
     def __init__(
         self,
@@ -48,6 +51,8 @@ class FilledPages:
         self._page_size = page_size
         self._shift = page_size.bit_length() - 1
         self._count = length >> self._shift
+        self._first = 8 * at  # its bits, by number in the memory
+        self._end = 8 * at + self._count
 
     @staticmethod
     def bytes_for(length: int, page_size: int) -> int:
@@ -56,9 +61,10 @@ class FilledPages:
 
     def add(self, offset: int) -> None:
         """Note that the page at an offset was filled; one behind the region has no bit."""
-        page = (offset - self._offset) >> self._shift
-        if 0 <= page < self._count:
-            self._memory[self._at + (page >> 3)] |= 1 << (page & 7)
+        bit = ((offset - self._offset) >> self._shift) + self._first
+        if self._first <= bit < self._end:
+            memory, at = self._memory, bit >> 3
+            memory[at] = memory[at] | _BITS[bit & 7]
 
     def add_range(self, offset: int, length: int) -> None:
         """Note that whole pages from an offset on were filled."""
