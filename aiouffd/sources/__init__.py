@@ -10,6 +10,8 @@ The contract of a Source (``aiouffd.testing.sources`` holds every source to it):
 * A read lies inside the source and gives exactly what was asked for, never less.
 * ``read_nowait`` never waits.  None means: not at hand, ask ``read``.
 * What lies in no extent reads as zeros; a handler then need not read at all.
+* Who cannot tell holes from zeros says so by ``holes_known = False``: it is no layer over
+  another source, which its zeros would hide.
 """
 
 from __future__ import annotations
@@ -115,6 +117,15 @@ def identity_of(source: Source) -> str:
         The source's ``identity``, or "" if it has none.
     """
     return source.identity if isinstance(source, Identified) else ""
+
+
+def knows_holes(source: Source) -> bool:
+    """Say whether a source's extents are what it holds, and not just where it may hold data.
+
+    Returns:
+        The source's ``holes_known``, or True if it has none.
+    """
+    return bool(getattr(source, "holes_known", True))
 
 
 def check_read(offset: int, length: int, size: int) -> None:

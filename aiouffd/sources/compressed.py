@@ -121,6 +121,11 @@ class CompressedSource:
         """Length of the compressed image, in bytes."""
         return self._source.size
 
+    @property
+    def holes_known(self) -> bool:
+        """Whether the image has a note of them; those that other tools packed have none."""
+        return self.layout.note is not None
+
     def extents(self) -> Iterator[tuple[int, int]]:
         """Give the extents that the image was packed with; all of it, if it has no note."""
         return iter(self._extents)

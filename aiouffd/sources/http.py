@@ -78,6 +78,9 @@ class HttpSource:
     Sharing: the loop it was opened on.
     """
 
+    #: It is no layer: holes that the image had when it was put there are zeros now.
+    holes_known: Final = False
+
     def __init__(
         self,
         session: aiohttp.ClientSession,

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from ..errors import SourceError
-from . import Extents, Source, check_read, identity_of
+from . import Extents, Source, check_read, identity_of, knows_holes
 from .reads import ReadsUnderWay
 
 if TYPE_CHECKING:
@@ -68,8 +68,15 @@ class LayeredSource:
             layers: From the oldest to the newest.  All are closed with the image.
 
         Raises:
-            SourceError: Extents are out of order, or lie outside of their source.
+            SourceError: Extents are out of order, or lie outside of their source; or a layer
+                does not know its holes, and would hide all that is below it.
         """
+        for number, layer in enumerate(layers, 1):
+            if not isinstance(layer, Layer) and not knows_holes(layer):
+                raise SourceError(
+                    f"layer {number} lies where holes are not kept, and would hide the image with"
+                    " zeros: pack it (aiouffd image diff --pack)"
+                )
         parts = [
             part if isinstance(part, Layer) else Layer(part, part.extents())
             for part in (base, *layers)

@@ -74,6 +74,9 @@ class ObjectStoreSource:
     Sharing: the loop it was opened on, in the process it was opened in.
     """
 
+    #: It is no layer: holes that the image had when it was put there are zeros now.
+    holes_known: Final = False
+
     def __init__(self, store: ObjectStore, path: str, name: str, timeout: float) -> None:
         """Prepare; ``open`` and ``over`` are the ways to make one."""
         self.name = name

@@ -240,6 +240,11 @@ class PeerSource:
         """The image's, as the other server knows it."""
         return self._hello.identity if self._hello else ""
 
+    @property
+    def holes_known(self) -> bool:
+        """Whether all extents came over: so many that the last one covers the rest did not."""
+        return self._hello is not None and self._hello.extents < pages.MAX_EXTENTS
+
     def extents(self) -> Iterator[tuple[int, int]]:
         """Give the image's extents, as of the opening."""
         return iter(self._extents)

@@ -100,6 +100,9 @@ class RedisSource:
         source = await RedisSource.open("redis://cache1:6379/0/images/vm1")
     """
 
+    #: It is no layer: a chunk has zeros where the image had holes, and holes where it had zeros.
+    holes_known: Final = False
+
     def __init__(self, place: Place, commands: Commands, layout: _Layout | int) -> None:
         """Hold what ``open`` has found; that is the way in."""
         self._place = place

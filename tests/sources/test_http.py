@@ -20,10 +20,14 @@ from aiohttp import web
 
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.sources import Source, identity_of
+from aiouffd.sources.buffer import BufferSource
+from aiouffd.sources.compressed import CompressedSource
 from aiouffd.sources.http import HttpSource, open_url
+from aiouffd.sources.layered import LayeredSource
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
 from tests.delaying_proxy import DelayingProxy
 from tests.http_server import ImageServer
+from tests.seekable import seekable
 from tests.targets import TIME_SCALE
 
 DATA = image(16 * PAGE)
@@ -366,6 +370,24 @@ async def test_the_identity_is_of_url_and_generation() -> None:
 
 
 # --- redirects -------------------------------------------------------------------------
+
+
+async def test_a_plain_image_is_no_layer_and_a_packed_one_is() -> None:
+    """On a web server the holes of a plain one are zeros, which would hide what lies below."""
+    base, over = image(4 * PAGE), bytes(PAGE) + image(PAGE) + bytes(2 * PAGE)
+    async with ImageServer(over) as server, opened(server) as flat:
+        with pytest.raises(SourceError, match="pack it"):
+            LayeredSource(BufferSource(base), flat)
+    for extents in (None, [(PAGE, PAGE)]):
+        async with ImageServer(seekable(over, extents=extents)) as server, opened(server) as far:
+            packed = await CompressedSource.open(far)
+            if extents is None:  # another tool's file, which does not tell holes either
+                with pytest.raises(SourceError, match="pack it"):
+                    LayeredSource(BufferSource(base), packed)
+                continue
+            layered = LayeredSource(BufferSource(base), packed)
+            expected = base[:PAGE] + image(PAGE) + base[2 * PAGE :]
+            assert as_bytes(await layered.read(0, 4 * PAGE)) == expected
 
 
 async def test_a_redirect_is_followed_once_and_remembered() -> None:

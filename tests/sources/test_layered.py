@@ -225,6 +225,23 @@ class _Stubborn(BufferSource):
         raise OSError("will not close")
 
 
+async def test_a_layer_that_does_not_know_its_holes_is_refused() -> None:
+    """Its zeros would hide what lies below; as the base, or with an index, it is right."""
+
+    class Flat(BufferSource):
+        holes_known = False
+
+    base, flat = BufferSource(image(4 * PAGE)), Flat(bytes(4 * PAGE))
+    for layers in ((base, flat), (base, base, flat), (flat, flat)):
+        with pytest.raises(SourceError, match=f"layer {len(layers) - 1} .* pack it"):
+            LayeredSource(*layers)
+    over = LayeredSource(base, Layer(flat, [(PAGE, PAGE)]))
+    expected = bytearray(image(4 * PAGE))
+    expected[PAGE : 2 * PAGE] = bytes(PAGE)
+    assert as_bytes(await over.read(0, 4 * PAGE)) == expected
+    LayeredSource(flat, base)
+
+
 async def test_every_layer_is_closed_whatever_another_says() -> None:
     """The error of one is raised when all have been asked."""
     last = SlowSource(b"abc")

@@ -19,7 +19,7 @@ import trustme
 from aiouffd.errors import SourceError
 from aiouffd.export import Export, Limits
 from aiouffd.protocols import pages
-from aiouffd.sources import Source, identity_of
+from aiouffd.sources import Source, identity_of, knows_holes
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.peer import PeerSource, open_url
@@ -171,6 +171,21 @@ async def test_holes_and_identity_come_over(tmp_path: Path) -> None:
         assert peer.identity == identity_of(source) != ""
         assert as_bytes(await peer.read(0, len(data))) == data
     await source.aclose()
+
+
+async def test_a_peer_with_more_extents_than_it_may_tell_is_no_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last extent covers the rest of it, and would hide what lies below."""
+
+    class Holed(BufferSource):
+        def extents(self) -> Iterator[tuple[int, int]]:
+            yield from ((2 * at * PAGE, PAGE) for at in range(4))
+
+    for limit, known in ((4, False), (5, True)):
+        monkeypatch.setattr(pages, "MAX_EXTENTS", limit)
+        async with exported(Holed(image(8 * PAGE))) as peer:
+            assert knows_holes(peer) is known
 
 
 async def test_images_have_names() -> None:
