@@ -313,6 +313,9 @@ class Dispatcher:
 
     def _ask(self, fault: PageFault, region: Region, started_ns: int) -> None:
         """Ask a handler; carry its answer out at once if it has one."""
+        if self.resolver.long and (known := self.resolver.at_hand(fault, region)) is not None:
+            self.resolver.carry_out(self._board(fault, region, started_ns), known)
+            return
         try:
             task, answer = eager.start(
                 self._loop,  # type: ignore[arg-type]  # started, or no fault would come here

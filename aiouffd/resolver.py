@@ -19,6 +19,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from .errors import HandlerError, StuckPage, refusal
+from .events import PageFault
 from .flight import Flight
 from .kernel import abi, calls
 from .performer import PIECE_BYTES, Walk, outcome_of, perform, span_of
@@ -27,6 +28,7 @@ from .resolutions import Continue, Copy, Resolution, Wake
 
 if TYPE_CHECKING:
     from .dispatcher import Dispatcher
+    from .region import Region
 
 _STUCK_AFTER: Final = 1000  # answers in a row that left the same page faulting
 _STUCK_PAGES: Final = 4096  # pages for which those are counted
@@ -39,11 +41,13 @@ class Resolver:
 
     Attributes:
         again: Answers in a row that did not settle a page, by address.
+        long: Answers of many pages whose rest is under way, with the fault and their range.
     """
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self.again: dict[int, int] = {}
+        self.long: dict[asyncio.Task[None], tuple[Flight, Copy, Range]] = {}
 
     def carry_out(self, flight: Flight, resolution: Resolution, tries: int = 1) -> None:
         """Perform a resolution on the faulting page; then what else it covers.
@@ -145,18 +149,48 @@ class Resolver:
         self._dispatcher.recovery.give_up(flight, error)
         return True
 
+    def at_hand(self, fault: PageFault, region: Region) -> Copy | None:
+        """Give the answer to another fault that holds this page too, while it is carried out.
+
+        Who reads on in order overtakes the rest of a long answer: its bytes are there already.
+        """
+        for flight, answer, whole in self.long.values():
+            if (
+                flight.region is region
+                and fault.missing
+                and fault.address in whole
+                and fault.offset - fault.address == flight.fault.offset - flight.fault.address
+            ):
+                return answer
+        return None
+
     def _rest(self, flight: Flight, resolution: Resolution, whole: Range) -> None:
-        """Do the rest of a long answer, behind the page that was asked for."""
+        """Do the rest of a long answer: what lies behind the page first, as readers go on."""
         page, size = flight.fault.address, flight.fault.length
-        parts = [Range.between(whole.start, page), Range.between(page + size, whole.end)]
+        before, after = Range.between(whole.start, page), Range.between(page + size, whole.end)
+        near = Range(after.start, min(after.length, max(_INLINE_REST - size, 0)))
+        going = self._speculate(flight, resolution, whole, near)
+        if any(resolution is answer for _, answer, _ in self.long.values()):
+            return  # its rest is under way
         if whole.length <= _INLINE_REST:
-            for part in parts:
-                self._speculate(flight, resolution, whole, part)
-            return
+            self._speculate(flight, resolution, whole, before)
+        elif going:
+            far = Range.between(near.end, after.end)
+            self._begin_rest(flight, resolution, whole, [far, before])
+
+    def _begin_rest(
+        self, flight: Flight, resolution: Resolution, whole: Range, parts: list[Range]
+    ) -> None:
         dispatcher = self._dispatcher
         task = dispatcher.loop.create_task(self._rest_slowly(flight, resolution, whole, parts))
         dispatcher.tasks[task] = None
-        task.add_done_callback(dispatcher.tasks.pop)
+        task.add_done_callback(self._rest_done)
+        if type(resolution) is Copy and resolution.address is not None:
+            self.long[task] = flight, resolution, whole
+
+    def _rest_done(self, task: asyncio.Task[None]) -> None:
+        self._dispatcher.tasks.pop(task)
+        self.long.pop(task, None)
 
     async def _rest_slowly(
         self, flight: Flight, resolution: Resolution, whole: Range, parts: list[Range]

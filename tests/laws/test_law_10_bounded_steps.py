@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import zlib
+from collections.abc import Iterator
+
+import pytest
 
 from aiouffd import Copy, PageFault, Resolution, performer
 from tests.serving import Record, image, serving
@@ -88,3 +93,33 @@ async def test_closing_yields_between_pieces() -> None:
 def test_the_pieces_are_bounded() -> None:
     """No ioctl of the pager is given more than 2 MiB."""
     assert 256 << 10 <= performer.PIECE_BYTES <= 2 << 20
+
+
+@pytest.fixture
+def one_cpu() -> Iterator[None]:
+    """Let this process and its children share one CPU, so that they take turns alike."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("one_cpu")
+async def test_who_reads_on_in_order_does_not_overtake_a_long_answer() -> None:
+    """The rest of an answer is at hand for the pages it holds: their bytes are read once."""
+    chunk, asked = 1 << 20, 0
+
+    async def neighbours(fault: PageFault) -> Resolution:
+        nonlocal asked
+        asked += 1
+        first = fault.offset & -chunk
+        return Copy(image(first, chunk), address=fault.address - fault.offset + first)
+
+    async with serving(neighbours, pages=_PAGES) as served:
+        target = served.target
+        crc = await target.start_crc32(target.base, target.length)
+        assert crc == zlib.crc32(image(0, target.length))
+        # Sixteen; a message that was read late may ask again, but not for every page.
+        assert asked <= 20
