@@ -271,6 +271,29 @@ def _no_task_left(request: pytest.FixtureRequest, _nothing_left: None) -> Iterat
         pytest.fail("tasks left over after the test:\n  " + "\n  ".join(left))
 
 
+# --- tests side by side ----------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _beside_others(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Run beside what other workers run, unless the test is marked to be alone.
+
+    Who wants to be alone holds the turnstile while it waits, or the others would pass it by.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    alone = request.node.get_closest_marker("alone") is not None
+    folder = tmp_path_factory.getbasetemp().parent  # of all workers
+    with open(folder / "turnstile", "w") as turnstile, open(folder / "running", "w") as running:
+        fcntl.flock(turnstile, fcntl.LOCK_EX)
+        fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(turnstile, fcntl.LOCK_UN)
+        yield
+
+
 # --- huge pages ------------------------------------------------------------------------
 
 _HUGE_PAGES = "/proc/sys/vm/nr_hugepages"

@@ -8,6 +8,8 @@ import random
 import time
 from typing import Any
 
+import pytest
+
 from aiouffd import DeadlineExceeded, Feature, PageFault, Resolution, Zero
 from aiouffd.kernel import calls
 from tests.serving import MADV_DONTNEED, Gate, Record, from_image, image, serving, unread
@@ -91,6 +93,7 @@ async def test_a_deadline_counts_time_and_ends_all_that_is_parked() -> None:
             assert await removal == 0
 
 
+@pytest.mark.alone  # it takes all CPUs, and what is left must do for the fills
 async def test_a_target_that_changes_without_pause_starves_nobody(seed: int) -> None:
     """While one thread frees pages in a tight loop another's faults still end in their bytes."""
     print(f"seed {seed}")

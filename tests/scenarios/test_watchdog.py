@@ -67,5 +67,5 @@ async def test_quiet_targets_are_asked_ever_more_rarely() -> None:
 
         assert await served.target.start_read(0) == 1
         assert next_question(served.pager, 64.0, heard_something=False) > 120
-        assert next_question(served.pager, 64.0, heard_something=True) <= 1
-        assert next_question(unknown.pager, 64.0, heard_something=False) <= 1  # its exit, too
+        assert next_question(served.pager, 64.0, heard_something=True) < 2  # one, and rounding
+        assert next_question(unknown.pager, 64.0, heard_something=False) < 2  # its exit, too
