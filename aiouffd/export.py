@@ -10,9 +10,9 @@ Laws of this file:
 
 * A peer costs a bounded amount of memory: what it has asked for and not taken yet stays below
   ``Limits.in_flight_bytes``; beyond that nothing more is read from it.
-* A peer that takes nothing for ``Limits.patience`` seconds is dropped, as is one that does not
-  say what it wants in that time.  Under more connections than ``Limits.connections`` the
-  oldest that has not said it yet goes; if all have, the new one.
+* A peer that takes next to nothing (256 KiB) for ``Limits.patience`` seconds is dropped, as is
+  one that does not say what it wants in that time.  Under more connections than
+  ``Limits.connections`` the oldest that has not said it yet goes; if all have, the new one.
 * No peer holds the loop: requests are answered in steps of about STEP_BYTES.
 * A source that fails for one read fails that read only; the peer hears why.
 """
@@ -100,6 +100,8 @@ class _Connection(asyncio.Protocol):
         self._goes_on = False  # a step is due
         self._draining = False
         self._impatience: asyncio.TimerHandle | None = None
+        self._written_bytes = 0
+        self._taken_bytes = -1  # of these by the peer when last looked; -1: not looked
 
     @property
     def silent(self) -> bool:
@@ -131,7 +133,8 @@ class _Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Start no reads while it takes no answers."""
         self._full = True
-        self._wait_for_it("takes no answers")
+        self._taken_bytes = -1
+        self._look_whether_it_takes()
 
     def resume_writing(self) -> None:
         """Go on."""
@@ -234,13 +237,14 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._write(self._transport, answer)
 
-    @staticmethod
-    def _write(transport: asyncio.Transport, parts: list[Buffer]) -> None:
+    def _write(self, transport: asyncio.Transport, parts: list[Buffer]) -> None:
         """Send parts of answers: short ones together, long ones as they are, without a copy."""
         # Not writelines: before Python 3.13.6 or so it never calls pause_writing.
         short: list[Buffer] = []
         for part in parts:
-            if len(part) < _LONG:  # type: ignore[arg-type]  # bytes, or a view of them
+            length = len(part)  # type: ignore[arg-type]  # bytes, or a view of them
+            self._written_bytes += length
+            if length < _LONG:
                 short.append(part)
                 continue
             transport.write(b"".join(short))
@@ -264,6 +268,20 @@ class _Connection(asyncio.Protocol):
         text = f"{failing} for {patience:g} s"
         self._stop_waiting()
         self._impatience = self._loop.call_later(patience, self.drop, text)
+
+    def _look_whether_it_takes(self) -> None:
+        """Drop it when it has taken next to nothing for a while; slow is not silent."""
+        if self._transport is None:
+            return
+        before = self._taken_bytes
+        self._taken_bytes = self._written_bytes - self._transport.get_write_buffer_size()
+        if before >= 0 and self._taken_bytes - before < _LOW:
+            self.drop(f"takes no answers for {self._export._limits.patience:g} s")
+            return
+        self._stop_waiting()
+        self._impatience = self._loop.call_later(
+            self._export._limits.patience, self._look_whether_it_takes
+        )
 
     def _stop_waiting(self) -> None:
         if self._impatience is not None:

@@ -171,6 +171,25 @@ async def test_who_never_reads_holds_up_nobody_and_is_dropped() -> None:
         assert export.answered_bytes - before < 64 << 20
 
 
+async def test_who_takes_answers_slowly_is_not_dropped() -> None:
+    """Patience ends when next to nothing was taken since the last look, and not before."""
+    async with (
+        Export(BufferSource(DATA), limits=Limits(patience=3600)) as export,
+        stranger(export) as other,
+    ):
+        wire = await other.greet()
+        other.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        other.writer.write(b"".join(wire.request(0, 1 << 20)[1] for _ in range(64)))
+        (connection,) = export._connections
+        await until(lambda: connection._full, "it takes nothing")
+
+        connection._written_bytes += 1 << 20  # as if it had taken so much
+        connection._look_whether_it_takes()
+        assert not connection.error
+        connection._look_whether_it_takes()
+        assert "takes no answers" in connection.error
+
+
 async def test_a_peer_has_so_much_in_flight_and_no_more() -> None:
     """More requests than that wait their turn, and are all answered in the end."""
     source = Gated(DATA)
