@@ -27,7 +27,9 @@ REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _LATER: Final = frozenset({408, 425, 429})
 _NEVER: Final = frozenset({501, 505})
 
-_CONTENT_RANGE: Final = re.compile(r"bytes\s+(?:(\d+)-(\d+)|\*)/(\d+)", re.IGNORECASE)
+_CONTENT_RANGE: Final = re.compile(
+    r"bytes\s+(?:(\d{1,19})-(\d{1,19})|\*)/(\d{1,19})", re.IGNORECASE | re.ASCII
+)
 
 
 def may_help_later(status: int) -> bool:
@@ -127,7 +129,7 @@ def retry_after(text: str | None, now: datetime | None = None) -> float:
         return float(text[:9])
     try:
         when = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
     if when.tzinfo is None:
         when = when.replace(tzinfo=UTC)

@@ -257,6 +257,10 @@ def _store_of(
     folder, _, key = parts.path.rpartition("/")
     if not key or not parts.scheme:
         raise SourceError(f"{_without_query(url)} names no object; write s3://bucket/key")
+    if parts.query or parts.fragment:
+        raise SourceError(
+            f"{_without_query(url)}: nothing may follow the key; write %3F for a ? and %23 for a #"
+        )
     container = f"{parts.scheme}://{parts.netloc}{folder}"
     if parts.scheme == "file":
         if options:

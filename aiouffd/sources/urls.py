@@ -87,7 +87,10 @@ def path_of(url: str) -> str | None:
 
 
 def _file_path(url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise SourceError(f"{url}: {error}") from error
     if parts.netloc not in ("", "localhost"):
         raise SourceError(f"{url}: a file lies on this machine; write file:///PATH")
     if parts.query or parts.fragment:
@@ -130,7 +133,11 @@ async def open_source(url: str) -> Source:
         source: Source = await _open_file(path)
     else:
         scheme = url.partition(":")[0].lower()
-        source = await import_module(f".{SCHEMES[scheme]}", __package__).open_url(url)
+        module = import_module(f".{SCHEMES[scheme]}", __package__)
+        try:
+            source = await module.open_url(url)
+        except ValueError as error:  # brackets that do not match, a host that is no name
+            raise SourceError(f"{shown(url)}: {error}") from error
     async with _closed_on_error([source]):
         if await is_compressed(source):
             source = await CompressedSource.open(source)

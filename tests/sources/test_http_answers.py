@@ -39,6 +39,8 @@ def test_anything_else_is_no_content_range(text: str) -> None:
         ("items 0-0/1", None),
         ("bytes 0-0/1, 2-3/4", None),
         ("bytes -1-0/1", None),
+        ("bytes 0-0/" + "9" * 5000, None),
+        ("bytes 0-0/\N{ARABIC-INDIC DIGIT ONE}", None),
     ],
 )
 def test_content_ranges(text: str | None, found: ContentRange | None) -> None:
@@ -114,6 +116,7 @@ def test_identities_differ_by_image_and_generation() -> None:
         ("Sun, 22 Nov 2026 12:00:30 -0000", 30),
         ("Sun, 22 Nov 2026 11:00:30 GMT", 0),
         ("9" * 400, 999_999_999),
+        ("Sun, 22 Nov 99999999999999999999 12:00:30 GMT", 0),
     ],
 )
 def test_retry_after(text: str | None, seconds: float) -> None:
