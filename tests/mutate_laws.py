@@ -123,7 +123,7 @@ MUTATIONS: Final = (
         6,
         "a long answer brings removed pages back",
         "resolver.py",
-        "space.removed.gaps(where) if space.removed else (where,)",
+        "region.fillable(where)",
         "(where,)",
     ),
     Mutation(
