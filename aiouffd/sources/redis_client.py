@@ -7,6 +7,8 @@ Laws of this file:
 
 * Commands that come while others are under way go together in the next round trip; a command
   that comes alone goes at once.
+* What a fault waits for does not stand in line behind megabytes: long reads have round trips
+  and connections of their own.
 * A connection that is lost, a server that loads its data and a cluster that changes are no
   errors: the commands are sent again, until who asked has waited long enough.  So every command
   given must be harmless when it is done twice.
@@ -51,7 +53,8 @@ _TRANSIENT: Final = (
 )
 _FINAL: Final = (refusals.AuthenticationError, refusals.AuthorizationError)
 
-_AT_ONCE: Final = 4  # round trips under way
+_AT_ONCE: Final = 4  # round trips under way, short ones and long ones each
+_LONG: Final = 128 << 10  # bytes asked for or sent by one caller, from which on they are long
 _COMMANDS: Final = 128  # per round trip
 _BYTES: Final = 4 << 20  # per round trip, asked for or sent
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5  # seconds between attempts
@@ -169,6 +172,16 @@ class _Waiting:
         self.answer = answer
 
 
+class _Lane:
+    """Commands that wait, and the round trips that take them."""
+
+    __slots__ = ("queue", "trips")
+
+    def __init__(self) -> None:
+        self.queue: deque[_Waiting] = deque()
+        self.trips: set[asyncio.Task[None]] = set()
+
+
 class Commands:
     """Sends commands, many per round trip, until they are answered.
 
@@ -179,8 +192,8 @@ class Commands:
         """Prepare; the first command connects."""
         self._place = place
         self._client: Any = place.connect()
-        self._queue: deque[_Waiting] = deque()
-        self._trips: set[asyncio.Task[None]] = set()
+        self._short = _Lane()
+        self._long = _Lane()
         self._why = "no answer"
 
     async def first(self, *command: str | bytes | int) -> Any:
@@ -207,15 +220,16 @@ class Commands:
         Cancellation: they may still be done.
         """
         loop = asyncio.get_running_loop()
+        lane = self._long if sum(cost for _, cost in commands) > _LONG else self._short
         answers: list[asyncio.Future[Any]] = []
         for command, cost in commands:
             answer = loop.create_future()
             answers.append(answer)
-            self._queue.append(_Waiting(command, cost, answer))
-        if len(self._trips) < _AT_ONCE:
-            trip = loop.create_task(self._travel(), name="aiouffd redis")
-            self._trips.add(trip)
-            trip.add_done_callback(self._trips.discard)
+            lane.queue.append(_Waiting(command, cost, answer))
+        if len(lane.trips) < _AT_ONCE:
+            trip = loop.create_task(self._travel(lane.queue), name="aiouffd redis")
+            lane.trips.add(trip)
+            trip.add_done_callback(lane.trips.discard)
         try:
             async with asyncio.timeout(self._place.timeout):
                 return [await answer for answer in answers]
@@ -233,21 +247,22 @@ class Commands:
                 if not answer.cancel() and not answer.cancelled():
                     answer.exception()
 
-    async def _travel(self) -> None:
+    async def _travel(self, queue: deque[_Waiting]) -> None:
         """Send what waits, trip after trip, until nothing does."""
         pause = 0.0
-        while batch := self._next_batch():
+        while batch := self._next_batch(queue):
             if pause:
                 await asyncio.sleep(pause)
             again = await self._send(batch)
-            self._queue.extendleft(reversed(again))
+            queue.extendleft(reversed(again))
             pause = min(max(_FIRST_PAUSE, 2 * pause), _LONGEST_PAUSE) if again else 0.0
 
-    def _next_batch(self) -> list[_Waiting]:
+    @staticmethod
+    def _next_batch(queue: deque[_Waiting]) -> list[_Waiting]:
         batch: list[_Waiting] = []
         cost = 0
-        while self._queue and len(batch) < _COMMANDS and cost < _BYTES:
-            waiting = self._queue.popleft()
+        while queue and len(batch) < _COMMANDS and cost < _BYTES:
+            waiting = queue.popleft()
             if not waiting.answer.done():
                 batch.append(waiting)
                 cost += waiting.cost
@@ -284,10 +299,11 @@ class Commands:
 
     async def aclose(self) -> None:
         """Close the connections; who still waits is told so by their time limit."""
-        for trip in self._trips:
+        trips = self._short.trips | self._long.trips
+        for trip in trips:
             trip.cancel()
-        if self._trips:
-            await asyncio.wait(self._trips)
+        if trips:
+            await asyncio.wait(trips)
         try:
             await self._client.aclose()
         except (refusals.RedisError, refusals.RedisClusterException, OSError):

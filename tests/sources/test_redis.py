@@ -280,6 +280,47 @@ async def test_a_silent_server_costs_a_bounded_time() -> None:
             await within(open_url(f"redis://127.0.0.1:{port}/0/key?timeout=0.1"))
 
 
+async def test_a_page_does_not_wait_behind_long_reads() -> None:
+    """However many of them wait, in as many round trips as there may be."""
+    size = 64 << 20
+    waiting = 0
+    gate = asyncio.Event()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal waiting
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                parts = []
+                for _ in range(int((await reader.readuntil(b"\r\n"))[1:])):
+                    length = int((await reader.readuntil(b"\r\n"))[1:])
+                    parts.append((await reader.readexactly(length + 2))[:-2])
+                if parts[0] == b"TYPE":
+                    writer.write(b"+string\r\n")
+                elif parts[0] == b"STRLEN":
+                    writer.write(b":%d\r\n" % size)
+                elif parts[0] == b"GETRANGE":
+                    length = int(parts[3]) - int(parts[2]) + 1
+                    if length > PAGE:
+                        waiting += 1
+                        await gate.wait()
+                    writer.write(b"$%d\r\n%b\r\n" % (length, bytes(length)))
+                else:  # what redis-py says of itself
+                    writer.write(b"+OK\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as slow:
+        port = slow.sockets[0].getsockname()[1]
+        async with opened(f"redis://127.0.0.1:{port}/0/key") as source:
+            long = [asyncio.ensure_future(source.read(0, 1 << 20)) for _ in range(16)]
+            while waiting < 4:
+                await asyncio.sleep(0)
+            assert as_bytes(await within(source.read(PAGE, PAGE))) == bytes(PAGE)
+            assert waiting == 4
+            gate.set()
+            for read in long:
+                assert as_bytes(await within(read)) == bytes(1 << 20)
+
+
 async def test_a_closed_source_says_so(server: RedisServer) -> None:
     """Also when it is closed with a read under way, which ends first."""
     url = server.url + new_key()
