@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from . import __version__
 from .failure import Action
 from .metrics import Histogram
-from .session import State
+from .session_states import State
 from .status import Status
 from .totals import Totals
 

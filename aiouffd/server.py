@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, TypeAlias, assert_never
 
+from .closing import settle
 from .errors import PeerError, SourceError, StoreError, UffdError
 from .failure import Action
 from .fd_store import FdStore
@@ -39,7 +40,9 @@ from .handover import Handover, Peer, Receive, peer_credentials, pin_peer
 from .manifest import Manifest
 from .metrics import Observer
 from .protection import Protection, new_name
-from .session import Milestone, Service, Session, State, current_session, settle
+from .service import Service
+from .session import Session, current_session
+from .session_states import Milestone, State
 from .sources import Extents, Source, identity_of
 from .takeover import Stored, fail_closed, highest_id, inodes_of, take_groups
 from .totals import Totals

@@ -11,45 +11,41 @@ Laws of this file:
 * The session ends when the target does.  Until then every fault is answered, if only by the
   failure policy.
 * What the session was given it closes: the userfaultfd, further descriptors, its own source.
-* A state is entered in one place, and only from those that the table names; what has ended
-  stays ended.
-* A userfaultfd whose memory could not be settled is closed only after its target is dead; if
-  nobody can be killed it stays open for good, for the last close would make zeros.
+* A state is entered in one place, and only where the table of states lets it follow.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
-import dataclasses
-import enum
 import errno
 import logging
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
+from .closing import action_on_close, close_pager, fail_closed, let_go
 from .errors import ClosedError, PeerError, TargetGone, UffdError
 from .events import Event, PageFault
-from .failure import Action, FailurePolicy
+from .failure import Action
 from .graduation import Graduation, pages_with_data
-from .handlers import from_source, zeroes
+from .handlers import from_source
 from .handover import Handover, Peer
 from .metrics import Counters, Metrics, Observer
 from .pager import Pager
 from .prefetch import Pace, Prefetch
-from .protection import Books, Protection, restore
+from .protection import Books, Protection
 from .ranges import align_up
-from .recording import Recorder, Recording
+from .recording import Recording
 from .residency import NEVER, Residency
 from .resolutions import Handler
+from .service import Service
+from .session_figures import Figures
+from .session_states import AFTER, HOW_IT_ENDED, Milestone, State
 from .sources import Extents, Source, identity_of
 from .uffd import Feature, Mode, Userfaultfd
-from .working_set import WorkingSet
 
 log: Final = logging.getLogger("aiouffd.session")
 
@@ -58,122 +54,6 @@ log: Final = logging.getLogger("aiouffd.session")
 current_session: Final[ContextVar[Session | None]] = ContextVar("current_session", default=None)
 
 _REFUSED_AT_ONCE: Final = 64  # children beyond the limit that wait to be settled, at least
-
-
-class State(enum.Enum):
-    """How it stands with a session."""
-
-    HANDSHAKING = "handshaking"  #: nothing is served yet
-    SERVING = "serving"
-    RESIDENT = "resident"  #: served still, but every page of the target is there
-    DETACHED = "detached"  #: ended: the target has all of its memory and lives on without us
-    TARGET_GONE = "target gone"  #: ended with the target and the children it had forked
-    FAILED = "failed"  #: ended before the target: refused, closed by policy, or broken
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing follows any more."""
-        return not _AFTER[self]
-
-
-_AFTER: Final = {
-    State.HANDSHAKING: {State.SERVING, State.TARGET_GONE, State.FAILED},
-    State.SERVING: {State.RESIDENT, State.DETACHED, State.TARGET_GONE, State.FAILED},
-    State.RESIDENT: {State.DETACHED, State.TARGET_GONE, State.FAILED},
-    State.DETACHED: set[State](),
-    State.TARGET_GONE: set[State](),
-    State.FAILED: set[State](),
-}
-
-
-_HOW_IT_ENDED: Final = {State.DETACHED: "detached", State.TARGET_GONE: "target exited"}
-
-
-class Milestone(enum.Enum):
-    """What a session tells while it goes on, each once at most."""
-
-    FIRST_PAGE = "first page"  #: a thread that waited has its page
-    RESIDENT = "resident"  #: every page of the target is there
-    DETACHED = "detached"  #: the target lives on without us
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """How sessions serve: one set of settings for any number of them.
-
-    Attributes:
-        failure: What happens to a fault that the source cannot answer.
-        on_close: What becomes of missing pages when a session is closed before its target
-            ends; HANG helps only a target that keeps its own copy of the userfaultfd.
-        deadline: Seconds a fault may take before the failure policy's last action.
-        warn_after: Seconds after which an unanswered fault is logged.
-        chunk: Bytes to bring around each fault; 0 brings one page.
-        max_in_flight: Reads at once per session.
-        max_children: Forked children served at once per session, each by a descriptor and a
-            pager; what is missing in further ones is settled by ``on_close`` at once (HANG,
-            which takes a descriptor, is POISON there).  A target that forks faster than that
-            is done ends its session.
-        replay: A working set whose pages are brought before they are asked for.
-        any_image: Replay though it is unknown whether the set was made for this image.
-        hydrate: How fast everything else is brought in the background.
-        recorder: Records the sessions' working sets.
-    """
-
-    failure: FailurePolicy = field(default_factory=FailurePolicy)
-    on_close: Action = Action.POISON
-    deadline: float | None = 30.0
-    warn_after: float | None = 5.0
-    chunk: int = 0
-    max_in_flight: int = 256
-    max_children: int = 64
-    replay: WorkingSet | None = None
-    any_image: bool = False
-    hydrate: Pace = Pace.OFF
-    recorder: Recorder | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What a session has done so far.
-
-    Attributes:
-        seconds: Since it began.
-        memory_bytes: Length of its regions together.
-        faults: Page faults reported, duplicates included.
-        copied_bytes: Installed because a thread waited for it, in bytes.
-        filled_bytes: Installed ahead of demand, in bytes.
-        zero_pages: Pages answered with zeros: holes and removed pages.
-        removed_pages: Of these, pages that the target had freed before.
-        failures: Faults that ended in the failure policy's last action.
-        parked: Faults that had to wait because the address space was changing.
-        events: Changes of the address space: removals, unmaps, moves, forks.
-        p50_us: Median time from the message to the answer, in microseconds.
-        p99_us: 99th percentile of the same.
-        first_fault_s: Seconds from the beginning to the first fault; None before it.
-        first_page_s: Seconds until the first page was served; None before it.
-        resident_s: Seconds until every page was there; None before it.
-    """
-
-    seconds: float
-    memory_bytes: int
-    faults: int
-    copied_bytes: int
-    filled_bytes: int
-    zero_pages: int
-    removed_pages: int
-    failures: int
-    parked: int
-    events: int
-    p50_us: float
-    p99_us: float
-    first_fault_s: float | None
-    first_page_s: float | None
-    resident_s: float | None
-
-    def as_dict(self) -> dict[str, int | float | None]:
-        """Give all figures by name."""
-        return dataclasses.asdict(self)
-
 
 #: Outcomes after which a thread that waited has its page.
 _SERVED: Final = frozenset(("copy", "zero", "continue", "move"))
@@ -310,7 +190,7 @@ class Session:
         Returns:
             Whether it can follow on the present one; else nothing is done.
         """
-        if state not in _AFTER[self._state]:
+        if state not in AFTER[self._state]:
             return False
         self._state = state
         if state.ended:
@@ -380,7 +260,7 @@ class Session:
             self.pager = self._make_pager(uffd)
         except BaseException as error:
             await self._end_prefetch()
-            await _fail_closed(uffd, self.peer, error)
+            await fail_closed(uffd, self.peer, error)
             self.handover.close()
             raise
         try:
@@ -465,7 +345,7 @@ class Session:
             deadline=service.deadline,
             warn_after=service.warn_after,
             max_in_flight=service.max_in_flight,
-            on_close=_on_close(self.handover, service),
+            on_close=action_on_close(self.handover, service),
             on_fork=self._limit_children,
             target=self.peer.pidfd.fileno() if self.peer is not None else None,
             observers=(self.metrics, self._watch, *self._observers),
@@ -502,13 +382,13 @@ class Session:
         task.add_done_callback(self._refusing.discard)
 
     async def _refuse_child(self, child: Pager) -> None:
-        hang = _on_close(self.handover, self.service) is Action.HANG
+        hang = action_on_close(self.handover, self.service) is Action.HANG
         await self._close_child(child, Action.POISON if hang else None)
 
     async def _close_child(self, child: Pager, action: Action | None) -> None:
         """Close a child's pager; nobody can kill a child, for it has no pidfd."""
         try:
-            await _close_pager(child, action, None)
+            await close_pager(child, action, None)
         except (UffdError, OSError) as error:
             self._given_up += 1
             log.warning("a forked child of %s could not be settled: %s", self.name, error)
@@ -572,7 +452,7 @@ class Session:
         """Say in a few words how it stands with the session, or how it ended."""
         if not self._state.ended:
             return self._state.value
-        how = _HOW_IT_ENDED.get(self._state, "not served")
+        how = HOW_IT_ENDED.get(self._state, "not served")
         if self._aborted is not None:
             how = f"closed by policy ({self._aborted.value})"
             if self.handover.backed and self._aborted is Action.ZERO:
@@ -736,7 +616,7 @@ class Session:
             self._completing.cancel()
         pager = self.pager
         if self._closing is None and not pager.closing and not pager.target_gone:
-            closing = _on_close(self.handover, self.service)
+            closing = action_on_close(self.handover, self.service)
             self._aborted = closing if action is None else action
         await self._close(action)
 
@@ -749,7 +629,7 @@ class Session:
     async def _close_all(self, action: Action | None) -> None:
         try:
             await self._end_prefetch()
-            await _let_go(self.pager, action, self.handover, self.peer)
+            await let_go(self.pager, action, self.handover, self.peer)
         finally:
             if self._refusing:
                 await asyncio.wait(tuple(self._refusing))
@@ -758,128 +638,3 @@ class Session:
                 await self._close_child(child, action)
             gone = self.pager.target_gone and self._aborted is None
             self._enter(State.TARGET_GONE if gone else State.FAILED)
-
-
-def _on_close(handover: Handover, service: Service) -> Action:
-    """Say what becomes of missing pages; memory that maps the image is simply let go."""
-    return Action.ZERO if handover.backed else service.on_close
-
-
-async def settle(
-    handover: Handover, service: Service, peer: Peer | None, books: Books | None = None
-) -> None:
-    """Close a hand-over; memory that no session took over is settled by ``on_close`` first.
-
-    Args:
-        handover: Closed already if a session had it.
-        service: Whose ``on_close`` and deadline count.
-        peer: Whose memory it is, if known.
-        books: What a process before us knew of the memory, from its journal.
-
-    Raises:
-        UffdError: It could not be settled; the peer is killed, or the userfaultfd kept open.
-
-    Cancellation: the close goes on by itself.
-    """
-    if handover.fd.closed:
-        handover.close()
-        return
-    try:
-        uffd = Userfaultfd.adopt(handover.fd)
-    except ValueError as error:  # as in Session.start
-        handover.close()
-        raise PeerError(str(error)) from error
-    except BaseException:
-        handover.close()
-        raise
-    try:
-        pager = Pager(
-            uffd,
-            on_close=_on_close(handover, service),
-            deadline=service.deadline,
-            target=peer.pidfd.fileno() if peer is not None else None,
-        )
-    except BaseException as error:
-        await _fail_closed(uffd, peer, error)
-        handover.close()
-        raise
-    try:
-        regions = [
-            pager.register(
-                region.start,
-                region.length,
-                zeroes,  # never asked: while it closes every fault gets the action
-                modes=region.modes,
-                page_size=region.page_size,
-                offset=region.offset,
-                registered=True,
-            )
-            for region in handover.regions
-        ]
-        if books is not None:
-            restore(pager, regions, books)
-    except ValueError as error:
-        raise PeerError(str(error)) from error
-    finally:
-        await asyncio.shield(asyncio.ensure_future(_let_go(pager, None, handover, peer)))
-
-
-async def _let_go(
-    pager: Pager, action: Action | None, handover: Handover, peer: Peer | None
-) -> None:
-    """Close a pager, and then everything that was handed over."""
-    try:
-        await _close_pager(pager, action, peer)
-    finally:
-        handover.close()
-
-
-async def _close_pager(pager: Pager, action: Action | None, peer: Peer | None) -> None:
-    """Close a pager and its userfaultfd, failing closed."""
-    asked = pager.on_close if action is None else action
-    try:
-        await pager.aclose(action)
-    except BaseException as error:
-        if asked not in (Action.ZERO, Action.HANG):
-            await _fail_closed(pager.uffd, peer, error)
-        raise
-    finally:
-        pager.uffd.close()  # after HANG it is still open: the target's own copy keeps it
-
-
-async def _fail_closed(uffd: Userfaultfd, peer: Peer | None, error: BaseException) -> None:
-    """See to it that closing a userfaultfd whose memory is not settled makes no zeros.
-
-    The target is killed; where that is not possible the descriptor is given up: nobody
-    closes it as long as this process lives.
-    """
-    if uffd.closed:
-        return
-    who = str(peer) if peer is not None else "an unknown peer"
-    if peer is not None:
-        try:
-            peer.kill()
-        except (UffdError, OSError):
-            log.exception("%s cannot be killed", who)
-        else:
-            log.critical("%s is killed: its missing memory cannot be settled: %s", who, error)
-            await _exit_of(peer)  # until it is dead it could still read zeros
-            return
-    number = uffd.detach().detach()
-    log.critical(
-        "%s: its missing memory cannot be settled: %s; descriptor %d stays open, or it would"
-        " read zeros",
-        who,
-        error,
-        number,
-    )
-
-
-async def _exit_of(peer: Peer) -> None:
-    loop, exited = asyncio.get_running_loop(), asyncio.Event()
-    with contextlib.closing(peer.pidfd.dup()) as pidfd:  # the pager may listen to the other
-        loop.add_reader(pidfd.fileno(), exited.set)
-        try:
-            await exited.wait()
-        finally:
-            loop.remove_reader(pidfd.fileno())

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from .closing import settle
 from .errors import PeerError, UffdError
 from .failure import Action
 from .fds import OwnedFd
@@ -28,7 +29,7 @@ from .journal import Journal, JournalError
 from .kernel.calls import is_pidfd, is_userfaultfd
 from .manifest import Manifest
 from .protection import PREFIX, Books
-from .session import Service, settle
+from .service import Service
 
 log: Final = logging.getLogger("aiouffd.takeover")
 

@@ -14,7 +14,7 @@ import sys
 from aiouffd import Action, FailurePolicy
 from aiouffd.protocols import firecracker
 from aiouffd.server import Report, Server
-from aiouffd.session import Service
+from aiouffd.service import Service
 from aiouffd.sources.file import FileSource
 
 SERVICE = Service(

@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator
 from aiouffd.fds import OwnedFd
 from aiouffd.handover import HandedRegion, Handover, Peer
 from aiouffd.kernel import abi, calls
-from aiouffd.session import Service, Session
+from aiouffd.service import Service
+from aiouffd.session import Session
 from aiouffd.sources.shared import SharedImage
 from aiouffd.uffd import Mode
 from tests.targets import MINOR, PAGE, Target

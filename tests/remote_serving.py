@@ -22,7 +22,8 @@ import pytest
 
 from aiouffd.handover import pin_peer
 from aiouffd.protocols import firecracker
-from aiouffd.session import Service, Session
+from aiouffd.service import Service
+from aiouffd.session import Session
 from aiouffd.sources import Source
 from aiouffd.testing.sources import image
 from aiouffd.unix_socket import Listener

@@ -18,7 +18,8 @@ from aiouffd import Feature, OwnedFd
 from aiouffd.errors import SourceError
 from aiouffd.handover import HandedRegion, Handover, Peer
 from aiouffd.kernel import calls
-from aiouffd.session import Service, Session
+from aiouffd.service import Service
+from aiouffd.session import Session
 from aiouffd.sources import Source
 from tests.serving import LAYOUT, image
 from tests.targets import MISSING, PAGE, Target

@@ -19,7 +19,7 @@ from aiouffd.errors import SourceError
 from aiouffd.failure import Action, FailurePolicy
 from aiouffd.protocols import firecracker
 from aiouffd.server import Server
-from aiouffd.session import Service
+from aiouffd.service import Service
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.measured import MeasuredSource, Reads

@@ -10,7 +10,7 @@ import pytest
 
 from aiouffd import Action, FailurePolicy
 from aiouffd.errors import ClosedError, NotSupported, SourceError, StuckPage, TargetGone
-from aiouffd.session import Milestone, State
+from aiouffd.session_states import Milestone, State
 from aiouffd.sources.buffer import BufferSource
 from tests.serving import MADV_DONTNEED, check_books, image, unread, within
 from tests.session_serving import Moody, holds, is_registered, model, served

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from aiouffd.session import Milestone, State
+from aiouffd.session_states import Milestone, State
 from aiouffd.sources.buffer import BufferSource
 from tests.serving import MADV_DONTNEED, image
 from tests.session_serving import holds, model, served

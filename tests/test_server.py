@@ -24,7 +24,8 @@ from aiouffd.failure import Action, FailurePolicy
 from aiouffd.fds import OwnedFd
 from aiouffd.protocols import firecracker
 from aiouffd.server import Ended, FirstPage, Refused, Report, Resident, Server, Started
-from aiouffd.session import Service, State
+from aiouffd.service import Service
+from aiouffd.session_states import State
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource

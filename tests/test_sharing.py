@@ -15,7 +15,7 @@ from typing import Final
 import pytest
 
 from aiouffd.failure import Action
-from aiouffd.session import State
+from aiouffd.session_states import State
 from aiouffd.sharing import figures, mapped
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.layered import Layer, LayeredSource

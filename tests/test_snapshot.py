@@ -14,7 +14,8 @@ import pytest
 from aiouffd import NotPaused, NotSupported
 from aiouffd.errors import SourceError, TargetGone
 from aiouffd.filled_pages import FilledPages
-from aiouffd.session import Session, State
+from aiouffd.session import Session
+from aiouffd.session_states import State
 from aiouffd.snapshot import take_snapshot
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource

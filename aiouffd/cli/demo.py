@@ -25,7 +25,8 @@ from ..events import Event, PageFault
 from ..protocols import firecracker
 from ..ranges import PAGE_SIZE, align_up
 from ..server import Ended, Refused, Report, Server
-from ..session import Figures, Service
+from ..service import Service
+from ..session_figures import Figures
 from ..sources.file import FileSource
 from ..uffd import Userfaultfd
 from .demo_target import Figures as TargetFigures

@@ -39,8 +39,8 @@ from ..server import (
     Started,
     TakenOver,
 )
+from ..service import Service
 from ..service_manager import ServiceManager
-from ..session import Service
 from ..sources.measured import Reads
 from ..sources.shared import SharedImage
 from ..unix_socket import Listener

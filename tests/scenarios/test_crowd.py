@@ -14,7 +14,9 @@ from aiouffd.failure import Action
 from aiouffd.handover import Handover, Peer
 from aiouffd.protocols import firecracker
 from aiouffd.server import Ended, Refused, Report, Server
-from aiouffd.session import Service, Session, State
+from aiouffd.service import Service
+from aiouffd.session import Session
+from aiouffd.session_states import State
 from aiouffd.sources.buffer import BufferSource
 from tests.crowd import ALL_RIGHT, REFUSED, ZEROS, crowd, first_pages
 from tests.serving import image

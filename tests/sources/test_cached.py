@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from aiouffd.errors import SourceError
 from aiouffd.fds import OwnedFd
 from aiouffd.handover import HandedRegion, Handover
-from aiouffd.session import Service, Session
+from aiouffd.service import Service
+from aiouffd.session import Session
 from aiouffd.sources import Source, identity_of
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.cached import CachedSource
