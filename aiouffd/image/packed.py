@@ -71,7 +71,7 @@ class PackedWriter:
 
         Raises:
             ValueError: There would be more frames than can be read again, or larger ones; or
-                there is no such level.
+                there is no such level, or number of threads.
             ImportError: The zstd library is missing; the message says how to get it.
             OSError: The file cannot be made.
         """
@@ -81,6 +81,8 @@ class PackedWriter:
             raise ValueError(f"levels are {LEVELS[0]} to {LEVELS[1]}, not {level}")
         if not 0 < frame_bytes <= MAX_FRAME_BYTES:
             raise ValueError(f"a frame holds 1 to {MAX_FRAME_BYTES} bytes, not {frame_bytes}")
+        if threads < 0:
+            raise ValueError(f"{threads} threads cannot compress")
         if size // frame_bytes + 2 > MAX_FRAMES:
             raise ValueError(f"{size} bytes are too many for frames of {frame_bytes}: make larger")
         self._size = size

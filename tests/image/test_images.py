@@ -332,6 +332,8 @@ def test_frames_that_cannot_be_read_again_are_not_begun(tmp_path: Path) -> None:
     """Too many or too large frames, or no such level, are refused before anything is written."""
     with pytest.raises(ValueError, match="levels are"):
         PackedWriter(tmp_path / "x", 1, level=99)
+    with pytest.raises(ValueError, match="-1 threads"):
+        PackedWriter(tmp_path / "x", 1, threads=-1)
     for size, frame in ((1, 0), (1, 65 << 20), (1 << 40, PAGE)):
         with pytest.raises(ValueError, match="frame"):
             PackedWriter(tmp_path / "x", size, frame_bytes=frame)
