@@ -28,6 +28,9 @@ from .seek_table import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+#: What a zstd frame begins with.
+ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+
 _TAIL_BYTES: Final = 64 << 10  # read first: the whole table, more often than not
 _PARSE_INLINE: Final = 64 << 10  # more bytes of a table are parsed in a thread
 
@@ -60,6 +63,17 @@ async def is_compressed(source: Source) -> bool:
     if source.size < FOOTER_BYTES:
         return False
     return ends_seekable(await source.read(source.size - FOOTER_BYTES, FOOTER_BYTES))
+
+
+async def is_without_table(source: Source) -> bool:
+    """Say whether a source that is not ``is_compressed`` begins as a zstd file all the same.
+
+    Raises:
+        SourceError: Its first bytes cannot be read.
+    """
+    if source.size < len(ZSTD_MAGIC):
+        return False
+    return bytes(memoryview(await source.read(0, len(ZSTD_MAGIC)))) == ZSTD_MAGIC
 
 
 async def read_layout(source: Source) -> Layout:

@@ -23,6 +23,7 @@ from ..errors import SourceError, UffdError
 from . import Source
 from .cached import BLOCK_BYTES, CachedSource
 from .compressed import CompressedSource, is_compressed
+from .compressed_layout import is_without_table
 from .fallback import FallbackSource
 from .file import FileSource
 from .layered import LayeredSource
@@ -122,7 +123,8 @@ async def open_source(url: str) -> Source:
         The source, the caller's to close.
 
     Raises:
-        SourceError: The URL makes no sense, or what it names cannot be served.
+        SourceError: The URL makes no sense, or what it names cannot be served: it is not there,
+            or is a zstd file that cannot be read at random.
         OSError: It cannot be opened.
         ImportError: A package is missing; the message says how to get it.
 
@@ -141,6 +143,11 @@ async def open_source(url: str) -> Source:
     async with _closed_on_error([source]):
         if await is_compressed(source):
             source = await CompressedSource.open(source)
+        elif await is_without_table(source):
+            raise SourceError(
+                f"{shown(url)} is a zstd file without a seek table at its end: cut short, or not"
+                " made to be read at random (zstd -d it, then aiouffd image pack)"
+            )
     return source
 
 

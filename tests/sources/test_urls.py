@@ -21,7 +21,7 @@ from aiouffd.sources.file import FileSource
 from aiouffd.sources.layered import LayeredSource
 from aiouffd.sources.urls import SCHEMES, open_image, open_source, path_of, shown
 from aiouffd.testing.sources import PAGE, as_bytes, image
-from tests.seekable import seekable
+from tests.seekable import seekable, zstd
 from tests.sources.slow import SlowSource
 
 DATA = image(8 * PAGE)
@@ -120,6 +120,19 @@ async def test_a_compressed_image_is_told_by_its_end(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[100:])  # its end is right, but not the rest
     with pytest.raises(SourceError):
         await read_all(await open_source(os.fspath(file)))
+
+
+async def test_a_zstd_file_without_a_table_is_no_image(tmp_path: Path) -> None:
+    """What zstd itself makes, or half a download: its bytes are nobody's memory."""
+    file = tmp_path / "image.zst"
+    whole = seekable(DATA)
+    for content in (whole[:-1], whole[:20], zstd.compress(DATA)):
+        file.write_bytes(content)
+        with pytest.raises(SourceError, match="without a seek table"):
+            await open_source(os.fspath(file))
+    for content in (b"", b"\x28\xb5\x2f"):  # too short to tell: bytes like others
+        file.write_bytes(content)
+        await (await open_source(os.fspath(file))).aclose()
 
 
 class Opened:
