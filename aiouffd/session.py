@@ -26,10 +26,11 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Final, Self
 
-from .closing import action_on_close, close_pager, fail_closed, let_go
-from .errors import ClosedError, PeerError, TargetGone, UffdError
+from .closing import action_on_close, fail_closed, let_go
+from .errors import ClosedError, PeerError, TargetGone
 from .events import Event, PageFault
 from .failure import Action
+from .forked_children import ForkedChildren
 from .graduation import Graduation, pages_with_data
 from .handlers import from_source
 from .handover import Handover, Peer
@@ -52,8 +53,6 @@ log: Final = logging.getLogger("aiouffd.session")
 #: Which session the code that runs serves, where a Server has started it: its tasks, readers
 #: and timers all have the context that they were started in.  For log lines.
 current_session: Final[ContextVar[Session | None]] = ContextVar("current_session", default=None)
-
-_REFUSED_AT_ONCE: Final = 64  # children beyond the limit that wait to be settled, at least
 
 #: Outcomes after which a thread that waited has its page.
 _SERVED: Final = frozenset(("copy", "zero", "continue", "move"))
@@ -161,12 +160,7 @@ class Session:
         self._began = self._ended = time.monotonic()
         self._aborted: Action | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._children: list[Pager] = []  # forked, children of children too
-        self._past = Counters()  # of children that have ended and are forgotten
-        self._refusing: set[asyncio.Task[None]] = set()  # closes of children beyond the limit
-        self._many_children = False
-        self._given_up = 0  # descriptors of children that could not be settled
-        self._protections: dict[Pager, Protection] = {}
+        self._children: Final = ForkedChildren(handover, self.service, self.name)
         self._protection = protection
         self._books = books
         self._graduation: Graduation
@@ -283,7 +277,7 @@ class Session:
         protection, books = self._protection, self._books
         if protection is None:
             return
-        self._protections[self.pager] = protection
+        self._children.protections[self.pager] = protection
         if books is not None:
             protection.resume(self.pager, self._regions, books)
         else:
@@ -346,52 +340,16 @@ class Session:
             warn_after=service.warn_after,
             max_in_flight=service.max_in_flight,
             on_close=action_on_close(self.handover, service),
-            on_fork=self._limit_children,
+            on_fork=self._adopt_child,
             target=self.peer.pidfd.fileno() if self.peer is not None else None,
             observers=(self.metrics, self._watch, *self._observers),
         )
 
-    def _limit_children(self, child: Pager) -> None:
-        """Settle a forked child that is one too many; the target itself is served on."""
-        parent = self._protections.get(child.parent) if child.parent is not None else None
-        protection = parent.protect_child(child) if parent is not None else None
-        if protection is not None:
-            self._protections[child] = protection
-        for one in self._children:
-            if one.uffd.closed:
-                self._past.add(one.counters)
-                self._protections.pop(one, None)
-        self._children = [one for one in self._children if not one.uffd.closed]
-        self._children.append(child)
+    def _adopt_child(self, child: Pager) -> None:
+        self._children.adopt(child)
         self._graduation.adopted(child)
-        if self._state is State.DETACHED:
-            return  # it has all of its memory, and is let go in a moment
-        count, limit = len(self._children) + self._given_up, self.service.max_children
-        if count <= limit:
-            return
-        if not self._many_children:
-            self._many_children = True
-            log.warning("%s: more than %d forked children are not served", self.name, limit)
-        if count > 2 * limit + _REFUSED_AT_ONCE:
-            # An error here ends the pager that read the fork, and with it the session.
-            raise PeerError(f"forks faster than children can be refused ({count})", self.name)
-        task = asyncio.get_running_loop().create_task(
-            self._refuse_child(child), name="aiouffd refuse child"
-        )
-        self._refusing.add(task)
-        task.add_done_callback(self._refusing.discard)
-
-    async def _refuse_child(self, child: Pager) -> None:
-        hang = action_on_close(self.handover, self.service) is Action.HANG
-        await self._close_child(child, Action.POISON if hang else None)
-
-    async def _close_child(self, child: Pager, action: Action | None) -> None:
-        """Close a child's pager; nobody can kill a child, for it has no pidfd."""
-        try:
-            await close_pager(child, action, None)
-        except (UffdError, OSError) as error:
-            self._given_up += 1
-            log.warning("a forked child of %s could not be settled: %s", self.name, error)
+        if self._state is not State.DETACHED:  # then it is let go in a moment
+            self._children.refuse_beyond_limit(child)
 
     def _serve_regions(self) -> None:
         if self._extents is None:
@@ -433,7 +391,7 @@ class Session:
         """Give the pagers that serve: the target's, then those of its children."""
         return [
             pager
-            for pager in (self.pager, *self._children)
+            for pager in (self.pager, *self._children.pagers)
             if not (pager.target_gone or pager.closing or pager.uffd.closed)
         ]
 
@@ -463,15 +421,15 @@ class Session:
 
     def counters(self) -> Counters:
         """Add up the counters of the target and of the children that it forked."""
-        total = copy.copy(self._past)
-        for pager in (self.pager, *self._children):
+        total = copy.copy(self._children.past)
+        for pager in (self.pager, *self._children.pagers):
             total.add(pager.counters)
         return total
 
     @property
     def in_flight(self) -> int:
         """Faults of the target and its children that have begun and not ended."""
-        return sum(pager.in_flight for pager in (self.pager, *self._children))
+        return sum(pager.in_flight for pager in (self.pager, *self._children.pagers))
 
     def figures(self) -> Figures:
         """Sum up what was done so far, for the children that the target forked as well."""
@@ -631,10 +589,6 @@ class Session:
             await self._end_prefetch()
             await let_go(self.pager, action, self.handover, self.peer)
         finally:
-            if self._refusing:
-                await asyncio.wait(tuple(self._refusing))
-            # The pager has closed its children, unless one of them could not be settled.
-            for child in self._children:
-                await self._close_child(child, action)
+            await self._children.close(action)
             gone = self.pager.target_gone and self._aborted is None
             self._enter(State.TARGET_GONE if gone else State.FAILED)

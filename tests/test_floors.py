@@ -38,7 +38,8 @@ FLOORS = {
     "processes": """
         sd_notify service_manager fd_store keeper
         unix_socket handover manifest protection graduation residency
-        session_states session_figures service closing session sharing takeover totals server
+        session_states session_figures service closing forked_children
+        session sharing takeover totals server
         protocols.firecracker protocols.shared
         export""",
     "tools": """
