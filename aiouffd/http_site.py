@@ -118,7 +118,7 @@ class HttpSite:
             except Refusal as no:
                 return error_response(no.status, str(no), no.hint)
             except web.HTTPException as no:
-                hint = "docs/reference/openapi.yaml lists what can be asked."
+                hint = "docs/reference/openapi.json lists what can be asked."
                 return error_response(no.status, f"{request.method} {request.path}: {no}", hint)
             except Exception as error:
                 log.exception("%s %s failed", request.method, request.path)

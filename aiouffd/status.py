@@ -3,7 +3,7 @@
 Knows: a server, its sessions, their sources' accounts.
 Must not know: HTTP, sockets, terminals.
 
-``docs/reference/openapi.yaml`` describes what is given here, and a test compares the two.
+``docs/reference/openapi.json`` describes what is given here, and a test compares the two.
 """
 
 from __future__ import annotations

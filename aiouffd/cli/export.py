@@ -21,11 +21,12 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import quote
 
 from ..export import Export
+from .arguments import host_and_port
 from .image_options import Served, add_image_options, open_served
 from .output import Lines, LinesHandler
 
@@ -94,14 +95,6 @@ def add_tls_options(group: argparse._ActionsContainer) -> None:
     )
 
 
-def host_and_port(text: str) -> tuple[str, int]:
-    """Read HOST:PORT, [IPV6]:PORT or :PORT, which is the loopback address."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not HOST:PORT")
-    return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
-
-
 def server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
     """Make the TLS context that the options ask for; None if they ask for none.
 
@@ -112,12 +105,26 @@ def server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
         if args.export_key or args.export_client_ca:
             raise OSError("--export-key and --export-client-ca are of no use without --export-cert")
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=args.export_client_ca)
+    with _naming(args.export_client_ca, "no certificates of authorities in PEM"):
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=args.export_client_ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.load_cert_chain(args.export_cert, args.export_key)
+    files = " and ".join(one for one in (args.export_cert, args.export_key) if one)
+    with _naming(files, "no certificate and its key in PEM"):
+        context.load_cert_chain(args.export_cert, args.export_key)
     if args.export_client_ca:
         context.verify_mode = ssl.CERT_REQUIRED
     return context
+
+
+@contextlib.contextmanager
+def _naming(files: str, not_there: str) -> Iterator[None]:
+    """Say which files an error is about: OpenSSL does not."""
+    try:
+        yield
+    except ssl.SSLError as error:
+        raise OSError(error.errno, f"{not_there} ({error.reason})", files) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, files) from error
 
 
 def image_name(image: str) -> str:

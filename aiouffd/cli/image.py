@@ -33,7 +33,7 @@ from ..sources import Source
 from ..sources.compressed import CompressedSource
 from ..sources.layered import LayeredSource
 from ..sources.urls import open_source, shown
-from .image_options import byte_count
+from .arguments import byte_count, seconds_or_none
 from .progress import Progress, amount
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     push.add_argument(
         "--grace",
-        type=float,
+        type=seconds_or_none,
         default=3600.0,
         metavar="SECONDS",
         help="who reads the image that was there before may go on so long (default: 3600)",

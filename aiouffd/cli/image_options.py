@@ -14,10 +14,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import re
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from .. import sharing
 from ..errors import UffdError
@@ -28,8 +27,7 @@ from ..session import Session
 from ..sources.file import FileSource
 from ..sources.shared import SharedImage
 from ..sources.urls import open_image, shown
-
-_SIZE: Final = re.compile(r"(\d+)([KMGT]?)", re.IGNORECASE)
+from .arguments import byte_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +85,6 @@ def add_share_option(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="copy the image into memory once; peers map that copy, each with its own writes",
     )
-
-
-def byte_count(text: str) -> int:
-    """Read a number of bytes, with K, M, G or T behind it."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text} is no number of bytes, such as 512M")
-    return int(match[1]) << 10 * " KMGT".index(match[2].upper() or " ")
 
 
 async def sharing_report(

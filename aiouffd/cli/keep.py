@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..keeper import FailClosed, Keeper, Kept, Patience, kill_targets
 from ..sd_notify import take_listen_fds
+from .arguments import count, seconds_or_none
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -54,28 +55,28 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument("command_line", metavar="COMMAND", nargs="+", help="after --: what to run")
     parser.add_argument(
         "--tries",
-        type=int,
+        type=count,
         default=_DEFAULT.tries,
         metavar="N",
         help="give up after so many deaths in a row (default: %(default)s)",
     )
     parser.add_argument(
         "--healthy-after",
-        type=float,
+        type=seconds_or_none,
         default=_DEFAULT.healthy_after,
         metavar="SECONDS",
         help="a run that lived so long is no part of a row (default: %(default)s)",
     )
     parser.add_argument(
         "--max-delay",
-        type=float,
+        type=seconds_or_none,
         default=_DEFAULT.max_delay,
         metavar="SECONDS",
         help="the longest wait before a restart; the first is at once (default: %(default)s)",
     )
     parser.add_argument(
         "--max-fds",
-        type=int,
+        type=count,
         default=4096,
         metavar="N",
         help="descriptors to keep at most: three for each target (default: %(default)s)",

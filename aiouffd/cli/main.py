@@ -89,6 +89,25 @@ def _quiet_stdout() -> None:
     os.close(nothing)
 
 
+def _stand_in_for_closed() -> None:
+    """Put /dev/null where stdin, stdout or stderr is closed: else the next socket becomes it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 - for good
+
+
+def _told(error: BaseException) -> str:
+    """Say an error as people do: what it is about, and what is the matter."""
+    if isinstance(error, OSError) and error.strerror:
+        about = "" if error.filename is None else f"{error.filename}: "
+        return about + error.strerror
+    return str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -98,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    _stand_in_for_closed()
     arguments = list(sys.argv[1:] if argv is None else argv)
     status: int
     # The first word that is no option: the program itself has only options without a value.
@@ -120,6 +140,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # An ImportError names the extra that is missing.
         if sys.flags.dev_mode:
             raise
-        print(f"aiouffd: {error}", file=sys.stderr)
+        print(f"aiouffd: {_told(error)}", file=sys.stderr)
         return error.status if isinstance(error, statuses.CommandError) else statuses.FAILED
     return status

@@ -24,6 +24,7 @@ from ..server import Server, SourceOrOpener
 from ..sources.measured import MeasuredSource, Reads
 from ..status import Status
 from ..unix_socket import Listener
+from .arguments import host_and_port
 from .control_client import VARIABLE, ask
 from .diagnostics import LEVELS
 from .statuses import CommandError
@@ -50,20 +51,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metrics",
         metavar="HOST:PORT",
-        type=_address,
+        type=host_and_port,
         help="give Prometheus metrics on this TCP address, to whoever asks",
     )
     group.add_argument(
         "--log-level", choices=LEVELS, default="warning", help="on stderr (default: warning)"
     )
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no HOST:PORT")
-    return host, int(port)
 
 
 def measured(args: argparse.Namespace, source: SourceOrOpener, reads: Reads) -> SourceOrOpener:

@@ -12,6 +12,7 @@ from typing import TypedDict
 from ..prefetch import Pace
 from ..recording import Recorder
 from ..working_set import WorkingSet
+from .arguments import seconds
 
 
 class Settings(TypedDict):
@@ -34,7 +35,7 @@ def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--record-window",
-        type=_seconds,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
         help="how much of a session is recorded, such as 30 or 30s (default: 30)",
@@ -53,13 +54,6 @@ def add_prefetch_options(parser: argparse.ArgumentParser) -> None:
         default=Pace.OFF.value,
         help="bring all of the image in the background (default: off)",
     )
-
-
-def _seconds(text: str) -> float:
-    value = float(text.removesuffix("s"))
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no time to record, in seconds")
-    return value
 
 
 def prefetch_settings(args: argparse.Namespace) -> Settings:

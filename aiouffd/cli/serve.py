@@ -45,6 +45,7 @@ from ..sources.measured import Reads
 from ..sources.shared import SharedImage
 from ..unix_socket import Listener
 from . import operation, statuses
+from .arguments import chunk_bytes, count, rights, seconds, user
 from .diagnostics import logging_to
 from .export import add_export_options, exporting
 from .image_options import (
@@ -101,10 +102,10 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     who = parser.add_argument_group("who may connect")
     who.add_argument(
-        "--uid", type=int, action="append", help="this user; may be repeated (default: our own)"
+        "--uid", type=user, action="append", help="this user; may be repeated (default: our own)"
     )
     who.add_argument(
-        "--mode", type=_octal, default=0o600, help="rights of the socket, octal (default: 600)"
+        "--mode", type=rights, default=0o600, help="rights of the socket, octal (default: 600)"
     )
     who.add_argument(
         "--any-directory",
@@ -122,20 +123,20 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     how = parser.add_argument_group("how to serve")
     how.add_argument(
         "--max-sessions",
-        type=_count,
+        type=count,
         metavar="N",
         help="refuse peers while so many are served (default: no limit)",
     )
     how.add_argument(
         "--handshake-timeout",
-        type=_seconds,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="from connection to hand-over (default: 10)",
     )
     how.add_argument(
         "--deadline",
-        type=_seconds,
+        type=seconds,
         default=30.0,
         metavar="SECONDS",
         help="what a fault may take before the policy acts (default: 30)",
@@ -145,7 +146,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     how.add_argument(
         "--chunk",
-        type=_size,
+        type=chunk_bytes,
         default=0,
         metavar="BYTES",
         help="bring so much around each fault, such as 64K (default: one page)",
@@ -156,32 +157,6 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     operation.add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     return parser
-
-
-def _octal(text: str) -> int:
-    return int(text, 8)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of sessions")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no time to wait, in seconds")
-    return value
-
-
-def _size(text: str) -> int:
-    shift = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
-    value = int(text[:-1] if shift else text) << shift
-    if value < 0 or value & (value - 1):
-        raise argparse.ArgumentTypeError(f"{text} is no power of two")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import pytest
 import trustme
 
 from aiouffd.cli import main
-from aiouffd.cli.export import host_and_port, image_name
+from aiouffd.cli.export import image_name
 from aiouffd.errors import SourceError
 from aiouffd.sources.peer import open_url
 from aiouffd.testing.sources import PAGE, as_bytes, image
@@ -98,14 +98,26 @@ def test_options_that_make_no_sense(
     assert why in capsys.readouterr().err
 
 
-def test_where_to_listen() -> None:
-    """Loopback unless said otherwise."""
-    assert host_and_port("10.0.0.5:7433") == ("10.0.0.5", 7433)
-    assert host_and_port("[::1]:0") == ("::1", 0)
-    assert host_and_port(":80") == ("127.0.0.1", 80)
-    for wrong in ("host", "host:", "host:x", "1:99999"):
-        with pytest.raises(Exception, match="is not HOST:PORT"):
-            host_and_port(wrong)
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (["--export-cert", "image"], "image: no certificate and its key in PEM"),
+        (["--export-cert", "nothing", "--export-key", "key"], "nothing and key: No such file"),
+        (["--export-cert", "image", "--export-client-ca", "none.pem"], "none.pem: No such file"),
+    ],
+)
+def test_a_bad_certificate_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    why: str,
+) -> None:
+    """OpenSSL says neither which file it is nor, in words, what is wrong with it."""
+    monkeypatch.chdir(tmp_path)
+    Path("image").write_bytes(b"x")
+    assert main(["export", "image", *options]) == 1
+    assert f"aiouffd: {why}" in capsys.readouterr().err
 
 
 def test_an_image_is_named_by_its_last_part() -> None:

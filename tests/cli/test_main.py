@@ -127,7 +127,7 @@ def raising(error: BaseException) -> Callable[[], int]:
         (NotSupported("no device", "Get one."), "aiouffd: no device. Get one.\n"),
         (
             FileNotFoundError(2, "No such file", "image"),
-            "aiouffd: [Errno 2] No such file: 'image'\n",
+            "aiouffd: image: No such file\n",
         ),
     ],
 )
@@ -192,3 +192,18 @@ def test_a_reader_that_goes_away_is_141() -> None:
     finally:
         os.close(writing)
     assert (told.returncode, told.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_what_is_closed_at_the_start_is_left_alone(closed: tuple[int, ...]) -> None:
+    """A daemon's parent may close them; no socket or file of ours then takes their numbers."""
+    program = (
+        "import os, sys\n"
+        f"for number in {closed}: os.close(number)\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'aiouffd', 'info'])\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], check=False, timeout=60, capture_output=True, text=True
+    )
+    assert (told.returncode, told.stderr) == (0, "")
+    assert ("userfaultfd" in told.stdout) == (1 not in closed)
