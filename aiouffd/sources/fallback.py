@@ -7,14 +7,15 @@ Laws of this file:
 
 * Whatever a source raises is a failure and is retried, but for ClosedError, and for a read
   that lies outside: those no retry cures.
-* When the first source has failed a read for good, the second one answers; for a while the
-  first is left alone, then one read at a time tries it, while all others stay with the second.
+* When the first source has failed a read for good, the second one answers.  Now and then the
+  first is asked for a page again, for nobody: no read waits to find out that it still hangs.
 * A change of state is logged once, not once per page.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ log: Final = logging.getLogger("aiouffd.sources")
 #: Seconds for which a first source that failed is not asked, as long as there is a second.
 LEFT_ALONE: Final = 5.0
 
+_PROBE_BYTES: Final = 4096
 _MAX_DELAY: Final = 5.0  # seconds between two tries
 
 
@@ -100,6 +102,7 @@ class FallbackSource:
         self._size = first.size
         self._failing = False  # the first source; with a second one that means: not asked
         self._ask_again_at = 0.0  # by the loop's clock
+        self._probe: asyncio.Task[None] | None = None
         self._reads = ReadsUnderWay("this source")
 
     @property
@@ -149,19 +152,23 @@ class FallbackSource:
                 except SourceError as error:
                     self._fall_over(error)
             elif self._is_time():
-                try:
-                    return await self._read_first(offset, length, 1)
-                except SourceError:
-                    pass  # it still fails, as is known
+                self._probe = asyncio.get_running_loop().create_task(
+                    self._ask_again(offset, min(length, _PROBE_BYTES)), name="aiouffd fallback"
+                )
             return await self._read_second(self._second, offset, length)
 
     def _is_time(self) -> bool:
-        """Say whether this read is the one that tries the first source again."""
+        """Say whether the first source is to be asked again; once each time."""
         now = asyncio.get_running_loop().time()
-        if now < self._ask_again_at:
+        if now < self._ask_again_at or (self._probe is not None and not self._probe.done()):
             return False
         self._ask_again_at = now + LEFT_ALONE + (self._timeout or 0)
         return True
+
+    async def _ask_again(self, offset: int, length: int) -> None:
+        """See whether the first source answers again."""
+        with contextlib.suppress(SourceError, ClosedError):
+            await self._read_first(offset, length, 1)
 
     def _fall_over(self, error: SourceError) -> None:
         self._ask_again_at = asyncio.get_running_loop().time() + LEFT_ALONE
@@ -225,6 +232,9 @@ class FallbackSource:
         Cancellation: the sources may still be open; call again.
         """
         await self._reads.end()
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.wait([self._probe])
         try:
             await self._first.aclose()
         finally:

@@ -14,6 +14,7 @@ from aiouffd.sources import Source, fallback, identity_of
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.fallback import FallbackSource
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
+from tests.serving import within
 from tests.sources.slow import SlowSource, turns
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ async def test_without_a_second_source_the_last_error_is_raised(
 async def test_the_second_source_takes_over_and_the_first_comes_back(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once fallen over, reads do not ask the first; when it is time, one of them tries it."""
+    """Once fallen over, reads do not ask the first; when it is time, it is asked once."""
     first, second = Moody(DATA, 1 << 30), SlowSource(DATA, wait=False)
     source = FallbackSource(first, second, retries=2, backoff=0)
     for _ in range(10):
@@ -101,16 +102,32 @@ async def test_the_second_source_takes_over_and_the_first_comes_back(
     monkeypatch.setattr(fallback, "LEFT_ALONE", 0)
     source._ask_again_at = 0
     await asyncio.gather(*(source.read(0, PAGE) for _ in range(10)))
-    assert len(first.reads) == 4  # it still fails: one read has found out, with one try
+    assert len(first.reads) == 4  # it still fails, as one try has shown
     first.failures = 0
     source._ask_again_at = 0
+    await source.read(0, PAGE)
+    await turns()
     for _ in range(10):
         await source.read(0, PAGE)
-    assert len(second.reads) == 20
+    assert len(second.reads) == 21
     assert source.figures.fall_overs == 1
-    assert source.figures.second_reads == 20
+    assert source.figures.second_reads == 21
     assert len(caplog.records) == 2
     assert "answers again" in caplog.records[1].message
+
+
+async def test_no_read_waits_to_find_out_that_the_first_still_hangs() -> None:
+    """It is asked beside; closing does not wait for it either."""
+    first = SlowSource(DATA)
+    source = FallbackSource(first, BufferSource(DATA), retries=0, timeout=30)
+    source._failing = True
+    assert as_bytes(await within(source.read(0, 2 * PAGE))) == DATA[: 2 * PAGE]
+    await turns()
+    assert first.reads == [(0, PAGE)]
+    assert as_bytes(await within(source.read(0, 2 * PAGE))) == DATA[: 2 * PAGE]
+    assert first.reads == [(0, PAGE)]
+    await within(source.aclose())
+    assert (first.cancelled, first.closed) == (1, 1)
 
 
 async def test_many_failing_reads_fall_over_once(caplog: pytest.LogCaptureFixture) -> None:
