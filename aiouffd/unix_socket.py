@@ -391,14 +391,16 @@ def _check_directory(directory: OwnedFd, path: str) -> None:
         raise PermissionError(
             errno.EPERM,
             f"the socket's directory belongs to uid {status.st_uid}, who could put another"
-            f" socket in its place; use one of uid {os.geteuid()}, or say any_directory (--any-directory)",
+            f" socket in its place; use one of uid {os.geteuid()}, or say"
+            " any_directory (--any-directory)",
             path,
         )
     if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
         raise PermissionError(
             errno.EPERM,
             f"others may write to the socket's directory ({stat.filemode(status.st_mode)})"
-            " and put another socket in its place; chmod go-w, or say any_directory (--any-directory)",
+            " and put another socket in its place; chmod go-w, or say"
+            " any_directory (--any-directory)",
             path,
         )
 

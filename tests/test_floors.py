@@ -43,8 +43,8 @@ FLOORS = {
         protocols.firecracker protocols.shared
         export""",
     "tools": """
-        . testing testing.sources cli.statuses cli.main cli cli.arguments cli.image_options cli.prefetch_options
-        working_set_plot cli.working_set
+        . testing testing.sources cli.statuses cli.main cli cli.arguments
+        cli.image_options cli.prefetch_options working_set_plot cli.working_set
         image image.new_file image.sparse image.packed image.copying image.survey
         snapshot
         page_map status prometheus http_site control

@@ -299,7 +299,7 @@ def test_a_limit_is_a_number_of_sessions(capsys: pytest.CaptureFixture[str]) -> 
     """Zero would serve nobody."""
     with pytest.raises(SystemExit):
         main(["serve", "image", "--socket", "socket", "--max-sessions", "0"])
-    assert "0 is no number of sessions" in capsys.readouterr().err
+    assert "0 is no number from 1 on" in capsys.readouterr().err
 
 
 # --- images of several parts -----------------------------------------------------------
