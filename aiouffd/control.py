@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -61,7 +61,7 @@ class Control:
         path: str | os.PathLike[str],
         *,
         drain: Callable[[], object] | None = None,
-        metrics: Callable[[], bytes] | None = None,
+        metrics: Callable[[], Awaitable[bytes]] | None = None,
         uids: Collection[int] | None = None,
         replace: bool = False,
         any_directory: bool = False,
@@ -156,10 +156,10 @@ class Control:
         return json_response(self._status.health())
 
     async def _stats(self, request: web.Request) -> web.Response:  # noqa: ARG002 - aiohttp's
-        return json_response(self._status.stats())
+        return json_response(await self._status.stats())
 
     async def _sessions(self, request: web.Request) -> web.Response:  # noqa: ARG002 - aiohttp's
-        return json_response(self._status.sessions())
+        return json_response(await self._status.sessions())
 
     async def _session(self, request: web.Request) -> web.Response:
         cells = request.query.get("cells", str(_CELLS))
@@ -177,7 +177,7 @@ class Control:
                 "this server gives no metrics",
                 "They need prometheus-client: pip install 'aiouffd[metrics]'",
             )
-        return text_response(self._metrics(), METRICS_TYPE)
+        return text_response(await self._metrics(), METRICS_TYPE)
 
     # --- orders ------------------------------------------------------------------------
 

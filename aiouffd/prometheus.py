@@ -5,7 +5,8 @@ Must not know: HTTP, how figures are collected.
 
 Laws of this file:
 
-* Nothing here runs per fault: plain counters are read when somebody scrapes.
+* Nothing here runs per fault: plain counters are read when somebody scrapes, and the sums over
+  hundreds of sessions do not hold the loop.
 * What is a counter only grows: ended sessions stay in the sums.
 * Series that can come are there from the start, at zero: a first failure is an increase.
 
@@ -14,7 +15,7 @@ prometheus_client (extra ``metrics``) is imported by ``text_of``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from . import __version__
@@ -49,7 +50,7 @@ _COUNTS: Final = (
 )
 
 
-def text_of(status: Status) -> Callable[[], bytes]:
+def text_of(status: Status) -> Callable[[], Awaitable[bytes]]:
     """Make the function that gives the text of a scrape.
 
     Args:
@@ -67,20 +68,25 @@ def text_of(status: Status) -> Callable[[], bytes]:
         ) from error
 
     class _Figures(Collector):
+        def __init__(self, totals: Totals) -> None:
+            self._totals = totals
+
         def collect(self) -> Iterator[Metric]:
-            return collect(status)
+            return collect(status, self._totals)
 
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Figures())
-    ProcessCollector(registry=registry)  # descriptors, memory, CPU time of this process
-    return lambda: generate_latest(registry)
+    async def text() -> bytes:
+        registry = CollectorRegistry(auto_describe=False)  # one each: scrapes may overlap
+        ProcessCollector(registry=registry)  # descriptors, memory, CPU time of this process
+        registry.register(_Figures(await status.totals()))
+        return generate_latest(registry)
+
+    return text
 
 
-def collect(status: Status) -> Iterator[Metric]:
-    """Give every metric with its present value, all of one moment."""
+def collect(status: Status, totals: Totals) -> Iterator[Metric]:
+    """Give every metric with its present value."""
     from prometheus_client.core import InfoMetricFamily
 
-    totals = status.totals()
     yield InfoMetricFamily("aiouffd", "What runs here", {"version": __version__})
     yield from _faults(totals)
     yield from _sessions(status, totals)
@@ -131,13 +137,16 @@ def _sessions(status: Status, totals: Totals) -> Iterator[Metric]:
     living = GaugeMetricFamily(
         "aiouffd_sessions", "Sessions that live, and handshakes", labels=["state"]
     )
-    for state, count in server.states().items():
-        living.add_metric([state.name.lower()], count)
+    for state in State:
+        if not state.ended:
+            name = state.name.lower()
+            begins = len(server.handshakes) if state is State.HANDSHAKING else 0
+            living.add_metric([name], begins + totals.sessions.get(name, 0))
     yield living
     over = [state.name.lower() for state in State if state.ended]
     ended = {name: count for name, count in totals.sessions.items() if name in over}
     yield _by("sessions_ended", "Sessions that have ended", "state", ended, over)
-    yield _counter("sessions_started", "Sessions that have begun", server.served)
+    yield _counter("sessions_started", "Sessions that have begun", sum(totals.sessions.values()))
     yield _counter("sessions_failed", "Ended sessions with a fault that failed", server.failed)
     yield _counter("peers_refused", "Peers that were not served", server.refused)
     yield GaugeMetricFamily(

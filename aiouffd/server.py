@@ -300,6 +300,10 @@ class Server:
         """Add up what all sessions have done, those that have ended included."""
         return self._past.plus(self.sessions)
 
+    async def totals_in_steps(self) -> Totals:
+        """Do the same without holding the loop, see Totals.plus_in_steps."""
+        return await self._past.plus_in_steps(self.sessions)
+
     def states(self) -> dict[State, int]:
         """Count the living sessions by state; handshakes are counted as such."""
         counts = Counter(session.state for session in self.sessions)

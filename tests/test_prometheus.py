@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from aiouffd.prometheus import OUTCOMES, text_of
 from aiouffd.protocols import firecracker
 from aiouffd.server import Server
 from aiouffd.service import Service
+from aiouffd.session_states import State
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.measured import MeasuredSource, Reads
@@ -80,7 +81,7 @@ def check_accounts(scrape: Scrape) -> None:
 @contextlib.asynccontextmanager
 async def scraped(
     folder: Path, source: Source, **service: Any
-) -> AsyncIterator[tuple[Server, Callable[[], Scrape]]]:
+) -> AsyncIterator[tuple[Server, Callable[[], Awaitable[Scrape]]]]:
     """Run a server whose source is measured."""
     reads = Reads("image")
     server = Server(
@@ -92,7 +93,11 @@ async def scraped(
     )
     async with server:
         text = text_of(Status(server, reads=[reads]))
-        yield server, lambda: Scrape(text())
+
+        async def scrape() -> Scrape:
+            return Scrape(await text())
+
+        yield server, scrape
 
 
 class Moody:
@@ -134,7 +139,7 @@ async def test_the_accounts_balance_whatever_happens(tmp_path: Path, seed: int) 
     failure = FailurePolicy(retries=1, backoff=0.001, then=Action.ZERO)
     settings: dict[str, Any] = {"failure": failure, "deadline": 0.3, "on_close": Action.ZERO}
     async with scraped(tmp_path, Moody(rng), **settings) as (server, scrape):
-        check_accounts(scrape())
+        check_accounts(await scrape())
         async with contextlib.AsyncExitStack() as stack:
             guests = [
                 await stack.enter_async_context(
@@ -148,10 +153,10 @@ async def test_the_accounts_balance_whatever_happens(tmp_path: Path, seed: int) 
             for guest in guests:
                 page = rng.randrange(SIZE // PAGE - 16)
                 work.append(guest.tell("remove", page // 16 * 16 * PAGE, 8 * PAGE))
-            before = scrape()
+            before = await scrape()
             while not all(one.done() for one in work):
                 await asyncio.sleep(0.05)
-                now = scrape()
+                now = await scrape()
                 check_accounts(now)
                 for key, value in before.values.items():
                     if now.types.get(key[0].removesuffix("_total")) == "counter":
@@ -159,9 +164,9 @@ async def test_the_accounts_balance_whatever_happens(tmp_path: Path, seed: int) 
                 before = now
             sessions = sorted(server.sessions, key=lambda session: session.id)
             await sessions[1].aclose(Action.ZERO)
-            check_accounts(scrape())
+            check_accounts(await scrape())
         await eventually(lambda: not server.sessions, "all have ended")
-    last = scrape()
+    last = await scrape()
     check_accounts(last)
     assert last("faults_in_flight") == last.sum("sessions") == 0
     assert last("sessions_ended_total", "failed") == 1
@@ -177,12 +182,12 @@ async def test_without_trouble_the_equalities_are_exact(tmp_path: Path) -> None:
         async with StandInVmm.start(server.path, SIZE) as guest:
             await eventually(lambda: server.served == 1, "it is served")
             await guest.read(0, SIZE)
-            check_accounts(scrape())
-            now = scrape()  # whether all of it is there is found out a little later
+            check_accounts(await scrape())
+            now = await scrape()  # whether all of it is there is found out a little later
             assert now("sessions", "serving") + now("sessions", "resident") == 1
-            assert scrape()("memory_bytes") == SIZE
+            assert (await scrape())("memory_bytes") == SIZE
         await eventually(lambda: not server.sessions, "it has ended")
-        last = scrape()
+        last = await scrape()
         assert last.sum("source_bytes_total") == last.sum("installed_bytes_total") == SIZE
         assert last("installed_bytes_total", "demand") == SIZE // 4
         assert last("faults_total") == last("faults_ended_total", "copy") == SIZE // PAGE // 4
@@ -195,8 +200,8 @@ async def test_what_came_ahead_is_told_apart(tmp_path: Path) -> None:
     async with scraped(tmp_path, source, hydrate=Pace.FULL) as (server, scrape):
         async with StandInVmm.start(server.path, SIZE) as guest:
             await guest.read(SIZE - PAGE)
-            await eventually(lambda: scrape()("sessions", "resident"), "all is there")
-            now = scrape()
+            await eventually(lambda: server.states()[State.RESIDENT], "all is there")
+            now = await scrape()
             check_accounts(now)
             assert now.sum("installed_bytes_total") == SIZE
             assert now("prefetched_bytes_total", "hydration") == now(
@@ -206,8 +211,8 @@ async def test_what_came_ahead_is_told_apart(tmp_path: Path) -> None:
             in_vain = now("prefetched_in_vain_bytes_total")
             assert now.sum("source_bytes_total") == SIZE + in_vain
         await eventually(lambda: not server.sessions, "it has ended")
-        assert scrape()("prefetched_bytes_total", "hydration") > 0
-        check_accounts(scrape())
+        assert (await scrape())("prefetched_bytes_total", "hydration") > 0
+        check_accounts(await scrape())
 
 
 async def test_parked_faults_are_counted(tmp_path: Path) -> None:
@@ -219,18 +224,18 @@ async def test_parked_faults_are_counted(tmp_path: Path) -> None:
                 removing = [guest.tell("remove", n * 8 * PAGE, 4 * PAGE) for n in range(8)]
                 reading = [guest.tell("read", (n * 8 + 5) * PAGE) for n in range(8)]
                 await asyncio.gather(*removing, *reading)
-                check_accounts(scrape())
-                if scrape()("faults_parked_total"):
+                check_accounts(await scrape())
+                if (await scrape())("faults_parked_total"):
                     break
                 await guest.ask("remove", 0, SIZE)
         await eventually(lambda: not server.sessions, "it has ended")
-        check_accounts(scrape())
+        check_accounts(await scrape())
 
 
 async def test_what_can_come_is_there_at_zero(tmp_path: Path) -> None:
     """A first failure is then an increase, which a rate can see."""
     async with scraped(tmp_path, BufferSource(b"")) as (_, scrape):
-        first = scrape()
+        first = await scrape()
         assert all(first("faults_ended_total", outcome) == 0 for outcome in OUTCOMES)
         assert all(first("faults_failed_total", action.value) == 0 for action in Action)
         assert first("sessions_ended_total", "detached") == 0

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from .. import prometheus
@@ -129,7 +129,7 @@ async def _is_draining(path: str) -> bool:
     return bool(health["status"] == "draining")
 
 
-def _metrics_if_there(status: Status) -> Callable[[], bytes] | None:
+def _metrics_if_there(status: Status) -> Callable[[], Awaitable[bytes]] | None:
     """Give the text of a scrape; None without prometheus-client, which ``/metrics`` then says."""
     try:
         return prometheus.text_of(status)
@@ -143,7 +143,7 @@ async def _listening(status: Status, host: str, port: int) -> AsyncIterator[str]
     give = prometheus.text_of(status)
 
     async def answer(request: web.Request) -> web.Response:  # noqa: ARG001 - aiohttp's
-        return text_response(give(), METRICS_TYPE)
+        return text_response(await give(), METRICS_TYPE)
 
     site = HttpSite([("GET", "/metrics", answer)])
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
