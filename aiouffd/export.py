@@ -231,6 +231,10 @@ class _Connection(asyncio.Protocol):
             data = await source.read(request.offset, request.length)
         except (UffdError, OSError) as error:
             answer: list[Buffer] = [self._wire.failure(request.id, str(error))]
+        except asyncio.CancelledError:
+            if self._transport is None:
+                raise  # by us: the peer has gone
+            answer = [self._wire.failure(request.id, "the read was cancelled by its source")]
         else:
             self._export._count(request.length)
             answer = [self._wire.answer(request.id, request.length), data]

@@ -26,6 +26,7 @@ from aiouffd.sources.peer import PeerSource, open_url
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
 from tests.remote_serving import Place, RemoteServing
 from tests.serving import within
+from tests.sources import slow
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -238,6 +239,15 @@ async def test_a_source_that_fails_fails_the_read_and_no_more() -> None:
             with pytest.raises(SourceError, match=r"aiouffd://127.*the disk is in a bad mood"):
                 await peer.read(0, 1)
             assert as_bytes(await peer.read(1, 1)) == b"b"
+
+
+async def test_a_source_that_cancels_itself_fails_the_read_at_once() -> None:
+    """Not when the time is over."""
+    source = slow.SlowSource(b"ab", wait=False)
+    source.error = asyncio.CancelledError()
+    async with exported(source) as peer:
+        with pytest.raises(SourceError, match="cancelled by its source"):
+            await peer.read(0, 1)
 
 
 async def test_cancelled_reads_do_not_disturb_others() -> None:
