@@ -16,7 +16,9 @@ Laws of this file:
   an mtime that was set back.  Not writing to an image that is served stays the owner's duty;
   the shared lock (flock) held meanwhile tells it to those who ask.
 * The loop never waits for a disk: RWF_NOWAIT (Linux 4.14) gives only what is cached, and the
-  rest goes to the loop's executor.
+  rest goes to threads.
+* What a fault waits for does not stand in line behind megabytes: long reads have threads of
+  their own.
 """
 
 from __future__ import annotations
@@ -41,8 +43,10 @@ if TYPE_CHECKING:
 with contextlib.suppress(ImportError):  # not a Unix: importing works, opening does not
     import fcntl
 
-#: Reads at once that had to go to a thread; more of them wait in line.
+#: Reads at once that had to go to a thread, short ones and long ones each; more wait in line.
 READERS: Final = 4
+
+_LONG: Final = 128 * 1024  # bytes
 
 #: The longest read on the loop: what is longer holds it too long, cached or not.
 _INLINE_BYTES: Final = 512 * 1024
@@ -84,7 +88,7 @@ class FileSource:
         except BaseException:
             self._fd.close()
             raise
-        self._executor: ThreadPoolExecutor | None = None
+        self._threads: dict[bool, ThreadPoolExecutor] = {}  # by whether they are for long reads
         self._reads: set[Future[_Read]] = set()
         self._closing = False
         self._close_lock = threading.Lock()
@@ -197,12 +201,13 @@ class FileSource:
         await self._read_in_thread(offset, buffer)
 
     async def _read_in_thread(self, offset: int, buffer: memoryview) -> None:
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(READERS, thread_name_prefix="aiouffd-file")
-        future = self._executor.submit(_read_all, self._fd.fileno(), offset, buffer)
+        length = len(buffer)
+        long = length > _LONG
+        if long not in self._threads:
+            self._threads[long] = ThreadPoolExecutor(READERS, thread_name_prefix="aiouffd-file")
+        future = self._threads[long].submit(_read_all, self._fd.fileno(), offset, buffer)
         self._reads.add(future)
         future.add_done_callback(self._end_read)
-        length = len(buffer)
         try:
             done, generation = await asyncio.wrap_future(future)
         except OSError as error:
@@ -217,8 +222,8 @@ class FileSource:
         Cancellation: the file is closed when the last thread is done with it.
         """
         self._closing = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=False)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False)
         reads = [asyncio.wrap_future(read) for read in self._reads.copy()]
         if reads:
             await asyncio.wait(reads)

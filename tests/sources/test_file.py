@@ -19,6 +19,7 @@ from aiouffd.fds import OwnedFd
 from aiouffd.sources import ReadsInto, Source, file, identity_of
 from aiouffd.sources.file import FileSource
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
+from tests.serving import within
 
 
 class TestFileSource(SourceContract):
@@ -303,6 +304,33 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate.set()
 
 
+async def test_a_page_does_not_wait_behind_long_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of them wait for a disk."""
+    path = tmp_path / "image"
+    data = image(1 << 20)
+    path.write_bytes(data)
+    gate = threading.Event()
+    read_all = file._read_all
+
+    def wait_if_long(fd: int, offset: int, buffer: memoryview) -> file._Read:
+        assert len(buffer) == PAGE or gate.wait(30)
+        return read_all(fd, offset, buffer)
+
+    monkeypatch.setattr(file, "_read_all", wait_if_long)
+    source = _NeverAtHand(path)
+    try:
+        long = [asyncio.ensure_future(source.read(0, len(data))) for _ in range(16)]
+        await asyncio.sleep(0)
+        assert as_bytes(await within(source.read(PAGE, PAGE))) == data[PAGE : 2 * PAGE]
+    finally:
+        gate.set()
+    for read in long:
+        assert as_bytes(await read) == data
+    await source.aclose()
+
+
 async def test_closing_waits_for_the_threads_that_read(path: Path, gate: threading.Event) -> None:
     """The descriptor's number is not reused while a thread still reads from it."""
     source = _NeverAtHand(path)
@@ -389,11 +417,11 @@ async def test_long_reads_hold_up_no_loop(tmp_path: Path) -> None:
     data = image(1 << 20)
     long.write_bytes(data)
     source = FileSource(long)
-    assert source._executor is None
+    assert not source._threads
     assert source.read_nowait(0, 1 << 20) is None
     at_hand = await asyncio.to_thread(source.read_nowait, 0, 1 << 20)  # a thread may copy it
     assert at_hand is not None
     assert as_bytes(at_hand) == data
     assert as_bytes(await source.read(0, 1 << 20)) == data
-    assert source._executor is not None
+    assert source._threads
     await source.aclose()
