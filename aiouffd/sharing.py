@@ -19,6 +19,7 @@ forked are not looked at; neither is a target that this user may not look into.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -64,6 +65,10 @@ class SharingFigures:
     def saved_bytes(self) -> int:
         """What sharing saves, in bytes; below zero if it costs."""
         return self.mapped_bytes - self.image_bytes
+
+    def as_dict(self) -> dict[str, int]:
+        """Give all figures by name."""
+        return dataclasses.asdict(self) | {"saved_bytes": self.saved_bytes}
 
 
 def mapped(pid: int, ranges: Iterable[tuple[int, int]]) -> Mapped:

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Final, TypeAlias
 
-from . import __version__
+from . import __version__, sharing
 from .page_map import Books, PageMap, books_of, draw, open_pages
 from .server import Server
 from .session import Session
 from .sources.measured import Reads
+from .sources.shared import SharedImage
 from .totals import Totals
 
 #: What ``json.dumps`` takes.
@@ -37,14 +38,23 @@ class Status:
         server: The server.
         reads: The accounts of its sources.
         image: The name of what it serves, for people.
+        shared: The copy of it that clones share, if they do.
 
     Sharing: the loop's thread.
     """
 
-    def __init__(self, server: Server, *, reads: Sequence[Reads] = (), image: str = "") -> None:
+    def __init__(
+        self,
+        server: Server,
+        *,
+        reads: Sequence[Reads] = (),
+        image: str = "",
+        shared: SharedImage | None = None,
+    ) -> None:
         self.server: Final = server
         self.reads: Final = tuple(reads)
         self.image: Final = image
+        self.shared: Final = shared
         self._began = time.monotonic()
 
     @property
@@ -72,7 +82,15 @@ class Status:
         }
 
     async def stats(self) -> Json:
-        """Give the sums over all sessions since the server began."""
+        """Give the sums over all sessions since the server began.
+
+        What clones share is looked up in their page tables, in a thread.
+
+        Cancellation: nothing is left behind but a thread that finishes its scan.
+        """
+        shares: Json | None = None
+        if self.shared is not None:
+            shares = {**(await sharing.figures(self.shared, self.server.sessions)).as_dict()}
         totals = await self.totals()
         latency = totals.metrics.latency
         return {
@@ -100,6 +118,7 @@ class Status:
                 "p99_us": latency.quantile(0.99) / 1000,
             },
             "sources": [_reads(one) for one in self.reads],
+            "sharing": shares,
         }
 
     async def sessions(self) -> Json:

@@ -120,6 +120,7 @@ async def test_it_tells_what_there_is(tmp_path: Path) -> None:
         assert (stats["served"], stats["living"], stats["sessions"]) == (1, 0, {"target_gone": 1})
         assert stats["counters"]["ended"] == stats["latency"]["count"] == 5
         assert stats["outcomes"] == {"copy": 5}
+        assert stats["sharing"] is None
         (source,) = stats["sources"]
         assert (source["at_hand"], source["waited"], source["bytes"]) == (4, 1, 5 * PAGE)
 

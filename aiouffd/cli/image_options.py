@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +91,8 @@ async def sharing_report(
 ) -> tuple[dict[str, Any], str]:
     """Say what clones share at this moment, for programs and for people."""
     figures = await sharing.figures(image, sessions)
-    fields = dataclasses.asdict(figures) | {"saved_bytes": figures.saved_bytes}
     mib = 1 << 20
-    return {"event": "sharing", **fields}, (
+    return {"event": "sharing", **figures.as_dict()}, (
         f"sharing: {figures.clones} clones map {figures.mapped_bytes / mib:.1f} MiB of one copy"
         f" of {figures.image_bytes / mib:.1f} MiB, which saves {figures.saved_bytes / mib:.1f} MiB;"
         f" {figures.private_bytes / mib:.1f} MiB are their own"

@@ -27,6 +27,7 @@ from ..unix_socket import Listener
 from .arguments import host_and_port
 from .control_client import VARIABLE, ask
 from .diagnostics import LEVELS
+from .image_options import Served
 from .statuses import CommandError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def measured(args: argparse.Namespace, source: SourceOrOpener, reads: Reads) -> 
 async def operating(
     args: argparse.Namespace,
     server: Server,
-    image: str,
+    served: Served,
     reads: Sequence[Reads],
     drain: Callable[[], object],
 ) -> AsyncIterator[dict[str, str]]:
@@ -82,7 +83,7 @@ async def operating(
     Args:
         args: With our options, and ``replace``, ``any_directory``.
         server: That listens.
-        image: The name of what it serves, as it may be shown.
+        served: What it serves.
         reads: Accounts of its sources.
         drain: Begins a drain.
 
@@ -91,7 +92,7 @@ async def operating(
     """
     where = {}
     async with contextlib.AsyncExitStack() as stack:
-        status = Status(server, reads=reads, image=image)
+        status = Status(server, reads=reads, image=served.name, shared=served.image)
         if args.control is not None:
             path = args.control or f"{server.path}.control"
 

@@ -239,7 +239,7 @@ async def _serve(
     async with (
         exporting(args, served, args.export, tell),
         server,
-        operation.operating(args, server, served.name, [reads], orders.drain) as where,
+        operation.operating(args, server, served, [reads], orders.drain) as where,
     ):
         name, size = served.name, served.size
         text = f"serving {name} ({size} bytes) on {server.path}"

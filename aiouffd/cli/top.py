@@ -203,9 +203,9 @@ class View:
 def _head(health: dict[str, Any], stats: dict[str, Any]) -> list[Text]:
     from rich.text import Text
 
-    counters, latency = stats["counters"], stats["latency"]
+    counters, latency, shares = stats["counters"], stats["latency"], stats["sharing"]
     brought = counters["copied_bytes"] + counters["filled_bytes"]
-    return [
+    lines = [
         Text(
             f"aiouffd {health['version']}, pid {health['pid']}, {health['status']}"
             f" {health['image']} on {health['socket']} for {duration(health['seconds'])}"
@@ -221,6 +221,16 @@ def _head(health: dict[str, Any], stats: dict[str, Any]) -> list[Text]:
             f" p99 {duration(latency['p99_us'] / 1e6)}"
         ),
     ]
+    if shares is not None:
+        saved = shares["saved_bytes"]
+        lines.append(
+            Text(
+                f"{shares['clones']} clones map {size(shares['mapped_bytes'])} of one copy of"
+                f" {size(shares['image_bytes'])}, which {'costs' if saved < 0 else 'saves'}"
+                f" {size(abs(saved))}; {size(shares['private_bytes'])} are their own"
+            )
+        )
+    return lines
 
 
 def _around(sessions: list[dict[str, Any]], chosen: str, room: int) -> list[dict[str, Any]]:

@@ -19,7 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from aiouffd.cli import control_client, main
 from aiouffd.cli.sessions import duration, size
 from aiouffd.testing.sources import image
+from tests.attached import Attached
 from tests.cli.running_serve import SIZE, command, running
+from tests.control_asking import ask
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm, eventually
 
 pytestmark = pytest.mark.child
@@ -132,6 +134,33 @@ async def test_top_draws_one_picture(tmp_path: Path) -> None:
             assert f" {guest.process.pid} " in out
             assert "4 faults, 0 in flight" in out
             assert "█×██" + 28 * "·" in out.splitlines()
+
+
+async def test_what_clones_share_is_told(tmp_path: Path) -> None:
+    """In the sums and in the picture, while they live; nothing of it without --share."""
+    async with running(tmp_path, "--control", "--share", "--chunk", "64K") as server:
+        here = ("--control", server.listening["control"])
+        _, stats = await ask(Path(server.listening["control"]), "GET", "/v1/stats")
+        assert (stats["sharing"]["clones"], stats["sharing"]["saved_bytes"]) == (0, -SIZE)
+        async with (
+            Attached.start(server.socket, SIZE) as one,
+            Attached.start(server.socket, SIZE) as two,
+        ):
+            assert await one.ask("write 0 7") == "written"
+            for clone in (one, two):
+                await clone.ask("digest")
+            _, stats = await ask(Path(server.listening["control"]), "GET", "/v1/stats")
+            assert stats["sharing"] == {
+                "clones": 2,
+                "image_bytes": SIZE,
+                "hole_bytes": 0,
+                "mapped_bytes": 2 * SIZE - PAGE,
+                "private_bytes": PAGE,
+                "saved_bytes": SIZE - PAGE,
+            }
+            _, out, err = await command("top", "--once", *here, COLUMNS="100", NO_COLOR="1")
+            text = "2 clones map 252 KiB of one copy of 128 KiB, which saves 124 KiB;"
+            assert f"{text} 4.0 KiB are their own" in " ".join(out.split()), err
 
 
 def _read_until(terminal: int, what: str) -> str:
