@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import socket
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from . import http_site
 from .errors import UffdError
@@ -27,6 +28,7 @@ from .failure import Action
 from .handover import peer_credentials
 from .http_site import HttpSite, Refusal, json_response, text_response
 from .session import Session
+from .snapshot import Snapshot, take_snapshot
 from .status import MAX_CELLS, Status, summary
 from .unix_socket import Listener
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
 #: Of the text that Prometheus reads.
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+_T = TypeVar("_T")
 
 _CELLS: Final = 64
 _LONGEST_S: Final = 86_400.0
@@ -86,7 +90,7 @@ class Control:
         self._any_directory = any_directory
         self._listener: Listener | None = None
         self._site = HttpSite(self._routes(), check=self._check)
-        self._orders: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._orders: dict[tuple[str, str], asyncio.Task[Any]] = {}
 
     async def __aenter__(self) -> Self:
         """Begin to listen.
@@ -147,6 +151,7 @@ class Control:
             ("GET", "/v1/sessions", self._sessions),
             ("GET", "/v1/sessions/{id}", self._session),
             ("POST", "/v1/sessions/{id}/complete", self._complete),
+            ("POST", "/v1/sessions/{id}/snapshot", self._snapshot),
             ("POST", "/v1/sessions/{id}/close", self._close),
             ("POST", "/v1/drain", self._drain),
             ("GET", "/metrics", self._give_metrics),
@@ -185,7 +190,7 @@ class Control:
         wait = _wait(request)
         session = self._find(request)
         done = await self._order("complete", session, session.complete, wait)
-        return json_response(summary(session), 200 if done else 202)
+        return json_response(summary(session), 202 if done is None else 200)
 
     async def _close(self, request: web.Request) -> web.Response:
         wait, name = _wait(request), request.query.get("action")
@@ -198,19 +203,34 @@ class Control:
             await session.aclose(action)
 
         done = await self._order("close", session, close, wait)
-        return json_response(summary(session), 200 if done else 202)
+        return json_response(summary(session), 202 if done is None else 200)
+
+    async def _snapshot(self, request: web.Request) -> web.Response:
+        wait, path = _wait(request), request.query.get("path", "")
+        if not os.path.isabs(path) or "\0" in path:
+            raise Refusal(400, f"path={path}", "Where the server is to write it, from / on.")
+        whole, stop = _flag(request, "whole"), _flag(request, "stop")
+        session = self._find(request)
+
+        async def take() -> Snapshot:
+            return await take_snapshot(session, path, whole=whole, stop=stop)
+
+        taken = await self._order(f"snapshot to {path}", session, take, wait)
+        if taken is None:
+            return json_response(summary(session), 202)
+        return json_response(dataclasses.asdict(taken.result()))
 
     async def _order(
         self,
         what: str,
         session: Session,
-        begin: Callable[[], Coroutine[Any, Any, None]],
+        begin: Callable[[], Coroutine[Any, Any, _T]],
         wait: float | None,
-    ) -> bool:
+    ) -> asyncio.Task[_T] | None:
         """Begin something, or find it begun, and wait for it.
 
         Returns:
-            Whether it is done.
+            What is done; None if it goes on.
         """
         key = (what, session.id)
         task = self._orders.get(key)
@@ -219,7 +239,7 @@ class Control:
             task.add_done_callback(lambda ended: self._forget(key, ended))
         done, _ = await asyncio.wait((task,), timeout=wait)
         if not done:
-            return False
+            return None
         if task.cancelled():
             raise Refusal(503, f"{what} was cut off: the server is closing")
         error = task.exception()
@@ -227,9 +247,9 @@ class Control:
             raise Refusal(409, f"{what}: {error}", "The session goes on as it was; see its state.")
         if error is not None:
             raise error
-        return True
+        return task
 
-    def _forget(self, key: tuple[str, str], task: asyncio.Task[None]) -> None:
+    def _forget(self, key: tuple[str, str], task: asyncio.Task[Any]) -> None:
         self._orders.pop(key, None)
         if not task.cancelled():
             task.exception()  # told to who waits; nobody may
@@ -264,6 +284,13 @@ def _no_session(request: web.Request) -> Refusal:
         f"no session {request.match_info['id']} lives here",
         "GET /v1/sessions lists those that live; one that has ended is in the sums only.",
     )
+
+
+def _flag(request: web.Request, name: str) -> bool:
+    text = request.query.get(name, "0")
+    if text not in {"0", "1"}:
+        raise Refusal(400, f"{name}={text}", "0 or 1.")
+    return text == "1"
 
 
 def _wait(request: web.Request) -> float | None:

@@ -33,6 +33,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 from .errors import LayoutChanging, NotPaused, NotSupported, SourceError, TargetGone
 from .handover import Peer
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 _PIECE_BYTES: Final = 1 << 20  # read, compared and written at a time
 _THERE: Final = abi.PAGE_IS_PRESENT | abi.PAGE_IS_SWAPPED
+#: One snapshot at a time stops a target: the end of another would let it go on.
+_stopping: Final[WeakKeyDictionary[Session, asyncio.Lock]] = WeakKeyDictionary()
 _STOPPED: Final = frozenset("TtZX")  # states of threads that do not run
 
 
@@ -108,7 +111,7 @@ async def take_snapshot(
         whole: Bring everything first, while the target runs on, and write all of it: a file
             that needs no image under it.
         stop: Stop the target by SIGSTOP for the time of the copy, and let it go on after it
-            unless it was stopped before.
+            unless it was stopped before.  Of several such calls each waits for the one before.
         deadline: Seconds until all its threads have to be stopped.
 
     Raises:
@@ -134,6 +137,8 @@ async def take_snapshot(
     session.pager.check_serving()
     async with contextlib.AsyncExitStack() as stack:
         memory = _Memory(session, peer, stack)
+        if stop:
+            await stack.enter_async_context(_stopping.setdefault(session, asyncio.Lock()))
         paused = time.monotonic()
         if stop:
             await stack.enter_async_context(stopped(peer, deadline))

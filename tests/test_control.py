@@ -22,6 +22,7 @@ from aiouffd.server import Server
 from aiouffd.service import Service
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
+from aiouffd.sources.file import FileSource
 from aiouffd.sources.measured import MeasuredSource, Reads
 from aiouffd.status import Status
 from aiouffd.testing.sources import image
@@ -131,6 +132,10 @@ async def test_it_tells_what_there_is(tmp_path: Path) -> None:
         ("GET", "/v1/sessions/7", 404),
         ("POST", "/v1/sessions/7/close", 404),
         ("POST", "/v1/sessions/7/complete", 404),
+        ("POST", "/v1/sessions/7/snapshot?path=/nowhere/at/all", 404),
+        ("POST", "/v1/sessions/7/snapshot", 400),
+        ("POST", "/v1/sessions/7/snapshot?path=relative", 400),
+        ("POST", "/v1/sessions/7/snapshot?path=/nowhere/at/all&whole=yes", 400),
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/health", 405),
         ("GET", "/v1/sessions/7?cells=0", 400),
@@ -187,6 +192,33 @@ async def test_a_session_is_completed_once_for_all_who_ask(tmp_path: Path) -> No
             await eventually(lambda: not server.sessions, "it has ended")
             assert await guest.read(0, SIZE) == image(SIZE)
         assert (await ask(path, "GET", "/v1/stats"))[1]["sessions"] == {"detached": 1}
+
+
+async def test_a_snapshot_is_taken_while_it_is_served(tmp_path: Path) -> None:
+    """A layer with what was written and given back, without what never came; then all of it."""
+    held = Held()
+    target = f"/v1/sessions/1/snapshot?stop=1&path={tmp_path}/"
+    expected = bytearray(image(SIZE))
+    expected[PAGE : PAGE + 2] = b"\xaa\xbb"
+    expected[2 * PAGE : 3 * PAGE] = bytes(PAGE)
+    async with controlled(tmp_path, held) as (server, path), guest_of(server) as guest:
+        await guest.ask("write", PAGE, "aabb")
+        await guest.ask("remove", 2 * PAGE, PAGE)
+        answered, taken = await ask(path, "POST", target + "layer")
+        assert (answered, taken["written_bytes"], taken["zero_bytes"]) == (200, PAGE, PAGE)
+        layer = FileSource(tmp_path / "layer")
+        assert list(layer.extents()) == [(PAGE, 2 * PAGE)]
+        assert await layer.read(PAGE, 2 * PAGE) == expected[PAGE : 3 * PAGE]
+        await layer.aclose()
+        answered, body = await ask(path, "POST", target + "whole&whole=1&wait=0")
+        assert (answered, body["state"]) == (202, "serving")
+        held.gate.set()
+        answered, taken = await ask(path, "POST", target + "whole&whole=1")
+        assert answered == 200, taken
+        assert (tmp_path / "whole").read_bytes() == expected
+        answered, body = await ask(path, "POST", target + "no/such/folder")
+        assert answered == 409, body
+        assert await guest.read(0, SIZE) == expected
 
 
 async def test_what_cannot_be_completed_is_served_on(tmp_path: Path) -> None:

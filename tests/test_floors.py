@@ -48,7 +48,7 @@ FLOORS = {
         image image.new_file image.sparse image.packed image.copying image.survey
         snapshot
         page_map status prometheus http_site control
-        cli.control_client cli.sessions cli.top cli.complete cli.drain
+        cli.control_client cli.sessions cli.top cli.complete cli.snapshot cli.drain
         cli.output cli.diagnostics cli.operation cli.store_options cli.export
         cli.progress cli.image
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself

@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -23,6 +24,9 @@ from aiouffd.sources.layered import LayeredSource
 from tests.serving import MADV_DONTNEED, image
 from tests.session_serving import Moody, holds, is_registered, model, served
 from tests.targets import HUGE, PAGE, Target, until
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 def base(tmp_path: Path, data: bytes) -> Path:
@@ -183,6 +187,34 @@ async def test_one_that_was_stopped_before_stays_so(tmp_path: Path) -> None:
         await take_snapshot(session, tmp_path / "diff", stop=True)
         assert target.state(0) == "T"
         target.kill(signal.SIGCONT)
+        assert await target.start_read(1) == 2
+
+
+class Watched(Moody):
+    """A source whose second reader waits until the first is through, and looks at the target."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data, random.Random(0))
+        self.target: Target
+        self.first: asyncio.Task[object] | None = None
+        self.states: list[str] = []
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        if self.first is not None and asyncio.current_task() is not self.first:
+            await asyncio.wait([self.first])
+            self.states.append(self.target.state(0))
+        return await super().read(offset, length)
+
+
+async def test_the_end_of_one_does_not_wake_the_target_of_another(tmp_path: Path) -> None:
+    """Two at once: each has the target stopped until it is through itself."""
+    source = Watched(image(0, 64 * PAGE))
+    async with served(source) as (target, session):
+        source.target = target
+        await session.fill()
+        source.first = asyncio.ensure_future(take_snapshot(session, tmp_path / "a", stop=True))
+        await asyncio.gather(source.first, take_snapshot(session, tmp_path / "b", stop=True))
+        assert source.states == ["T"]
         assert await target.start_read(1) == 2
 
 

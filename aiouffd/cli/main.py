@@ -38,6 +38,7 @@ COMMANDS: Final[dict[str, str]] = {
     "sessions": "list who is served by a running server",
     "top": "watch a running server: its sessions, and a map of one's memory",
     "complete": "give a target all of its memory, then let it live on by itself",
+    "snapshot": "write what a target's memory holds now into a file",
     "drain": "let a running server refuse new targets and stop when the last is through",
     "demo": "see a process run on lazily served memory, checked against the file",
 }
@@ -54,6 +55,7 @@ start here:
   aiouffd image pack IMAGE OUT           a compressed image, served as it is
   aiouffd working-set show FILE          what `serve --record` has seen
   aiouffd sessions, aiouffd top          who is served by one that runs (with --control)
+  aiouffd snapshot ID OUT                write what one of them has changed into a file
   aiouffd complete, aiouffd drain        let one target, or all, live on without it
 
 `aiouffd COMMAND --help` explains a command.

@@ -80,6 +80,34 @@ async def test_complete_lets_a_target_live_on(tmp_path: Path) -> None:
                 assert await guest.read(0, SIZE) == image(SIZE)
 
 
+async def test_a_snapshot_is_a_layer_for_the_next_server(tmp_path: Path) -> None:
+    """What a target has changed and given back is what the next one begins with."""
+    layer = tmp_path / "layer"
+    expected = bytearray(image(SIZE))
+    expected[PAGE : PAGE + 2] = b"\xaa\xbb"
+    expected[2 * PAGE : 3 * PAGE] = bytes(PAGE)
+    async with running(tmp_path, "--control") as server:
+        here = ("--control", server.listening["control"])
+        async with StandInVmm.start(server.socket, SIZE) as guest:
+            await server.event("started")
+            await guest.ask("write", PAGE, "aabb")
+            await guest.ask("remove", 2 * PAGE, PAGE)
+            status, out, err = await command("snapshot", "1", str(layer), *here)
+            assert status == 0, err
+            assert out.startswith(f"{layer}: 4.0 KiB of 4.0 KiB that the target had, 4.0 KiB of")
+            nowhere = str(tmp_path / "no" / "folder")
+            status, _, err = await command("snapshot", "1", nowhere, *here)
+            assert (status, nowhere in err) == (6, True), err
+            assert await guest.read(0, SIZE) == expected
+    (tmp_path / "next").mkdir()
+    (tmp_path / "next" / "image").write_bytes(image(SIZE))
+    async with (
+        running(tmp_path / "next", "--layer", str(layer)) as server,
+        StandInVmm.start(server.socket, SIZE) as guest,
+    ):
+        assert await guest.read(0, SIZE) == expected
+
+
 async def test_drain_again_and_again_never_aborts(tmp_path: Path) -> None:
     """Only a signal is taken for impatience."""
     async with running(tmp_path, "--control") as server:
@@ -235,11 +263,12 @@ def _get(address: str) -> str:
 # --- what goes wrong -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sessions", "drain", "top", "complete"])
+@pytest.mark.parametrize("name", ["sessions", "drain", "top", "complete", "snapshot"])
 def test_no_server_there(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Status 4, and the path in the message."""
     path = str(tmp_path / "nothing")
-    arguments = [name, *(["1"] if name == "complete" else []), "--control", path]
+    needs = {"complete": ["1"], "snapshot": ["1", "out"]}
+    arguments = [name, *needs.get(name, []), "--control", path]
     assert main([*arguments, *(["--once"] if name == "top" else [])]) == 4
     assert capsys.readouterr().err.startswith(f"aiouffd: {path}: no server answers there")
 
