@@ -103,12 +103,13 @@ def _file_path(url: str) -> str:
 
 
 def shown(url: str) -> str:
-    """Give a URL as it may be shown: without a password, and without what follows a ``?``."""
+    """Give a URL as it may be shown: without a password or token, and what follows a ``?``."""
     match = _SCHEME.match(url)
     if match is None or not match[2]:
         return url
     head, _, query = url.partition("?")
     head = re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", head)
+    head = re.sub(r"://[^/@:]+@", "://***@", head)  # alone it may well be a token
     return f"{head}?***" if query else head
 
 

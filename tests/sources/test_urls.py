@@ -100,6 +100,7 @@ def test_each_scheme_has_its_module(module: str) -> None:
     [
         ("redis://user:secret@host/0", "redis://user:***@host/0"),
         ("redis://:secret@host/0", "redis://:***@host/0"),
+        ("https://secret@host/image", "https://***@host/image"),
         ("https://host/image?signature=secret", "https://host/image?***"),
         ("s3://bucket/a:b@c", "s3://bucket/a:b@c"),
         ("/a/path?with:odd@signs", "/a/path?with:odd@signs"),
