@@ -323,7 +323,7 @@ class Server:
         traceback: TracebackType | None,
     ) -> None:
         # What an error of ours ends lives on in the store, for the next server.
-        left = isinstance(error, Exception) and self._store is not None
+        left = isinstance(error, Exception) and self._store is not None and self._store.answers()
         await self.aclose(Action.HANG if left else None)
 
     async def start(self) -> None:
@@ -411,7 +411,10 @@ class Server:
                 break
             self._admit(connection)
         if self._store is not None:
-            self._store.remove(_listener_name(listener))
+            try:
+                self._store.remove(_listener_name(listener))
+            except StoreError as error:  # the living are served to their end all the same
+                log.warning("the listening socket stays in the fd store: %s", error)
         listener.close()
 
     # --- what outlives this process ----------------------------------------------------
@@ -446,7 +449,10 @@ class Server:
         self._ids = itertools.count(highest_id(groups) + 1)
         for group in groups:
             if group.unstored and group.journal is not None:  # before its parent's forgets it
-                self._store.put(group.name, [group.journal.fileno()])
+                try:
+                    self._store.put(group.name, [group.journal.fileno()])
+                except StoreError as error:  # it alone is settled; the others are served on
+                    group.trouble = str(error)
             task = self._loop.create_task(self._serve_stored(group), name="aiouffd take-over")
             self._tasks.add(task)
             task.add_done_callback(self._forget_task)

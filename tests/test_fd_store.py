@@ -77,6 +77,7 @@ def test_nobody_reads(manager: socket.socket) -> None:
         manager.close()
         with pytest.raises(StoreError, match="does not answer"):
             store.put("x", [0])
+        assert not store.answers()
 
 
 @pytest.mark.parametrize(

@@ -135,3 +135,19 @@ def test_a_new_version_takes_the_new_and_the_old_drains(seed: int, target_of: li
         server.wait_for("taken_over", 1)
         second.finish()
         assert server.end() == 0
+
+
+def test_the_server_drains_without_its_keeper(seed: int, target_of: list[Target]) -> None:
+    """A keeper that is killed takes nothing with it: who is served is served to the end."""
+    with kept() as server:
+        target = _start(server, "balloon", seed, target_of)
+        pid = server.server()
+        assert pid is not None
+        server.popen.kill()
+        server.popen.wait()
+        os.kill(pid, signal.SIGTERM)
+        server.wait_for("draining", 1)
+        checked = target.get("checked")
+        wait_until(lambda: target.get("checked") > checked + (1 << 20), "it is served on")
+        target.finish()
+        server.wait_for("stopped", 1)
