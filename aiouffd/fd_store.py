@@ -10,6 +10,8 @@ Laws of this file:
 * Once ``put`` has returned, the descriptors outlive this process: the datagram that carries
   them lies in the keeper's queue.
 * The store's limit is known and kept here: a keeper closes what is too much, without a word.
+* So is the kernel's: all names come back in one environment variable (LISTEN_FDNAMES), and with
+  a longer one than it allows the next process could not even be started.
 * Nobody polls our descriptors (FDPOLL=0): a userfaultfd or pidfd that is readable is no reason
   to throw it away.
 """
@@ -29,6 +31,10 @@ from .sd_notify import Channel
 
 #: What one message may carry (SCM_MAX_FD).
 MAX_GROUP: Final = 253
+
+#: What all names together may take (MAX_ARG_STRLEN is 32 pages), each once for each of its
+#: descriptors; some room is left for sockets of other names.
+MAX_NAME_BYTES: Final = 31 * 4096
 
 
 class FdStore:
@@ -60,6 +66,7 @@ class FdStore:
             self.taken.setdefault(name, []).append(fd)
         self._counts = {name: len(fds) for name, fds in self.taken.items()}
         self._total = sum(self._counts.values())
+        self._name_bytes = sum(_bytes_of(*one) for one in self._counts.items())
 
     @classmethod
     def from_environment(
@@ -105,10 +112,17 @@ class FdStore:
                 f"the fd store is full: {len(self)} descriptors of at most {self.limit}; raise"
                 " FileDescriptorStoreMax= or --max-fds"
             )
+        name_bytes = self._name_bytes + _bytes_of(name, len(fds))
+        if name_bytes > MAX_NAME_BYTES:
+            raise StoreError(
+                f"the fd store is full: the names of {len(self)} descriptors are all that can be"
+                " given back"
+            )
         numbers = [fd if isinstance(fd, int) else fd.fileno() for fd in fds]
         self._send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", numbers)
         self._counts[name] = self._counts.get(name, 0) + len(fds)
         self._total += len(fds)
+        self._name_bytes = name_bytes
 
     def remove(self, name: str) -> None:
         """Keep the descriptors of a name no longer; nothing happens if there are none.
@@ -119,6 +133,7 @@ class FdStore:
         count = self._counts.pop(name, 0)
         if count:
             self._total -= count
+            self._name_bytes -= _bytes_of(name, count)
             self._send(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
     def barrier(self, timeout: float = 5.0) -> bool:
@@ -174,3 +189,8 @@ class FdStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _bytes_of(name: str, count: int) -> int:
+    """Say what the names of a group take where they are given back."""
+    return (len(name) + 1) * count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from aiouffd.errors import StoreError
-from aiouffd.fd_store import FdStore
+from aiouffd.fd_store import MAX_NAME_BYTES, FdStore
 from aiouffd.fds import OwnedFd
 
 
@@ -58,6 +59,24 @@ def test_the_limit_is_kept_here(manager: socket.socket) -> None:
     assert all(fd.closed for fd in pipe)
     for _ in range(3):
         _heard(manager)
+
+
+def test_names_fit_into_the_environment(manager: socket.socket) -> None:
+    """What could not be given back by name is refused: the next process would not start."""
+    with FdStore(manager.getsockname(), 1 << 20) as store:
+        name = "x" * 255
+        group = [0] * 10
+        while (len(store) + len(group)) * (len(name) + 1) <= MAX_NAME_BYTES:
+            store.put(name, group)
+            _heard(manager)
+        with pytest.raises(StoreError, match="names"):
+            store.put(name, group)
+        names = ":".join([name] * len(store))
+        subprocess.run(["true"], env={"LISTEN_FDNAMES": names}, check=True)
+        with pytest.raises(OSError, match="too long"):
+            subprocess.run(["true"], env={"LISTEN_FDNAMES": names + ":" + name * 35}, check=True)
+        store.remove(name)
+        store.put(name, group)
 
 
 def test_barrier(manager: socket.socket) -> None:
