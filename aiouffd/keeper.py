@@ -179,7 +179,11 @@ class Keeper:
         left = self._orphans
         for generation in self._generations:
             _merge(left, generation.kept)
-        unsettled = await self._fail_closed(left) if left else set[str]()
+        try:
+            unsettled = await self._fail_closed(left) if left else set[str]()
+        except Exception:
+            log.exception("what is kept could not be settled")
+            unsettled = set(left)
         for name, fds in [*left.items(), *self._permanent.items()]:
             if name not in unsettled:
                 for fd in fds:
@@ -201,7 +205,11 @@ class Keeper:
     # --- runs --------------------------------------------------------------------------
 
     def _start(self, kept: Kept) -> Generation:
-        """Start the command with what is kept for it."""
+        """Start the command with what is kept for it, which stays the caller's if that fails.
+
+        Raises:
+            OSError: There is no process or no descriptor to be had.
+        """
         given = [
             (name, fd)
             for group in (self._permanent, kept)
@@ -220,7 +228,13 @@ class Keeper:
         pid = os.fork()
         if pid == 0:
             _become(self._program, self._command, environment, [fd.fileno() for _, fd in given])
-        generation = Generation(pid, OwnedFd(os.pidfd_open(pid)), kept)
+        try:
+            pidfd = OwnedFd(os.pidfd_open(pid))
+        except OSError:  # nobody would know of it
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        generation = Generation(pid, pidfd, kept)
         self._generations.append(generation)
         self.current = generation
         self._loop.add_reader(generation.pidfd.fileno(), self._on_death, generation)
@@ -238,7 +252,7 @@ class Keeper:
         old = next((one for one in self._generations if one.retiring), None)
         if status == 0 or (self._stopping and status > 0):
             _merge(self._orphans, dead.kept)
-            if not self._generations and (self._stopping or not dead.retiring):
+            if not self._generations and self._restart is None:
                 self._end(status)
             elif not dead.retiring:
                 log.warning("the new run has ended; the old one is served by to its end")
@@ -263,6 +277,9 @@ class Keeper:
         """Start the command again, or give it up."""
         alive = time.monotonic() - dead.began
         self._deaths = 1 if alive >= self._patience.healthy_after else self._deaths + 1
+        self._try_again(status)
+
+    def _try_again(self, status: int) -> None:
         if not self._ever_ready and not self._orphans:
             self._end(status if status > 0 else 1)  # it cannot be started at all
         elif self._deaths >= self._patience.tries:
@@ -279,8 +296,14 @@ class Keeper:
     def _start_again(self) -> None:
         self._restart = None
         self.restarts += 1
-        kept, self._orphans = self._orphans, {}
-        self._start(kept)
+        try:
+            self._start(self._orphans)
+        except OSError:
+            log.exception("%s cannot be started", self._command[0])
+            self._deaths += 1
+            self._try_again(1)
+        else:
+            self._orphans = {}  # they are the run's
 
     def _on_signal(self, number: int) -> None:
         if number == signal.SIGHUP:
@@ -289,6 +312,7 @@ class Keeper:
         self._stopping = True
         if self._restart is not None:
             self._restart.cancel()
+            self._restart = None
         if not self._generations:
             self._end(0)
         for generation in self._generations:
@@ -299,8 +323,13 @@ class Keeper:
         if self._stopping or self.current is None or len(self._generations) > 1:
             log.warning("no new run is started: the last change is not through yet")
             return
-        self.current.retiring = True
-        self._start({})
+        old = self.current
+        try:
+            self._start({})
+        except OSError:
+            log.exception("no new run is started")
+        else:
+            old.retiring = True
 
     # --- messages ----------------------------------------------------------------------
 

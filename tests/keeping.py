@@ -117,6 +117,14 @@ class Kept:
     async def next_run(self) -> Run:
         return await asyncio.wait_for(self._runs.get(), DEADLINE)
 
+    async def until_it_says(self, text: str) -> None:
+        """Wait until the keeper says something."""
+        assert self.process.stderr is not None
+        while text.encode() not in (
+            line := await asyncio.wait_for(self.process.stderr.readline(), DEADLINE)
+        ):
+            assert line, "the keeper has ended"
+
     async def end(self) -> tuple[int, str]:
         """Wait for the keeper's end; give its status and what it had to say."""
         _, text = await asyncio.wait_for(self.process.communicate(), DEADLINE)

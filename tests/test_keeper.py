@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from aiouffd.fds import OwnedFd
 from aiouffd.keeper import Generation, Keeper, Patience, _is_name, kill_targets
 from tests.keeping import ROOT, keeping
 from tests.serving import within
@@ -202,6 +203,7 @@ async def test_upgrade_with_deaths(tmp_path: Path, files: list[str]) -> None:
         await both.ask("ready")
         kept.process.send_signal(signal.SIGHUP)
         (await kept.next_run()).tell("exit", 5)
+        await kept.until_it_says("the old one stays")
         assert (await both.ask("told"))["told"] is False
         both.tell("exit", 0)
         assert (await kept.end())[0] == 0
@@ -228,6 +230,64 @@ async def test_a_healthy_life_starts_the_row_anew(monkeypatch: pytest.MonkeyPatc
     assert not keeper._over.is_set()
     keeper._bury(Generation(0, None), -9)  # type: ignore[arg-type]
     assert keeper._over.is_set()
+
+
+@one_loop
+async def test_nothing_is_lost_when_there_is_no_process_to_be_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A fork that fails is a try like any other; what was stored waits for the next."""
+    keeper = Keeper(["true"], fail_closed=kill_targets, patience=Patience(tries=3))
+    keeper._loop, keeper.path = asyncio.get_running_loop(), str(tmp_path)
+
+    def no_fork() -> int:
+        raise BlockingIOError
+
+    with OwnedFd(os.dup(0)) as fd:
+        keeper._ever_ready, keeper._orphans = True, {"one": [fd]}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fork", no_fork)
+            keeper._start_again()
+        assert keeper._orphans == {"one": [fd]}
+        assert not fd.closed
+        assert keeper._restart is not None
+        keeper._restart.cancel()
+
+
+@one_loop
+async def test_what_cannot_be_settled_is_held() -> None:
+    """An error in the last look at what is kept closes nothing."""
+
+    async def broken(kept: object) -> set[str]:
+        raise ValueError
+
+    keeper = Keeper(["true"], fail_closed=broken)
+    with OwnedFd(os.dup(0)) as fd:
+        keeper._orphans = {"one": [fd]}
+        closing = asyncio.create_task(keeper._close_down(1))
+        for _ in range(10):  # it would be through after two
+            await asyncio.sleep(0)
+        assert not fd.closed
+        assert not closing.done()
+        closing.cancel()
+        await asyncio.wait([closing])
+
+
+@one_loop
+async def test_both_runs_of_an_upgrade_end(tmp_path: Path) -> None:
+    """The end of the new run, and then of the old one, is the end of the keeper."""
+    async with keeping(tmp_path) as kept:
+        old = await kept.next_run()
+        await old.ask("ready")
+        kept.process.send_signal(signal.SIGHUP)
+        new = await kept.next_run()
+        await new.ask("ready")
+        while not (await old.ask("told"))["told"]:
+            pass
+        new.tell("exit", 0)
+        await kept.until_it_says("the new run has ended")
+        old.tell("exit", 0)
+        assert (await kept.end())[0] == 0
 
 
 @pytest.mark.parametrize("name", ["", "a:b", "a\n", "é", "x" * 256])
