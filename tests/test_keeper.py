@@ -209,6 +209,17 @@ async def test_upgrade_with_deaths(tmp_path: Path, files: list[str]) -> None:
         assert (await kept.end())[0] == 0
 
 
+def test_keeps_no_more_than_it_can_hand_on() -> None:
+    """Where few descriptors are allowed few are kept: they are there twice at a start."""
+    keep = [sys.executable, "-m", "aiouffd", "keep", "--", "sh", "-c", "echo $FDSTORE"]
+    limited = ["sh", "-c", 'ulimit -n 264; exec "$@"', "sh", *keep]
+    done = subprocess.run(
+        limited, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "100\n"
+    assert "keeping 100 descriptors at most" in done.stderr
+
+
 def test_delays_grow_and_end() -> None:
     """The first restart is at once; each further one waits twice as long, up to a bound."""
     patience = Patience(first_delay=0.1, max_delay=1.0)

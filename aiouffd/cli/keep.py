@@ -19,7 +19,10 @@ from .arguments import count, seconds_or_none
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+log: Final = logging.getLogger("aiouffd.keeper")
+
 _DEFAULT: Final = Patience()
+_OWN_FDS: Final = 64  # of the keeper; what it keeps is there twice while the command is started
 
 _EPILOG: Final = """\
 examples:
@@ -93,7 +96,9 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Keep until the command is through; give its exit status."""
     logging.basicConfig(format="aiouffd keep: %(message)s", level=logging.INFO)
-    _raise_descriptor_limit()
+    max_fds = min(args.max_fds, (_raise_descriptor_limit() - _OWN_FDS) // 2)
+    if max_fds < args.max_fds:
+        log.warning("keeping %d descriptors at most: ulimit -n allows no more", max_fds)
     ways: dict[str, FailClosed] = {"policy": _settle, "kill": _kill, "hold": _hold}
     keeper = Keeper(
         args.command_line,
@@ -101,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         patience=Patience(
             tries=args.tries, healthy_after=args.healthy_after, max_delay=args.max_delay
         ),
-        max_fds=args.max_fds,
+        max_fds=max_fds,
         permanent=take_listen_fds(),
     )
     return asyncio.run(keeper.run())
@@ -123,10 +128,11 @@ async def _hold(kept: Kept) -> set[str]:
     return set(kept)
 
 
-def _raise_descriptor_limit() -> None:
-    """Allow as many descriptors as we may: beyond the limit the kernel drops them."""
+def _raise_descriptor_limit() -> int:
+    """Allow as many descriptors as we may, and say how many: the kernel drops what is beyond."""
     import resource  # not on every system: importing this module must not fail there
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

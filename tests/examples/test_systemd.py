@@ -23,11 +23,22 @@ def test_systemd_accepts_the_unit(unit: Path) -> None:
         text=True,
         timeout=30,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if not _is_newer(line)]
+    assert (done.returncode, said) == (0, [])
+
+
+def _is_newer(line: str) -> bool:
+    """Whether it is only that this systemd is older than 254."""
+    return "Unknown key 'FileDescriptorStorePreserve'" in line
 
 
 def test_the_unit_keeps_what_a_crash_needs() -> None:
     """Without the fd store or a restart a crash of the server would be the end of its targets."""
     text = UNITS[0].read_text(encoding="utf-8")
-    for line in ("Type=notify", "FileDescriptorStoreMax=", "Restart=always"):
+    for line in (
+        "Type=notify",
+        "FileDescriptorStoreMax=",
+        "FileDescriptorStorePreserve=yes",
+        "Restart=always",
+    ):
         assert f"\n{line}" in text
