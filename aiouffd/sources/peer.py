@@ -368,11 +368,13 @@ class PeerSource:
                     self._why = str(error)
                     first = self._way.link
                     if way is not self._way and first is not None and not first.lost:
-                        self._long_way = self._way  # there is no room for a second one
+                        self._long_way = self._way  # there is no room for a second one now
                         return first
                     continue
                 self._check_same(link)
                 way.link = link
+                if way is self._way and self._long_way is way:
+                    self._long_way = _Way()  # a server that comes back may have room
 
     async def _dial(self) -> _Link:
         """Connect and greet.

@@ -513,14 +513,21 @@ async def test_a_page_does_not_wait_behind_long_reads() -> None:
         await peer.aclose()
 
 
-async def test_without_room_for_a_second_connection_the_first_carries_all() -> None:
-    """It is not asked for again and again, either."""
+async def test_without_room_for_a_second_connection_the_first_carries_all(
+    free_port: Callable[[], int],
+) -> None:
+    """It is not asked for again and again, either; but of the server that comes back."""
     data = image(1 << 20)
-    async with Export(BufferSource(data), limits=Limits(connections=1)) as export:
-        peer = await PeerSource.open("127.0.0.1", export.port)
+    port = free_port()
+    async with Export(BufferSource(data), port=port, limits=Limits(connections=1)) as export:
+        peer = await PeerSource.open("127.0.0.1", port)
         for _ in range(3):
             assert as_bytes(await within(peer.read(0, len(data)))) == data
         assert (export.connections, export.refused) == (1, 1)
+    async with Export(BufferSource(data), port=port) as export:
+        for _ in range(2):
+            assert as_bytes(await within(peer.read(0, len(data)))) == data
+        assert export.connections == 2
         await peer.aclose()
 
 
