@@ -24,6 +24,7 @@ from ..protocols import firecracker, shared
 from ..server import SourceOrOpener
 from ..session import Session
 from ..sources.file import FileSource
+from ..sources.measured import Reads
 from ..sources.shared import SharedImage
 from ..sources.urls import open_image, shown
 from .arguments import byte_count
@@ -100,8 +101,14 @@ async def sharing_report(
 
 
 @contextlib.asynccontextmanager
-async def open_served(args: argparse.Namespace) -> AsyncIterator[Served]:
+async def open_served(
+    args: argparse.Namespace, accounts: list[Reads] | None = None
+) -> AsyncIterator[Served]:
     """Open what the options name; closed behind the block.
+
+    Args:
+        args: Of the command.
+        accounts: What is read from its parts is told here, see open_image.
 
     Raises:
         UffdError: It cannot be served, or a package is missing that it needs.
@@ -109,7 +116,11 @@ async def open_served(args: argparse.Namespace) -> AsyncIterator[Served]:
     """
     try:
         source = await open_image(
-            args.image, layers=args.layer, fallback=args.fallback, cache_bytes=args.cache
+            args.image,
+            layers=args.layer,
+            fallback=args.fallback,
+            cache_bytes=args.cache,
+            accounts=accounts,
         )
     except (ImportError, ValueError) as error:
         raise UffdError(str(error)) from error

@@ -60,10 +60,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def measured(args: argparse.Namespace, source: SourceOrOpener, reads: Reads) -> SourceOrOpener:
-    """Measure a source if anybody can ask for its figures."""
-    if args.control is None and args.metrics is None:
+def wanted(args: argparse.Namespace) -> bool:
+    """Say whether anybody can ask for figures."""
+    return args.control is not None or args.metrics is not None
+
+
+def measured(source: SourceOrOpener, accounts: Sequence[Reads]) -> SourceOrOpener:
+    """Measure what sessions read, on the first account; without accounts it is not measured."""
+    if not accounts:
         return source
+    reads = accounts[0]
     if callable(source):
         opener = source
         return lambda: MeasuredSource(opener(), reads.name, reads)

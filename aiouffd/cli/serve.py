@@ -191,8 +191,9 @@ def _raise_descriptor_limit() -> None:
 async def _open_and_serve(
     args: argparse.Namespace, path: str | Listener, out: Lines, store: FdStore | None
 ) -> int:
-    async with open_served(args) as served:
-        return await _serve(args, path, out, served, store)
+    accounts = [Reads("served")] if operation.wanted(args) else []
+    async with open_served(args, accounts or None) as served:
+        return await _serve(args, path, out, served, store, accounts)
 
 
 async def _serve(
@@ -201,6 +202,7 @@ async def _serve(
     out: Lines,
     served: Served,
     store: FdStore | None,
+    accounts: list[Reads],
 ) -> int:
     def tell(fields: dict[str, Any], text: str) -> None:
         line = json.dumps({"time": round(time.time(), 3)} | fields) if args.json else text
@@ -210,14 +212,13 @@ async def _serve(
         tell(_fields(what), str(what))
         manager.status(f"{len(server.sessions)} sessions, {server.served} in all")
 
-    reads = Reads(served.name)
     manager = ServiceManager()
     orders = _Orders()
     policy = _POLICIES[args.policy]
     server = Server(
         path,
         served.receive,
-        operation.measured(args, served.source, reads),
+        operation.measured(served.source, accounts),
         service=Service(
             failure=FailurePolicy(then=policy),
             on_close=policy,
@@ -239,7 +240,7 @@ async def _serve(
     async with (
         exporting(args, served, args.export, tell),
         server,
-        operation.operating(args, server, served, [reads], orders.drain) as where,
+        operation.operating(args, server, served, accounts, orders.drain) as where,
     ):
         name, size = served.name, served.size
         text = f"serving {name} ({size} bytes) on {server.path}"

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..metrics import Histogram
-from . import Source, identity_of
+from . import ReadsInto, Source, identity_of, knows_holes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+_Data = TypeVar("_Data")
 
 
 @dataclass(slots=True, eq=False)
@@ -58,13 +60,16 @@ class MeasuredSource:
 
         Args:
             source: Any.
-            name: What the figures are called, such as ``file`` or ``cache``.
+            name: What the figures are called, such as ``image`` or ``fallback``.
             figures: Count here instead, together with others: a server's sessions have
                 sources of their own and one account.
         """
         self.source: Final = source
         self.figures: Final = figures if figures is not None else Reads(name)
         self._read_nowait = source.read_nowait
+        if isinstance(source, ReadsInto):  # or nobody must believe that it can do that
+            self._source_readinto = source.readinto
+            self.readinto = self._readinto
 
     @property
     def size(self) -> int:
@@ -75,6 +80,11 @@ class MeasuredSource:
     def identity(self) -> str:
         """Which generation of which image it is, if the source says so."""
         return identity_of(self.source)
+
+    @property
+    def holes_known(self) -> bool:
+        """Whether the source's extents are what it holds."""
+        return knows_holes(self.source)
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Give the source's extents."""
@@ -98,11 +108,17 @@ class MeasuredSource:
 
         Cancellation: as the source's; counted.
         """
+        return await self._counted(self.source.read(offset, length), length)
+
+    async def _readinto(self, offset: int, buffer: memoryview) -> None:
+        await self._counted(self._source_readinto(offset, buffer), buffer.nbytes)
+
+    async def _counted(self, reading: Coroutine[Any, Any, _Data], length: int) -> _Data:
         figures = self.figures
         figures.reads += 1
         began_ns = time.perf_counter_ns()
         try:
-            data = await self.source.read(offset, length)
+            data = await reading
         except asyncio.CancelledError:
             figures.cancelled += 1
             raise

@@ -27,6 +27,7 @@ from .compressed_layout import is_without_table
 from .fallback import FallbackSource
 from .file import FileSource
 from .layered import LayeredSource
+from .measured import MeasuredSource, Reads
 
 log: Final = logging.getLogger("aiouffd.sources")
 
@@ -158,6 +159,7 @@ async def open_image(
     layers: Sequence[str] = (),
     fallback: str | None = None,
     cache_bytes: int = 0,
+    accounts: list[Reads] | None = None,
 ) -> Source:
     """Open an image with all that stands around it.
 
@@ -167,6 +169,8 @@ async def open_image(
         fallback: The same bytes as ``url`` from elsewhere, for when that fails or takes more
             than five seconds; if it cannot even be opened, the fallback stands alone.
         cache_bytes: How much of the image to keep in memory, in bytes; 0 is no cache.
+        accounts: If something stands around the image, what is read from each part is
+            measured, and its account put here: ``image``, ``layer 1``, ..., ``fallback``.
 
     Returns:
         The source, the caller's to close; closing it closes all that it is made of.
@@ -183,11 +187,13 @@ async def open_image(
         raise ValueError(f"a cache of {cache_bytes} bytes cannot keep a page")
     for one in (url, *layers, *((fallback,) if fallback is not None else ())):
         path_of(one)  # nonsense is refused before anything is opened
+    if not layers and fallback is None and not cache_bytes:
+        accounts = None
     opened: list[Source] = []
     async with _closed_on_error(opened):
-        image = await _open_base(url, fallback, opened)
-        for layer in layers:
-            opened.append(await open_source(layer))  # noqa: PERF401 - each counts as opened at once
+        image = await _open_base(url, fallback, opened, accounts)
+        for number, layer in enumerate(layers, 1):  # each counts as opened at once
+            opened.append(_measured(await open_source(layer), f"layer {number}", accounts))
         if layers:
             image = LayeredSource(image, *opened[1:])
         if cache_bytes:
@@ -196,10 +202,19 @@ async def open_image(
     return image
 
 
-async def _open_base(url: str, fallback: str | None, opened: list[Source]) -> Source:
+def _measured(source: Source, role: str, accounts: list[Reads] | None) -> Source:
+    if accounts is None:
+        return source
+    accounts.append(Reads(role))
+    return MeasuredSource(source, role, accounts[-1])
+
+
+async def _open_base(
+    url: str, fallback: str | None, opened: list[Source], accounts: list[Reads] | None
+) -> Source:
     """Open an image and its fallback; one source is put on the list, which closes both."""
     try:
-        first: Source | None = await open_source(url)
+        first: Source | None = _measured(await open_source(url), "image", accounts)
     except (UffdError, OSError) as error:
         if fallback is None:
             raise
@@ -209,7 +224,7 @@ async def _open_base(url: str, fallback: str | None, opened: list[Source]) -> So
         opened.append(first)
     if fallback is None:
         return opened[0]
-    opened.append(await open_source(fallback))
+    opened.append(_measured(await open_source(fallback), "fallback", accounts))
     image = FallbackSource(*opened, retries=0, timeout=_FALL_OVER_AFTER)
     opened[:] = [image]
     return image

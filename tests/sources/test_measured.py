@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from aiouffd.errors import SourceError
-from aiouffd.sources import Source
+from aiouffd.sources import ReadsInto, Source, knows_holes
 from aiouffd.sources.buffer import BufferSource
+from aiouffd.sources.file import FileSource
 from aiouffd.sources.measured import MeasuredSource, Reads
 from aiouffd.testing.sources import SourceContract, as_bytes
 
@@ -97,3 +99,26 @@ async def test_several_sources_share_an_account() -> None:
         source = MeasuredSource(BufferSource(bytes(4096)), "image", account)
         source.read_nowait(0, 4096)
     assert (account.at_hand, account.bytes) == (3, 3 * 4096)
+
+
+async def test_long_reads_into_buffers_stay_possible(tmp_path: Path) -> None:
+    """A server with figures hydrates as one without: what the source can do is not hidden."""
+    path = tmp_path / "image"
+    path.write_bytes(b"x" * 8192)
+    measured = MeasuredSource(FileSource(path), "image")
+    assert isinstance(measured, ReadsInto)
+    buffer = bytearray(4096)
+    await measured.readinto(4096, memoryview(buffer))
+    assert buffer == b"x" * 4096
+    assert measured.figures.waited_bytes == 4096
+    assert measured.figures.reads == measured.figures.latency.count == 1
+    await measured.aclose()
+    assert not isinstance(MeasuredSource(BufferSource(b""), "buffer"), ReadsInto)
+
+
+def test_unknown_holes_stay_unknown() -> None:
+    """Or a layer would hide with zeros what lies below it."""
+    source = BufferSource(b"")
+    assert knows_holes(MeasuredSource(source, "buffer"))
+    source.holes_known = False  # type: ignore[attr-defined]
+    assert not knows_holes(MeasuredSource(source, "buffer"))

@@ -19,6 +19,7 @@ from aiouffd.sources.compressed import CompressedSource
 from aiouffd.sources.fallback import FallbackSource
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.layered import LayeredSource
+from aiouffd.sources.measured import Reads
 from aiouffd.sources.urls import SCHEMES, open_image, open_source, path_of, shown
 from aiouffd.testing.sources import PAGE, as_bytes, image
 from tests.seekable import seekable, zstd
@@ -187,6 +188,40 @@ async def test_everything_together(opened: Opened, path: Path, tmp_path: Path) -
     assert source.figures().held_bytes <= 3 * PAGE
     await source.aclose()
     assert [one.closed for one in opened.sources] == [1]
+
+
+async def test_each_part_has_its_account(opened: Opened, path: Path, tmp_path: Path) -> None:
+    """Bytes by source: what the cache keeps is read once, from the part that has it."""
+    diff = tmp_path / "diff"
+    with open(diff, "wb") as file:
+        file.truncate(len(DATA))
+        os.pwrite(file.fileno(), b"\xff" * PAGE, 2 * PAGE)
+    accounts: list[Reads] = []
+    source = await open_image(
+        "http://host/image",
+        layers=[os.fspath(diff)],
+        fallback=os.fspath(path),
+        cache_bytes=1 << 20,
+        accounts=accounts,
+    )
+    for _ in range(2):
+        await source.read(0, len(DATA))
+    await source.aclose()
+    assert {one.name: one.bytes for one in accounts} == {
+        "image": len(DATA),
+        "fallback": 0,
+        "layer 1": PAGE,
+    }
+    assert [one.closed for one in opened.sources] == [1]
+
+
+async def test_a_lonely_image_has_no_account_of_its_own(path: Path) -> None:
+    """What sessions read is what is read from it: whoever serves it counts that."""
+    accounts: list[Reads] = []
+    source = await open_image(os.fspath(path), accounts=accounts)
+    assert type(source) is FileSource
+    assert not accounts
+    await source.aclose()
 
 
 async def test_a_plain_file_stays_one(path: Path) -> None:
