@@ -109,6 +109,16 @@ class FilledPages:
         if start is not None:
             yield Range.between(start, where.end)
 
+    def covers(self, offset: int, length: int) -> bool:
+        """Whether all pages of a stretch of offsets were filled; in one look, however many."""
+        first = (offset - self._offset) >> self._shift
+        end = -((self._offset - offset - length) >> self._shift)
+        if not 0 <= first < end <= self._count:
+            return False
+        at, mask = self._at, (1 << (end - first)) - 1
+        window = int.from_bytes(self._memory[at + (first >> 3) : at + ((end + 7) >> 3)], "little")
+        return window >> (first & 7) & mask == mask
+
     def frozen(self) -> FilledPages:
         """Give the bits as they are now, which later fills do not change."""
         size = self._page_size

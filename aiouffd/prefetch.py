@@ -35,7 +35,7 @@ from .pager import Pager
 from .prefetch_plan import Place, Plan, Stretch, stretches
 from .region import Region
 from .sources import Extents, ReadsInto, Source, identity_of
-from .uffd import Mode
+from .uffd import Feature, Mode
 from .working_set import GRANULE, Header, WorkingSet
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class Prefetch:
         self._extents = extents
         self._into = source if isinstance(source, ReadsInto) else None
         self._brought: dict[Region, WorkingSet] = {}  # by granule of the region
+        self._removals_told = bool(pager.uffd.features & Feature.EVENT_REMOVE)
         self._filling = asyncio.Lock()
         self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
         self._step = 0
@@ -369,7 +370,7 @@ class Prefetch:
                 await asyncio.sleep(_SLOW_PAUSE)
             began = time.monotonic()
             rest = await self._bring_at_hand(stretch, count, strict=False)
-            if rest is not None:
+            if rest is not None and self._is_wanted(rest.region, rest.offset, rest.length):
                 data = await self._read_stretch(rest, strict=False)
                 if data is not None:
                     await self._install_parts(rest, data, count, strict=False)
@@ -405,7 +406,14 @@ class Prefetch:
         return None
 
     def _is_wanted(self, region: Region, offset: int, length: int) -> bool:
-        """Say whether a stretch is mapped somewhere, and not all of it removed."""
+        """Say whether a stretch is mapped somewhere, and not all of it removed or filled.
+
+        What was filled is known where a journal is kept: demand has brought it, or the process
+        before us.  By now it may have been removed, if that is told.
+        """
+        filled = region.filled
+        if filled is not None and self._removals_told and filled.covers(offset, length):
+            return False
         space = self._pager.space
         hint = region.start - region.offset
         places = space.addresses(region, offset, length, hint)

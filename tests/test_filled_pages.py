@@ -38,6 +38,10 @@ def test_like_a_set_of_pages(ranges: list[tuple[int, int]], single: list[int], s
         page // size for gap in bits.gaps(Range(base, _PAGES * size)) for page in gap.pages(size)
     }
     assert gaps == {5 + page for page in range(_PAGES)} - {5 + page for page in model}
+    for first in range(-2, _PAGES):
+        for count in (1, 3, 17):
+            every = set(range(first, first + count)) <= model
+            assert bits.covers(base + first * size, count * size) == every
     memory = bits._memory
     assert memory[0] == memory[len(memory) - 1] == 0xAA
 

@@ -21,6 +21,7 @@ from aiouffd import (
     TargetGone,
 )
 from aiouffd.errors import WorkingSetError
+from aiouffd.filled_pages import FilledPages
 from aiouffd.handlers import from_source
 from aiouffd.prefetch import MOST_BYTES, READS, STEP_BYTES, Pace, Prefetch
 from aiouffd.sources import Source
@@ -389,6 +390,27 @@ async def test_nothing_is_read_twice() -> None:
         source.reads.clear()
         await within(prefetch.fill_all())
         assert not source.reads
+
+
+@pytest.mark.parametrize("pace", [Pace.SLOW, Pace.FULL])
+@pytest.mark.parametrize("at_hand", [False, True])
+async def test_what_a_journal_knows_to_be_filled_is_not_read(pace: Pace, at_hand: bool) -> None:
+    """Also when the target has given it back since; without word of that it is looked at."""
+    pages = 4 * STEP_BYTES // PAGE
+    for features in (LAYOUT, Feature(0)):
+        source = Held(pages, held=False, at_hand=at_hand)
+        async with serving(features=features, pages=pages) as served:
+            (region,) = served.pager.regions
+            bits = bytearray(FilledPages.bytes_for(region.length, PAGE))
+            region.filled = FilledPages(bits, 0, 0, region.length, PAGE)
+            await region.fill(0, image(0, 2 * STEP_BYTES))
+            prefetch = Prefetch(served.pager, source)
+            await within(prefetch.hydrate(pace))
+            assert prefetch.resident
+            first = min(offset for offset, _ in source.reads)  # where steps begin, pace decides
+            assert (first >= STEP_BYTES) if features else (first == 0)
+            assert prefetch.figures.already_bytes == 2 * STEP_BYTES - first
+            assert await served.target.start_sweep() == [page + 1 for page in range(pages)]
 
 
 async def test_a_stretch_that_cannot_be_read_is_left_out(
