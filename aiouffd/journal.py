@@ -187,9 +187,13 @@ class Journal:
 
     @staticmethod
     def is_one(fd: int) -> bool:
-        """Say whether a descriptor is a journal's, of whatever version."""
+        """Say whether a descriptor is a journal's, of whatever version.
+
+        What somebody could cut short is none: reading it could be the end of us.
+        """
         try:
-            return os.pread(fd, len(MAGIC), 0) == MAGIC
+            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+            return bool(sealed) and os.pread(fd, len(MAGIC), 0) == MAGIC
         except OSError:
             return False
 

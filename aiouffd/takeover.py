@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from .closing import settle
-from .errors import PeerError, UffdError
 from .failure import Action
 from .fds import OwnedFd
 from .handover import Handover, Peer
 from .journal import Journal, JournalError
-from .kernel.calls import is_pidfd, is_userfaultfd
+from .kernel.calls import is_pidfd, is_userfaultfd, pid_of
 from .manifest import Manifest
 from .protection import PREFIX, Books
 from .service import Service
@@ -118,26 +117,57 @@ def take_groups(taken: dict[str, list[OwnedFd]]) -> list[Stored]:
 
 
 def _group(name: str, fds: list[OwnedFd]) -> Stored:
-    """Sort descriptors by what they are."""
+    """Sort descriptors by what they are; they come back in any order."""
     group = Stored(name)
     for fd in fds:
         number = fd.fileno()
         if is_userfaultfd(number) and group.fd is None:
             group.fd = fd
-        elif is_pidfd(number) and group.pidfd is None:
-            group.pidfd = fd
         elif Journal.is_one(number) and group.journal is None:
-            try:
-                group.journal = Journal.adopt(fd)
-            except JournalError as error:
-                group.trouble = str(error)
+            _adopt_journal(group, fd)
         else:
             group.others.append(fd)
     return group
 
 
+def _adopt_journal(group: Stored, fd: OwnedFd) -> None:
+    """Take a journal over if it is this group's: a peer may hand over what looks like one.
+
+    What it cannot know is the group's name, which was made up after its hand-over.
+    """
+    try:
+        journal = Journal.adopt(fd)
+    except JournalError as error:
+        group.trouble = str(error)
+        return
+    if f'"name":"{group.name}"'.encode() in journal.manifest:
+        group.journal, group.trouble = journal, ""
+    else:
+        journal.end()
+        journal.close_file()
+
+
+def _pin(group: Stored) -> None:
+    """Find the target's pidfd: a peer may have handed over that of another process."""
+    pidfds = [fd for fd in group.others if is_pidfd(fd.fileno())]
+    if len(pidfds) > 1:
+        pid = group.manifest.peer[0] if group.manifest and group.manifest.peer else None
+        pidfds = [fd for fd in pidfds if pid is not None and pid_of(fd.fileno()) in (pid, -1)]
+        pidfds.sort(key=lambda fd: pid_of(fd.fileno()) == -1)
+    if pidfds and (group.manifest is None or group.manifest.peer is not None):
+        group.pidfd = pidfds[0]
+        group.others.remove(pidfds[0])
+
+
 def _read(group: Stored, lost: dict[str, tuple[Stored, int, Books]]) -> None:
     """Read manifest and journal; note the children that were lost on the way to the store."""
+    try:
+        _read_journal(group, lost)
+    finally:
+        _pin(group)
+
+
+def _read_journal(group: Stored, lost: dict[str, tuple[Stored, int, Books]]) -> None:
     if group.fd is None:
         group.trouble = group.trouble or "its userfaultfd is not in the store"
     if group.journal is None:
@@ -149,8 +179,8 @@ def _read(group: Stored, lost: dict[str, tuple[Stored, int, Books]]) -> None:
         replayed: Any = group.journal.replay(
             range(len(regions)), [one.page_size for one in regions]
         )
-    except (PeerError, JournalError) as error:
-        group.trouble = group.trouble or str(error)
+    except Exception as error:  # it alone is settled; the others are served on
+        group.trouble = group.trouble or f"its journal cannot be read: {error}"
         return
     group.books = replayed.space
     for fork, books in replayed.lost.items():
@@ -203,7 +233,7 @@ async def fail_closed(group: Stored) -> bool:
         log.critical("%s: its target is killed: %s", group.name, group.trouble)
         await _exit_of(group.pidfd)
         fd.close()
-    except (UffdError, OSError) as error:
+    except Exception as error:
         log.critical("%s could not be settled: %s", group.name, error)
         return fd is not None and fd.closed
     else:

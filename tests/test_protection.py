@@ -17,6 +17,7 @@ from aiouffd.fd_store import FdStore
 from aiouffd.fds import OwnedFd
 from aiouffd.handover import HandedRegion
 from aiouffd.journal import Journal
+from aiouffd.kernel import calls
 from aiouffd.manifest import Manifest
 from aiouffd.protection import PREFIX, Protection, new_name
 from aiouffd.takeover import Stored, fail_closed, highest_id, take_groups
@@ -197,6 +198,35 @@ async def test_what_cannot_be_read_fails_closed(manager: Manager) -> None:
         assert "version 99" in group.trouble
         assert await within(fail_closed(group))
         assert target.reap() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+async def test_a_peer_cannot_pass_off_its_own(manager: Manager, backwards: bool) -> None:
+    """A journal or a pidfd that the target had handed over is not taken for ours.
+
+    Systemd gives descriptors back in an order of its own.
+    """
+    with Target("anon", PAGES, features=LAYOUT, register=1) as target:
+        manifest = manifest_of(target)
+        pager = Pager(Userfaultfd.adopt(target.take_uffd()))
+        region = pager.register(target.base, target.length, from_image)
+        false = Journal.create(manifest_of(target, session="8").to_json(), manifest.regions)
+        with OwnedFd(os.dup(target.pidfd)) as ours, OwnedFd(os.pidfd_open(os.getpid())) as stranger:
+            others = [stranger, OwnedFd(os.dup(false.fileno()))]
+            Protection(manager.store, manifest).begin(pager, [region], [ours, *others])
+        others[1].close()
+        false.end()
+        false.close_file()
+        manager.listen()
+        if backwards:
+            manager.kept[manifest.name].reverse()
+        pager.start()
+        await _die(pager)
+        (group,) = take_groups(manager.kept)
+        assert group.manifest == manifest
+        assert group.pidfd is not None
+        assert calls.pid_of(group.pidfd.fileno()) == target.pid
+        assert await within(fail_closed(group))
 
 
 async def test_half_a_group_is_never_closed(manager: Manager) -> None:

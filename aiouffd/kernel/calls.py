@@ -145,8 +145,14 @@ class FdInfo(NamedTuple):
 
 def is_pidfd(fd: int) -> bool:
     """Say whether a descriptor is a pidfd."""
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
-        return "\nPid:" in file.read()
+    return pid_of(fd) is not None
+
+
+def pid_of(pidfd: int) -> int | None:
+    """Say whose pidfd it is; -1 if that process is dead, None if it is no pidfd."""
+    with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+        _, found, rest = file.read().partition("\nPid:")
+    return int(rest.split("\n", 1)[0]) if found else None
 
 
 def fdinfo(fd: int, pid: int | str = "self") -> FdInfo:
