@@ -296,6 +296,8 @@ class Session:
                 )
 
     def _begin_recording(self) -> None:
+        if self._books is not None:
+            return  # the file of the process before has what the target needed first
         if self.service.recorder is not None and self.handover.regions:
             self._recording = self.service.recorder.begin(
                 self.id,
