@@ -38,7 +38,6 @@ Cost: 2 bits a page (the bit, and one for a removed page in the log) and some 80
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import struct
@@ -53,6 +52,9 @@ from .fds import OwnedFd
 from .filled_pages import FilledPages
 from .kernel import abi
 from .ranges import CHUNK_PAGES, PAGE_SIZE, Range, align_up
+
+with contextlib.suppress(ImportError):  # not a Unix: importing works, making one does not
+    import fcntl
 
 R = TypeVar("R")
 F = TypeVar("F")

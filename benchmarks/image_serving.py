@@ -109,7 +109,7 @@ async def serve_fuse(peer: socket.socket, options: argparse.Namespace) -> None:
     size = os.fstat(fd).st_size
     inode = pyfuse3.ROOT_INODE + 1
 
-    class OneFile(pyfuse3.Operations):
+    class OneFile(pyfuse3.Operations):  # type: ignore[misc]  # it may be missing
         async def getattr(self, number: int, ctx: Any = None) -> Any:  # noqa: ARG002 - pyfuse3's
             entry = pyfuse3.EntryAttributes()
             entry.st_ino = number

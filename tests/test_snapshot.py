@@ -264,4 +264,4 @@ async def test_forks_of_a_half_restored_target_see_its_image() -> None:
         assert await holds(child, model(pages, of_parent | of_child))
         assert await holds(target, model(pages, of_parent | {*range(200, 204)}))
         assert is_registered(child, child.base)
-        assert session.state is State.SERVING
+        assert session.state in (State.SERVING, State.RESIDENT)  # the target has read it all

@@ -14,9 +14,7 @@ import itertools
 import os
 import select
 import sys
-import termios
 import time
-import tty
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -116,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _keys() -> Iterator[int]:
     """Have keys come one by one, unechoed; Ctrl-C stays what it is."""
+    import termios  # not on every system: importing this module must not fail there
+    import tty
+
     number = sys.stdin.fileno()
     before = termios.tcgetattr(number)
     try:

@@ -17,7 +17,6 @@ import contextlib
 import logging
 import netrc
 import os
-import urllib.request
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,6 +110,8 @@ def _from_netrc(host: str) -> dict[str, str]:
 
 
 def _proxy(url: URL) -> str | None:
+    import urllib.request  # takes long, and only this function needs it
+
     proxies = urllib.request.getproxies()
     if not proxies or urllib.request.proxy_bypass(url.host or ""):
         return None

@@ -28,8 +28,13 @@ for module, names in (
         if hasattr(module, name):
             delattr(module, name)
 """
-#: The standard library's own imports of these come first: it was built for this system.
-_STANDARD = "import asyncio, asyncio.unix_events, argparse, ctypes, socket, subprocess, tempfile"
+#: What others import of these comes first: they were built for this system.
+_OTHERS = """
+import asyncio, asyncio.unix_events, argparse, contextlib, ctypes, socket, subprocess, tempfile
+for name in "aiohttp matplotlib.figure obstore prometheus_client redis.asyncio rich.live".split():
+    with contextlib.suppress(ImportError):
+        __import__(name)
+"""
 
 SYSTEMS = {
     "darwin": {"platform": "darwin", "modules": [], "socket": "SO_PEERCRED MSG_CMSG_CLOEXEC"},
@@ -43,7 +48,7 @@ SYSTEMS = {
 
 def elsewhere(system: str, program: str) -> str:
     """Run a program that believes to be on another system."""
-    pretend = _PRETEND.format(imports=_STANDARD, **SYSTEMS[system])
+    pretend = _PRETEND.format(imports=_OTHERS, **SYSTEMS[system])
     result = subprocess.run(
         [sys.executable, "-c", pretend + program],
         timeout=60,
