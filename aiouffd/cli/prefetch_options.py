@@ -7,6 +7,8 @@ Must not know: how anything is brought.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 from typing import TypedDict
 
 from ..prefetch import Pace
@@ -61,8 +63,12 @@ def prefetch_settings(args: argparse.Namespace) -> Settings:
 
     Raises:
         WorkingSetError: That is none.
-        OSError: It cannot be read.
+        OSError: It cannot be read, or there is no folder for what is recorded.
     """
+    if args.record is not None:
+        folder = os.path.dirname(args.record) or "."
+        if "{" not in folder and not os.path.isdir(folder):  # said now, not to each session
+            raise FileNotFoundError(errno.ENOENT, "no folder to put the recording into", folder)
     return {
         "replay": WorkingSet.load(args.replay) if args.replay is not None else None,
         "any_image": args.any_image,

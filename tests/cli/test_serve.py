@@ -446,6 +446,17 @@ async def test_a_session_is_recorded_and_the_next_server_replays_it(tmp_path: Pa
         assert ended["filled_bytes"] == SIZE
 
 
+def test_there_must_be_a_folder_to_record_into(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said at the start; a warning for each session would be seen when nothing was recorded."""
+    (tmp_path / "image").write_bytes(b"x")
+    folder = tmp_path / "nowhere"
+    options = ("--socket", str(tmp_path / "socket"), "--record", str(folder / "{id}.set"))
+    assert main(["serve", str(tmp_path / "image"), *options]) == 1
+    assert f"{folder}: no folder to put the recording into" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options",
     [("--record-window", "0"), ("--record-window", "x"), ("--hydrate", "fast")],
