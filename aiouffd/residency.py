@@ -69,6 +69,7 @@ class Residency:
         self._on_resident = on_resident
         self._ask_again = ask_again
         self._goal = sum(end - start for _, start, end in data)
+        self._before: int | None = None  # bytes that the process before us had brought
         self._looks = 0
         self._looking: asyncio.Task[None] | None = None
         self._over = peer is None or not data
@@ -94,7 +95,13 @@ class Residency:
     def _brought(self) -> int:
         counters = self._pager.counters
         removed = len(self._pager.space.removed) * PAGE_SIZE
-        return counters.copied_bytes + counters.filled_bytes + removed
+        if self._before is None:
+            self._before = sum(
+                len(region.filled_before) * region.page_size
+                for region in {region for region, _, _ in self._data}
+                if region.filled_before is not None
+            )
+        return self._before + counters.copied_bytes + counters.filled_bytes + removed
 
     async def _look(self) -> None:
         pager = self._pager

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from aiouffd.filled_pages import FilledPages
 from aiouffd.session_states import Milestone, State
 from aiouffd.sources.buffer import BufferSource
 from tests.serving import MADV_DONTNEED, image
@@ -33,6 +34,20 @@ async def test_the_last_page_makes_it_resident(chunk: int) -> None:
         resident_s = session.figures().resident_s
         assert resident_s is not None
         assert resident_s > 0
+
+
+async def test_what_came_before_a_take_over_counts() -> None:
+    """The server before had brought three quarters; the rest comes by demand, and that is all."""
+    async with served(BufferSource(image(0, PAGES * PAGE)), pages=PAGES) as (target, session):
+        (region,) = session.pager.regions
+        bits = bytearray(FilledPages.bytes_for(region.length, PAGE))
+        region.filled_before = FilledPages(bits, 0, 0, region.length, PAGE)
+        region.filled_before.add_range(0, 48 * PAGE)
+        session.pager.uffd.copy(target.base, image(0, 48 * PAGE))
+        for page in range(48, PAGES):
+            assert session.state is State.SERVING
+            assert await target.start_read(page) == page + 1
+        await until(lambda: session.state is State.RESIDENT, "it is found out")
 
 
 async def test_a_page_brought_twice_is_no_two_pages() -> None:
