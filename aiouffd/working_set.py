@@ -154,8 +154,8 @@ class Header:
         if identity and self.identity:
             if identity != self.identity:
                 raise WorkingSetError(
-                    f"made for another generation of the image ({self.identity}; this one is"
-                    f" {identity}): record it anew"
+                    f"made for another generation of the image ({self.identity!r}; this one is"
+                    f" {identity!r}): record it anew"
                 )
         elif not any_image:
             whose = "the set" if identity else "the image"

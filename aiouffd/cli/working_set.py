@@ -169,11 +169,17 @@ def _lines(one: WorkingSet, records: int) -> list[str]:
     header = one.header
     when = datetime.fromtimestamp(header.when).astimezone().isoformat(" ", "seconds")
     how = "combined" if header.combined else f"recorded for {header.window:g} s"
+    identity = _shown(header.identity) or "which one is not known"
     return [
-        f"image    {_size(header.image_size)}, {header.identity or 'which one is not known'}",
+        f"image    {_size(header.image_size)}, {identity}",
         f"set      {_amount(one)}, in {sum(1 for _ in one.runs())} runs",
         f"made     {when}, {how}, {records} records, pages of {header.page_size} bytes",
     ]
+
+
+def _shown(text: str) -> str:
+    """Make text of a file harmless for a terminal."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def _amount(one: WorkingSet) -> str:

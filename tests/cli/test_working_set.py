@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_show_says_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert picture[4][15:18] == "|▒ "
     assert picture[1].startswith("     1,048,576 |")
     assert lines[12].endswith("a cell is 16.0 KiB: ░ up to 1/4, ▒ 1/2, ▓ 3/4, █ all")
+
+
+def test_a_file_says_nothing_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Control characters of an identity are spelled out."""
+    header = replace(HEADER, identity="it\x1b[2Jem \u202eé")
+    path, other = recorded(tmp_path / "set", header=header), recorded(tmp_path / "other")
+    assert main(["working-set", "show", path]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == r"image    8.0 MiB, it\x1b[2Jem \u202eé"
+    assert main(["working-set", "compare", path, other]) == 1
+    assert r"it\x1b[2Jem" in capsys.readouterr().err
 
 
 def test_a_terminal_without_blocks_gets_letters(
