@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class NewFile:
-    """A file being written."""
+    """A file being written; only its owner may read it, as memory may hold secrets."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Begin a file beside where it will stand.
@@ -42,7 +42,7 @@ class NewFile:
         self._temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(4)}.part")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            self.fd = os.open(self._temporary, flags, 0o666)
+            self.fd = os.open(self._temporary, flags, 0o600)
         except OSError as error:
             raise OSError(error.errno, error.strerror, self.path) from error
 
