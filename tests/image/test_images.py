@@ -302,13 +302,6 @@ async def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
         await writer.finish()
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_bytes() == b"bytes"
-    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 async def test_holes_that_the_file_system_changed_are_told(tmp_path: Path) -> None:
