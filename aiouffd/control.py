@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 import socket
 from collections.abc import Awaitable, Callable, Collection, Coroutine
@@ -213,6 +214,8 @@ class Control:
         session = self._find(request)
 
         async def take() -> Snapshot:
+            if os.path.lexists(path):  # it may be the image that is served
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
             return await take_snapshot(session, path, whole=whole, stop=stop)
 
         taken = await self._order(f"snapshot to {path}", session, take, wait)

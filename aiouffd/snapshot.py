@@ -106,8 +106,9 @@ async def take_snapshot(
 
     Args:
         session: Serving; its target is paused, unless ``stop``.
-        path: A new sparse file.  It is a layer over the session's image: removed pages are
-            zeros in it, and what is as it was in the image is a hole.
+        path: A new sparse file, for this user alone: memory holds secrets.  It is
+            a layer over the session's image: removed pages are zeros in it, and what is as it
+            was in the image is a hole.
         whole: Bring everything first, while the target runs on, and write all of it: a file
             that needs no image under it.
         stop: Stop the target by SIGSTOP for the time of the copy, and let it go on after it
