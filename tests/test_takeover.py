@@ -151,3 +151,16 @@ def test_the_server_drains_without_its_keeper(seed: int, target_of: list[Target]
         wait_until(lambda: target.get("checked") > checked + (1 << 20), "it is served on")
         target.finish()
         server.wait_for("stopped", 1)
+
+
+def test_a_recording_is_not_begun_anew(seed: int, target_of: list[Target], tmp_path: Path) -> None:
+    """What was recorded before the crash stays: it is what the target needed first."""
+    recorded = tmp_path / "set"
+    with kept(["--record", str(recorded)]) as server:
+        target = _start(server, "balloon", seed, target_of)
+        begun = recorded.stat().st_ino
+        _kill(server)
+        server.wait_for("taken_over", 1)
+        target.finish()
+        server.wait_for("ended", 1)
+        assert recorded.stat().st_ino == begun
