@@ -219,7 +219,9 @@ class Keeper:
         environment = dict(os.environ)
         for name in ("LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"):
             environment.pop(name, None)
-        environment |= {"NOTIFY_SOCKET": self.path, "FDSTORE": str(self._max_fds)}
+        others = sum(len(fds) for one in self._generations for fds in one.kept.values())
+        room = max(self._max_fds - others, 1)
+        environment |= {"NOTIFY_SOCKET": self.path, "FDSTORE": str(room)}
         if given:
             environment |= {
                 "LISTEN_FDS": str(len(given)),

@@ -169,6 +169,7 @@ async def test_upgrade(tmp_path: Path, files: list[str]) -> None:
         kept.process.send_signal(signal.SIGHUP)
         new = await kept.next_run()
         assert new.taken == {}
+        assert new.hello["limit"] == 4096 - 1  # they share it
         await new.ask("store", "same name", files[1])
         assert not (await old.ask("told"))["told"]
         await new.ask("ready")
