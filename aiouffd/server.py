@@ -44,7 +44,7 @@ from .service import Service
 from .session import Session, current_session
 from .session_states import Milestone, State
 from .sources import Extents, Source, identity_of
-from .takeover import Stored, fail_closed, highest_id, inodes_of, take_groups
+from .takeover import Stored, fail_closed, highest_id, inodes_of, name_sessions, take_groups
 from .totals import Totals
 from .unix_socket import Connection, Listener
 
@@ -447,6 +447,7 @@ class Server:
         assert self._loop is not None  # noqa: S101 - set before
         groups = take_groups(self._store.taken)
         self._ids = itertools.count(highest_id(groups) + 1)
+        name_sessions(groups, self._ids)
         for group in groups:
             if group.unstored and group.journal is not None:  # before its parent's forgets it
                 try:
@@ -498,7 +499,7 @@ class Server:
             on_milestone=self._on_milestone,
             protection=Protection(self._store, manifest, group.journal),
             books=group.books,
-            id=manifest.session,
+            id=group.id,
         )
         await stack.enter_async_context(session)
         return session

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -45,6 +45,7 @@ class Stored:
         manifest: From the journal.
         books: From the journal.
         others: Further descriptors.
+        id: Of its session, which no other has.
         unstored: The journal is not in the store yet.
         trouble: Why it cannot be served on, if it cannot.
     """
@@ -56,6 +57,7 @@ class Stored:
     manifest: Manifest | None = None
     books: Books | None = None
     others: list[OwnedFd] = field(default_factory=list)
+    id: str = ""
     unstored: bool = False
     trouble: str = ""
 
@@ -201,6 +203,19 @@ def highest_id(groups: list[Stored]) -> int:
     """Give the highest number among the ids of stored sessions, so that none is used twice."""
     ids = (group.manifest.session.partition(".")[0] for group in groups if group.manifest)
     return max((int(number) for number in ids if number.isdecimal()), default=0)
+
+
+def name_sessions(groups: list[Stored], ids: Iterator[int]) -> None:
+    """Give each group the id that its session had, or one of ``ids`` if another has that.
+
+    Servers that ran beside each other, as in a change of version, have counted from one both.
+    """
+    seen: set[str] = set()
+    for group in groups:
+        if group.manifest is not None:
+            taken = group.manifest.session in seen
+            group.id = str(next(ids)) if taken else group.manifest.session
+            seen.add(group.id)
 
 
 async def fail_closed(group: Stored) -> bool:

@@ -135,6 +135,7 @@ class Kept:
         if keeper is not None:
             command = [*python, "keep", *keeper, "--", *command]
         self.events: Counter[str] = Counter()
+        self.ids: list[str] = []  # of sessions, as they were taken over
         self.said: list[str] = []
         self._changed = threading.Condition()
         self.popen = subprocess.Popen(
@@ -164,6 +165,8 @@ class Kept:
         with contextlib.suppress(ValueError):  # a line cut by a kill
             event = json.loads(line)
             self.events[event["event"]] += 1
+            if event["event"] == "taken_over":
+                self.ids.append(event["session"])
             if event["event"] == "refused":
                 self.said.append(line)
 

@@ -137,6 +137,23 @@ def test_a_new_version_takes_the_new_and_the_old_drains(seed: int, target_of: li
         assert server.end() == 0
 
 
+def test_sessions_of_two_servers_have_two_ids(seed: int, target_of: list[Target]) -> None:
+    """Old and new count from one both; who takes over what both had tells them apart."""
+    with kept(["--replace"]) as server:
+        old = server.server()
+        assert old is not None
+        _start(server, "balloon", seed, target_of)
+        server.popen.send_signal(signal.SIGHUP)
+        server.wait_for("draining", 1)
+        _start(server, "balloon", seed + 1, target_of)
+        os.kill(old, signal.SIGKILL)
+        server.wait_for("taken_over", 2)
+        assert sorted(server.ids) == ["1", "2"]
+        for target in target_of:
+            target.finish()
+        assert server.end() == 0
+
+
 def test_the_server_drains_without_its_keeper(seed: int, target_of: list[Target]) -> None:
     """A keeper that is killed takes nothing with it: who is served is served to the end."""
     with kept() as server:
