@@ -325,6 +325,9 @@ class Chaos:
         self.done.longest_wait = max(self.done.longest_wait, time.monotonic() - began)
 
     def _judge(self) -> None:
+        for line in tuple(self.server.said):
+            if "is not served on" in line:  # whole groups are in the store, or none
+                raise Wrong(line)
         for target in self.targets:
             try:
                 target.judge()
