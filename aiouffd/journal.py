@@ -15,7 +15,8 @@ What a kill -9 between any two instructions leaves behind, and why it is right:
   removal is known to nobody, and no event can be applied twice.
 * A record of our own (``grew``, ``dropped``, ``adopted``) is written body first; its first byte,
   its kind, is last.  Before that byte it is a message about a page fault, or nothing: both are
-  skipped.  It is written before what it tells is done.
+  skipped.  It is written before what it tells is done; only ``dropped`` comes after: what is
+  registered and not known would have faults that nobody serves.
 * A full log is compacted: the books are written into the other half, and one byte of the header
   says which half counts.  Before that byte the old half is whole, after it the new one.
 * A page's bit is set after its fill has succeeded.  Without the bit the fill is repeated, and
@@ -229,6 +230,7 @@ class Journal:
         on_end, self.on_end, self.on_fork = self.on_end, None, None
         if on_end is not None:
             on_end()
+        self._fd.close()  # if it could not be stored
         self.inbox.release()
         with contextlib.suppress(BufferError):  # a batch is under way; its end lets go
             self._memory.close()
@@ -313,7 +315,7 @@ class Journal:
         self._append(_RECORD.pack(_GREW, 0, 0, address, 0, 0))
 
     def dropped(self, where: Range) -> None:
-        """Write that a range is about to be served no longer."""
+        """Write that a range is served no longer."""
         self._append(_RECORD.pack(_DROPPED, 0, 0, where.start, where.length, 0))
 
     def adopted(self, fork: int) -> None:

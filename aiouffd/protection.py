@@ -15,6 +15,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -141,9 +142,10 @@ class Protection:
         try:
             protection._begin_child(child, bits)
         except (StoreError, JournalError) as error:
-            # Its descriptor is stored and this journal tells of it; later changes are not told.
+            # Without what is to come its descriptor would be taken over to serve wrong bytes.
             log.critical("a forked child will not outlive this process: %s", error)
-            self._store.remove(protection.manifest.name)
+            with contextlib.suppress(StoreError):  # nobody keeps it any more
+                self._store.remove(protection.manifest.name)
             return None
         self.journal.adopted(fork)
         return protection
