@@ -20,7 +20,9 @@ import importlib.metadata
 import os
 import platform
 import random
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Final
 
 import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key  # no public door to it
@@ -227,6 +229,9 @@ def _children() -> dict[int, str]:
     }
 
 
+_SETTLING: Final = 5.0  # seconds until what is left over counts as left
+
+
 def _left_over(fds: dict[int, str], children: dict[int, str]) -> list[str]:
     left = [
         f"descriptor {fd}: {link}" for fd, link in _descriptors().items() if fds.get(fd) != link
@@ -247,6 +252,10 @@ def _nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     left = _left_over(fds, children)
     if left:
         gc.collect()  # an object in a cycle still holds it: collecting it warns, and that fails too
+        left = _left_over(fds, children)
+    end = time.monotonic() + _SETTLING * _time_scale()
+    while left and time.monotonic() < end:  # a library's own threads close a moment later (obstore)
+        time.sleep(0.01)
         left = _left_over(fds, children)
     if left:
         pytest.fail("left over after the test:\n  " + "\n  ".join(left))
