@@ -40,6 +40,17 @@ from .handover import Handover, Peer, Receive, peer_credentials, pin_peer
 from .manifest import Manifest
 from .metrics import Observer
 from .protection import Protection, new_name
+from .reports import (
+    Detached,
+    Ended,
+    FirstPage,
+    Refused,
+    Report,
+    Resident,
+    Started,
+    TakenOver,
+    log_report,
+)
 from .service import Service
 from .session import Session, current_session
 from .session_states import Milestone, State
@@ -66,110 +77,6 @@ SourceOrOpener: TypeAlias = Source | Callable[[], Source]
 ServiceOrChooser: TypeAlias = Service | Callable[[Peer, Handover], Service]
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A session has begun."""
-
-    session: Session
-
-    def __str__(self) -> str:
-        handover = self.session.handover
-        size = sum(region.length for region in handover.regions)
-        return (
-            f"session of {self.session.name} started: {len(handover.regions)} regions,"
-            f" {_mib(size)}, pages of {handover.regions[0].page_size} bytes, {handover.dialect}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TakenOver:
-    """A session that a process before us had served goes on."""
-
-    session: Session
-
-    def __str__(self) -> str:
-        return f"session {self.session.id} of {self.session.name} taken over"
-
-
-@dataclass(frozen=True, slots=True)
-class FirstPage:
-    """A thread of the target that waited for a page has it.
-
-    Attributes:
-        session: Whose target.
-        seconds: Since the session began.
-    """
-
-    session: Session
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"session of {self.session.name}: first page served after {self.seconds:.3f} s"
-
-
-@dataclass(frozen=True, slots=True)
-class Resident:
-    """Every page of the target is there; it is served still.
-
-    Attributes:
-        session: Whose target.
-        seconds: Since the session began.
-    """
-
-    session: Session
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"session of {self.session.name}: fully resident after {self.seconds:.3f} s"
-
-
-@dataclass(frozen=True, slots=True)
-class Detached:
-    """The target has all of its memory and lives on without us."""
-
-    session: Session
-
-    def __str__(self) -> str:
-        return f"session of {self.session.name}: detached, the target lives on by itself"
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A session has ended."""
-
-    session: Session
-
-    def __str__(self) -> str:
-        figures = self.session.figures()
-        return (
-            f"session of {self.session.name} ended after {figures.seconds:.3f} s"
-            f" ({self.session.outcome}): {figures.faults} faults,"
-            f" {_mib(figures.copied_bytes)} on demand, {_mib(figures.filled_bytes)} ahead,"
-            f" {figures.zero_pages} zero pages, {figures.removed_pages} of them removed,"
-            f" {figures.failures} failures, p50 {figures.p50_us:.0f} us,"
-            f" p99 {figures.p99_us:.0f} us"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A peer was not served.
-
-    Attributes:
-        peer: Who it was, as far as the kernel says.
-        reason: Why.
-    """
-
-    peer: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"refused {self.peer}: {self.reason}"
-
-
-Report: TypeAlias = Started | TakenOver | FirstPage | Resident | Detached | Ended | Refused
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Handshake:
     """A peer that has connected and is not served yet.
@@ -183,14 +90,6 @@ class Handshake:
     peer: str
     since: float
     connection: Connection = field(repr=False)
-
-
-def log_report(report: Report) -> None:
-    """Write one log line per report: what a server does with them by default."""
-    failed = isinstance(report, Refused) or (
-        isinstance(report, Ended) and report.session.error is not None
-    )
-    log.log(logging.WARNING if failed else logging.INFO, "%s", report)
 
 
 class Server:
@@ -741,7 +640,3 @@ def _who(connection: Connection) -> str:
         return "pid {} (uid {})".format(*peer_credentials(connection.socket))
     except OSError:
         return "a peer"
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"

@@ -13,7 +13,8 @@ import sys
 
 from aiouffd import Action, FailurePolicy
 from aiouffd.protocols import firecracker
-from aiouffd.server import Report, Server
+from aiouffd.reports import Report
+from aiouffd.server import Server
 from aiouffd.service import Service
 from aiouffd.sources.file import FileSource
 

@@ -39,7 +39,7 @@ FLOORS = {
         sd_notify service_manager fd_store keeper
         unix_socket handover manifest protection graduation residency
         session_states session_figures service closing forked_children
-        session sharing takeover totals server
+        session sharing takeover totals reports server
         protocols.firecracker protocols.shared
         export""",
     "tools": """

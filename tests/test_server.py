@@ -23,7 +23,8 @@ from aiouffd.errors import SourceError
 from aiouffd.failure import Action, FailurePolicy
 from aiouffd.fds import OwnedFd
 from aiouffd.protocols import firecracker
-from aiouffd.server import Ended, FirstPage, Refused, Report, Resident, Server, Started
+from aiouffd.reports import Ended, FirstPage, Refused, Report, Resident, Started
+from aiouffd.server import Server
 from aiouffd.service import Service
 from aiouffd.session_states import State
 from aiouffd.sources import Source

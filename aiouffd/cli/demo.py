@@ -24,7 +24,8 @@ from ..errors import NotSupported, SourceError, UffdError
 from ..events import Event, PageFault
 from ..protocols import firecracker
 from ..ranges import PAGE_SIZE, align_up
-from ..server import Ended, Refused, Report, Server
+from ..reports import Ended, Refused, Report
+from ..server import Server
 from ..service import Service
 from ..session_figures import Figures
 from ..sources.file import FileSource

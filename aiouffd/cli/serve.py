@@ -27,18 +27,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..failure import Action, FailurePolicy
 from ..fd_store import FdStore
+from ..reports import Detached, Ended, FirstPage, Refused, Report, Resident, Started, TakenOver
 from ..sd_notify import take_listen_fds
-from ..server import (
-    Detached,
-    Ended,
-    FirstPage,
-    Refused,
-    Report,
-    Resident,
-    Server,
-    Started,
-    TakenOver,
-)
+from ..server import Server
 from ..service import Service
 from ..service_manager import ServiceManager
 from ..sources.measured import Reads

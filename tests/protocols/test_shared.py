@@ -23,7 +23,8 @@ from aiouffd.fds import OwnedFd
 from aiouffd.handover import HandedRegion
 from aiouffd.protocols import firecracker, shared
 from aiouffd.protocols.shared import Invitation, InvitationParser, attach, describe, invitation
-from aiouffd.server import Ended, Refused, Report, Server
+from aiouffd.reports import Ended, Refused, Report
+from aiouffd.server import Server
 from aiouffd.sharing import figures
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.shared import SharedImage

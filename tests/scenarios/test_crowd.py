@@ -13,7 +13,8 @@ import pytest
 from aiouffd.failure import Action
 from aiouffd.handover import Handover, Peer
 from aiouffd.protocols import firecracker
-from aiouffd.server import Ended, Refused, Report, Server
+from aiouffd.reports import Ended, Refused, Report
+from aiouffd.server import Server
 from aiouffd.service import Service
 from aiouffd.session import Session
 from aiouffd.session_states import State
