@@ -39,6 +39,7 @@
 #define BATCH 64    /* messages per read, as many as the pager reads */
 #define FDS 200     /* descriptors per message; the kernel allows 253 */
 #define MARK 0x5a   /* every byte that a handler fills in */
+#define BULK_SOURCE (256UL << 20) /* bytes that a bulk fill copies from, again and again */
 
 struct layout {
     uint64_t start, length;        /* the whole mapping */
@@ -349,16 +350,20 @@ static int bulk(int argc, char **argv)
     read_all(socket, &layout, sizeof layout);
     receive_fds(socket, &fd, 1);
     register_range(fd, layout.start, layout.length);
-    unsigned char *data = malloc(layout.length);
-    memset(data, MARK, layout.length);
+    /* A large source would measure how fast the machine finds memory that it never had. */
+    uint64_t held = layout.length < BULK_SOURCE ? layout.length : BULK_SOURCE;
+    unsigned char *data = malloc(held);
+    memset(data, MARK, held);
     if (write(socket, "g", 1) != 1)
         die("write");
     uint64_t start = now();
     for (uint64_t done = 0; done < layout.length;) {
-        uint64_t rest = layout.length - done;
+        uint64_t from = done % held, rest = held - from;
         struct uffdio_copy copy = {.dst = layout.start + done,
-                                   .src = (uint64_t)(uintptr_t)data + done,
+                                   .src = (uint64_t)(uintptr_t)data + from,
                                    .len = rest < piece ? rest : piece};
+        if (copy.len > layout.length - done)
+            copy.len = layout.length - done;
         if (ioctl(fd, UFFDIO_COPY, &copy))
             die("UFFDIO_COPY");
         done += (uint64_t)copy.copy;
