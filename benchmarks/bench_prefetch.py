@@ -91,8 +91,8 @@ def _hydration(settings: Settings, image: Path) -> list[Figure]:
             at_least=HYDRATION_AT_LEAST,
             unit=bytes_per_second,
             note="Hydration reads in threads, beside the fills: it takes a second processor."
-            " Against a floor of 1 GiB, which memory that a virtual machine never had makes unsteady:"
-            " the bulk fill above is the steadier one.",
+            " Against a floor of 1 GiB, which memory that a virtual machine never had makes"
+            " unsteady: the bulk fill above is the steadier one.",
         )
         for loop in loops()
     ]
