@@ -42,7 +42,8 @@ async def test_many_sessions_are_added_in_steps(tmp_path: Path) -> None:
         adding = asyncio.create_task(past.plus_in_steps([session] * MANY))
         assert await turns_during(adding) >= MANY // 16
         in_steps = adding.result()
-        assert in_steps.counters.faults == at_once.counters.faults == (MANY + 1) * (SIZE // PAGE - 1)
+        faults = (MANY + 1) * (SIZE // PAGE - 1)
+        assert in_steps.counters.faults == at_once.counters.faults == faults
         assert in_steps.metrics.outcomes == at_once.metrics.outcomes
         assert in_steps.sessions == at_once.sessions
         assert past.sessions == {session.state.name.lower(): 1}, "it stays as it is"
