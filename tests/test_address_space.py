@@ -359,3 +359,13 @@ def test_an_unmap_of_half_the_address_space() -> None:
     space.unmap(Range(0, 1 << 47))
     assert not len(space.placements)
     assert not space.removed
+
+
+def test_what_lies_elsewhere_is_no_address_of_a_stretch() -> None:
+    """A region in two places: only the one that holds the wanted offsets is given."""
+    space: AddressSpace[str, object] = AddressSpace()
+    space.register(Range(16 * PAGE_SIZE, 4 * PAGE_SIZE), "region", 0, PAGE_SIZE)
+    space.remap(18 * PAGE_SIZE, 64 * PAGE_SIZE, 2 * PAGE_SIZE)
+    space.unmap(Range(18 * PAGE_SIZE, 2 * PAGE_SIZE))
+    wanted = space.addresses("region", 2 * PAGE_SIZE, PAGE_SIZE, 16 * PAGE_SIZE)
+    assert wanted == [Range(64 * PAGE_SIZE, PAGE_SIZE)]

@@ -353,3 +353,19 @@ def test_an_empty_range_overlaps_nothing_wherever_it_lies() -> None:
         assert numbers.overlapping(Range(start, 0)) == []
         assert numbers.cut(Range(start, 0)) == []
     assert len(numbers) == 1
+
+
+def test_a_set_is_kept_and_made_again_by_its_chunks() -> None:
+    """What chunks() gives makes the same set, on top of what is there; nonsense is refused."""
+    pages = PageSet()
+    pages.add(Range(0, 3 * PAGE_SIZE))
+    pages.add(Range(CHUNK_PAGES * PAGE_SIZE, CHUNK_PAGES * PAGE_SIZE))
+    again = PageSet()
+    again.add(Range(5 * PAGE_SIZE, PAGE_SIZE))
+    for number, bits in pages.chunks():
+        again.add_chunk(number, bits)
+    pages.add(Range(5 * PAGE_SIZE, PAGE_SIZE))
+    assert dict(again.chunks()) == dict(pages.chunks())
+    for bits in (0, 1 << CHUNK_PAGES):
+        with pytest.raises(ValueError, match="bitmap"):
+            again.add_chunk(0, bits)
