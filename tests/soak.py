@@ -54,7 +54,10 @@ from tests.targets import HUGE, PAGE, TIME_SCALE
 #: Without a step of any of its threads for so long a process counts as hanging, in seconds.
 PATIENCE: Final = float(os.environ.get("AIOUFFD_SOAK_PATIENCE", "20")) * TIME_SCALE
 
-_FIELDS: Final = ("stop", "closing", "errors", "checked", "forks", "moves", "removals", "sigbus")
+_FIELDS: Final = (
+    *("stop", "closing", "errors", "checked", "forks", "moves", "removals", "sigbus"),
+    "telling",
+)
 _THREADS: Final = 16
 _PROGRESS: Final = 8 * len(_FIELDS)
 _DOING: Final = _PROGRESS + 16 * _THREADS

@@ -42,6 +42,7 @@
 
 struct control { /* the Python side has the same layout */
     volatile uint64_t stop, closing, errors, checked, forks, moves, removals, sigbus;
+    volatile uint64_t telling; /* somebody writes the message, or has */
     volatile uint64_t progress[2 * MAX_THREADS]; /* per thread, then of its forked children */
     volatile uint64_t doing[2 * MAX_THREADS];    /* the letter of the operation under way */
     char message[1024];
@@ -86,9 +87,11 @@ static void wrong(const char *format, ...)
     va_start(rest, format);
     vsnprintf(text, sizeof(text), format, rest);
     va_end(rest);
-    if (__sync_fetch_and_add(&control->errors, 1) == 0)
+    if (__sync_bool_compare_and_swap(&control->telling, 0, 1)) {
         snprintf(control->message, sizeof(control->message), "process %d depth %d thread %d: %s",
                  (int)getpid(), self ? self->depth : 0, self ? self->number : -1, text);
+        __sync_fetch_and_add(&control->errors, 1); /* last: who sees it reads the message */
+    }
     dprintf(2, "soak_target %d: %s\n", (int)getpid(), text);
 }
 
