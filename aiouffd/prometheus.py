@@ -6,7 +6,7 @@ Must not know: HTTP, how figures are collected.
 Laws of this file:
 
 * Nothing here runs per fault: plain counters are read when somebody scrapes, and the sums over
-  hundreds of sessions do not hold the loop.
+  hundreds of sessions do not hold the loop.  What clones share is looked up then, in threads.
 * What is a counter only grows: ended sessions stay in the sums.
 * Series that can come are there from the start, at zero: a first failure is an increase.
 
@@ -22,6 +22,7 @@ from . import __version__
 from .failure import Action
 from .metrics import Histogram
 from .session_states import State
+from .sharing import SharingFigures
 from .status import Status
 from .totals import Totals
 
@@ -49,6 +50,16 @@ _COUNTS: Final = (
     ("overdue", "faults_overdue", "Faults that took longer than warn_after"),
 )
 
+#: What clones of one image share now, by the names of SharingFigures.
+_SHARING: Final = {
+    "clones": "Targets that map the shared image",
+    "image_bytes": "What its one copy takes",
+    "hole_bytes": "Of these, zeros that clones have put into holes",
+    "mapped_bytes": "Pages of the copy that clones map, over all of them",
+    "private_bytes": "Pages that clones have written, over all of them",
+    "saved_bytes": "What sharing saves; below zero if it costs",
+}
+
 
 def text_of(status: Status) -> Callable[[], Awaitable[bytes]]:
     """Make the function that gives the text of a scrape.
@@ -68,22 +79,24 @@ def text_of(status: Status) -> Callable[[], Awaitable[bytes]]:
         ) from error
 
     class _Figures(Collector):
-        def __init__(self, totals: Totals) -> None:
+        def __init__(self, totals: Totals, shares: SharingFigures | None) -> None:
             self._totals = totals
+            self._shares = shares
 
         def collect(self) -> Iterator[Metric]:
-            return collect(status, self._totals)
+            return collect(status, self._totals, self._shares)
 
     async def text() -> bytes:
         registry = CollectorRegistry(auto_describe=False)  # one each: scrapes may overlap
         ProcessCollector(registry=registry)  # descriptors, memory, CPU time of this process
-        registry.register(_Figures(await status.totals()))
+        shares = await status.sharing()
+        registry.register(_Figures(await status.totals(), shares))
         return generate_latest(registry)
 
     return text
 
 
-def collect(status: Status, totals: Totals) -> Iterator[Metric]:
+def collect(status: Status, totals: Totals, shares: SharingFigures | None) -> Iterator[Metric]:
     """Give every metric with its present value."""
     from prometheus_client.core import InfoMetricFamily
 
@@ -91,6 +104,8 @@ def collect(status: Status, totals: Totals) -> Iterator[Metric]:
     yield from _faults(totals)
     yield from _sessions(status, totals)
     yield from _sources(status)
+    if shares is not None:
+        yield from _sharing(shares)
 
 
 def _faults(totals: Totals) -> Iterator[Metric]:
@@ -181,6 +196,13 @@ def _sources(status: Status) -> Iterator[Metric]:
         "source",
         {one.name: one.latency for one in status.reads},
     )
+
+
+def _sharing(shares: SharingFigures) -> Iterator[Metric]:
+    from prometheus_client.core import GaugeMetricFamily
+
+    for name, text in _SHARING.items():
+        yield GaugeMetricFamily(f"aiouffd_sharing_{name}", text, getattr(shares, name))
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

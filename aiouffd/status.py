@@ -66,6 +66,18 @@ class Status:
         """Add up all sessions, those that have ended included."""
         return await self.server.totals_in_steps()
 
+    async def sharing(self) -> sharing.SharingFigures | None:
+        """Give what clones share, looked up in their page tables, in threads.
+
+        Returns:
+            None if they do not share the image.
+
+        Cancellation: nothing is left behind but a thread that finishes its scan.
+        """
+        if self.shared is None:
+            return None
+        return await sharing.figures(self.shared, self.server.sessions)
+
     def find(self, name: str) -> Session | None:
         """Find a living session by its id."""
         return next((one for one in self.server.sessions if one.id == name), None)
@@ -84,13 +96,9 @@ class Status:
     async def stats(self) -> Json:
         """Give the sums over all sessions since the server began.
 
-        What clones share is looked up in their page tables, in a thread.
-
-        Cancellation: nothing is left behind but a thread that finishes its scan.
+        Cancellation: as ``sharing``.
         """
-        shares: Json | None = None
-        if self.shared is not None:
-            shares = {**(await sharing.figures(self.shared, self.server.sessions)).as_dict()}
+        shares = await self.sharing()
         totals = await self.totals()
         latency = totals.metrics.latency
         return {
@@ -118,7 +126,7 @@ class Status:
                 "p99_us": latency.quantile(0.99) / 1000,
             },
             "sources": [_reads(one) for one in self.reads],
-            "sharing": shares,
+            "sharing": None if shares is None else {**shares.as_dict()},
         }
 
     async def sessions(self) -> Json:

@@ -24,8 +24,10 @@ from aiouffd.session_states import State
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.measured import MeasuredSource, Reads
+from aiouffd.sources.shared import SharedImage
 from aiouffd.status import Status
 from aiouffd.testing.sources import image
+from tests.clones import cloned
 from tests.stand_in_vmm import PAGE, StandInVmm, eventually
 
 SIZE: Final = 256 * PAGE
@@ -258,3 +260,29 @@ async def test_without_the_package_the_extra_is_named(
     with pytest.raises(ImportError, match=r"pip install 'aiouffd\[metrics\]'"):
         async with scraped(tmp_path, BufferSource(b"")):
             pass
+
+
+async def test_what_clones_share_is_told_as_the_kernel_sees_it(tmp_path: Path) -> None:
+    """Gauges of the one copy, of what clones map and of what they wrote; none without sharing."""
+    copy = await SharedImage.fill(BufferSource(image(SIZE)))
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(copy.aclose)
+        clones = [await stack.enter_async_context(cloned(copy)) for _ in range(3)]
+        server = Server(tmp_path / "socket", firecracker.receive, copy, report=lambda _: None)
+        await stack.enter_async_context(server)
+        sessions = [session for _, session in clones]
+        server.sessions.update(sessions)
+        stack.callback(server.sessions.difference_update, sessions)
+        for number, (clone, _) in enumerate(clones):
+            assert await clone.start_read(0) == copy.read_nowait(0, 1)[0]
+            assert await clone.start_write(9, number + 1) == number + 1
+        scrape = Scrape(await text_of(Status(server, shared=copy))())
+        assert scrape("sharing_clones") == 3
+        assert scrape("sharing_image_bytes") == SIZE
+        assert scrape("sharing_hole_bytes") == 0
+        assert scrape("sharing_mapped_bytes") == 3 * PAGE
+        assert scrape("sharing_private_bytes") == 3 * PAGE
+        assert scrape("sharing_saved_bytes") == 3 * PAGE - SIZE
+        assert scrape.types["aiouffd_sharing_saved_bytes"] == "gauge"  # it may sink
+        alone = Scrape(await text_of(Status(server))())
+        assert not any(name.startswith("aiouffd_sharing_") for name, *_ in alone.values)
