@@ -15,6 +15,7 @@ The tree::
     ├── FaultError            why a fault was not answered
     │   ├── HandlerError      the handler raised or returned something unusable
     │   ├── SourceError       the bytes of a page could not be had
+    │   │   └── ImageError    a file of a checkpoint is damaged, cut short or missing
     │   ├── DeadlineExceeded  nothing answered within the deadline
     │   ├── NoHandler         the address lies in no registered range
     │   ├── LoopThreadTouch   the loop's own thread touched a page that only the loop can bring
@@ -120,6 +121,23 @@ class HandlerError(FaultError):
 
 class SourceError(FaultError):
     """The bytes of a page could not be had from their source."""
+
+
+class ImageError(SourceError):
+    """A file of a checkpoint is damaged, cut short or missing, or is another than it should be.
+
+    Attributes:
+        file: Its name, with as much of its place as is known.
+        offset: Where in it, in bytes; None if it is about the file as a whole.
+        problem: What is wrong.
+    """
+
+    def __init__(self, file: str, offset: int | None, problem: str) -> None:
+        where = file if offset is None else f"{file} at offset {offset}"
+        super().__init__(f"{where}: {problem}")
+        self.file = file
+        self.offset = offset
+        self.problem = problem
 
 
 class DeadlineExceeded(FaultError):

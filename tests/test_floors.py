@@ -19,7 +19,8 @@ FLOORS = {
         kernel.gates kernel.handshake kernel.pagemap kernel.capabilities kernel.probe""",
     "values": """
         fds ranges events resolutions failure address_space
-        protocols protocols.pages""",
+        protocols protocols.pages
+        protocols.criu protocols.criu.protobuf protocols.criu.images""",
     "asyncio": """
         eager threads metrics uffd filled_pages journal
         flight performer region timers parking watchdog recovery resolver reader

@@ -1,0 +1,1 @@
+"""CRIU: checkpoints of processes, and what lazily restores them."""
