@@ -52,6 +52,7 @@ FLOORS = {
         cli.control_client cli.sessions cli.top cli.complete cli.snapshot cli.drain
         cli.output cli.diagnostics cli.operation cli.store_options cli.export
         cli.progress cli.image
+        cli.criu cli.criu_show
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]

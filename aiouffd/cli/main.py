@@ -7,7 +7,9 @@ Laws of this file:
 
 * A command's module is imported when that command is asked for, and no other: help and a
   mistyped option cost no event loop.  Each module has ``add_parser(subparsers)``, which
-  returns its parser, and ``run(args)``, which returns the exit status.
+  returns its parser, and ``run(args)``, which returns the exit status.  A module that has
+  commands of its own does as much with them: its ``add_parser`` takes the name of the one that
+  was asked for besides.
 * Errors that say what to do (UffdError, OSError, ImportError) are one line on stderr and status
   1, or the CommandError's own; what argparse refuses is 2, Ctrl-C 130, a closed pipe 141.
   ``python -X dev`` shows tracebacks.
@@ -33,6 +35,7 @@ COMMANDS: Final[dict[str, str]] = {
     "serve": "serve the memory of other processes from an image file",
     "export": "let other aiouffd servers read an image over the network",
     "keep": "run a server so that nothing is lost when it dies",
+    "criu": "checkpoints of processes, restored lazily by CRIU",
     "image": "pack, unpack, compare and check images",
     "working-set": "look at recorded sets of pages, combine and compare them",
     "sessions": "list who is served by a running server",
@@ -43,6 +46,9 @@ COMMANDS: Final[dict[str, str]] = {
     "demo": "see a process run on lazily served memory, checked against the file",
 }
 
+#: Those whose own commands are modules, too.
+GROUPS: Final = frozenset({"criu"})
+
 _DESCRIPTION: Final = "Page faults as coroutines: serve the memory of processes from user space."
 
 _EPILOG: Final = """\
@@ -52,6 +58,7 @@ start here:
   aiouffd serve IMAGE --socket PATH      a lazy-memory server (Firecracker's protocol)
   aiouffd export IMAGE                   the image for other servers to read
   aiouffd keep -- aiouffd serve …         the same, and nothing is lost when it dies
+  aiouffd criu show DIR                  what a checkpoint of CRIU's holds
   aiouffd image pack IMAGE OUT           a compressed image, served as it is
   aiouffd working-set show FILE          what `serve --record` has seen
   aiouffd sessions, aiouffd top          who is served by one that runs (with --control)
@@ -66,7 +73,7 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{command.replace('-', '_')}")
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
+def _parser(command: str | None, inner: str | None) -> argparse.ArgumentParser:
     """Make the parser; only the chosen command's module is imported."""
     parser = argparse.ArgumentParser(
         prog="aiouffd",
@@ -78,7 +85,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():
         if name == command:
-            _module(name).add_parser(subparsers)
+            also = (inner,) if name in GROUPS else ()
+            _module(name).add_parser(subparsers, *also)
         else:
             subparsers.add_parser(name, help=summary)
     return parser
@@ -122,10 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _stand_in_for_closed()
     arguments = list(sys.argv[1:] if argv is None else argv)
     status: int
-    # The first word that is no option: the program itself has only options without a value.
-    command = next((word for word in arguments if not word.startswith("-")), None)
+    # The first words that are no options: neither the program itself nor a group of commands
+    # has an option with a value.
+    words = (word for word in arguments if not word.startswith("-"))
+    command, inner = next(words, None), next(words, None)
     try:
-        parser = _parser(command)
+        parser = _parser(command, inner)
         args = parser.parse_args(arguments)
         if args.command is None:
             parser.print_help()
