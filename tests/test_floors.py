@@ -42,6 +42,7 @@ FLOORS = {
         session_states session_figures service closing forked_children
         session sharing takeover totals reports server
         protocols.firecracker protocols.shared
+        certificates protocols.criu.tls
         export""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments
@@ -51,6 +52,7 @@ FLOORS = {
         page_map status prometheus http_site control
         cli.control_client cli.sessions cli.top cli.complete cli.snapshot cli.drain
         cli.output cli.diagnostics cli.operation cli.store_options cli.export
+        cli.criu_options
         cli.progress cli.image
         cli.criu cli.criu_show
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself

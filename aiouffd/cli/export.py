@@ -21,10 +21,11 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import quote
 
+from ..certificates import load_own, naming
 from ..export import Export
 from .arguments import host_and_port
 from .image_options import Served, add_image_options, open_served
@@ -105,26 +106,13 @@ def server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
         if args.export_key or args.export_client_ca:
             raise OSError("--export-key and --export-client-ca are of no use without --export-cert")
         return None
-    with _naming(args.export_client_ca, "no certificates of authorities in PEM"):
+    with naming(args.export_client_ca, "no certificates of authorities in PEM"):
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=args.export_client_ca)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    files = " and ".join(one for one in (args.export_cert, args.export_key) if one)
-    with _naming(files, "no certificate and its key in PEM"):
-        context.load_cert_chain(args.export_cert, args.export_key)
+    load_own(context, args.export_cert, args.export_key)
     if args.export_client_ca:
         context.verify_mode = ssl.CERT_REQUIRED
     return context
-
-
-@contextlib.contextmanager
-def _naming(files: str, not_there: str) -> Iterator[None]:
-    """Say which files an error is about: OpenSSL does not."""
-    try:
-        yield
-    except ssl.SSLError as error:
-        raise OSError(error.errno, f"{not_there} ({error.reason})", files) from error
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, files) from error
 
 
 def image_name(image: str) -> str:

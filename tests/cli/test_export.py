@@ -102,7 +102,7 @@ def test_options_that_make_no_sense(
     "options, why",
     [
         (["--export-cert", "image"], "image: no certificate and its key in PEM"),
-        (["--export-cert", "nothing", "--export-key", "key"], "nothing and key: No such file"),
+        (["--export-cert", "nothing", "--export-key", "key"], "nothing: No such file"),
         (["--export-cert", "image", "--export-client-ca", "none.pem"], "none.pem: No such file"),
     ],
 )
