@@ -17,7 +17,6 @@ Laws of this file:
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from array import array
 from bisect import bisect_right
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from ..errors import SourceError
 from . import Extents, Source, check_read, identity_of, knows_holes
-from .reads import ReadsUnderWay
+from .reads import ReadsUnderWay, all_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -170,8 +169,8 @@ class LayeredSource:
                     return bytes(length)
                 return await self._sources[owner].read(offset, length)
             spans = _spans(runs)
-            answers = await _read_all(
-                [(self._sources[owner], start, end - start) for start, end, owner in spans]
+            answers = await all_of(
+                [self._sources[owner].read(start, end - start) for start, end, owner in spans]
             )
         got = [(start, owner, data) for (start, _, owner), data in zip(spans, answers, strict=True)]
         return _assemble(offset, length, runs, got)
@@ -273,27 +272,3 @@ def _assemble(
             first, view = mine[0]
             target[start - offset : end - offset] = view[start - first : end - first]
     return whole
-
-
-async def _read_all(reads: list[tuple[Source, int, int]]) -> list[Buffer]:
-    """Read everything at once; the first error ends the other reads."""
-    if len(reads) == 1:
-        source, offset, length = reads[0]
-        return [await source.read(offset, length)]
-    loop = asyncio.get_running_loop()
-    tasks = [loop.create_task(source.read(*stretch)) for source, *stretch in reads]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        left = [task for task in tasks if not task.done()]
-        for task in left:
-            task.cancel()
-        if left:
-            await asyncio.wait(left)
-        errors = [task.exception() for task in tasks if not task.cancelled()]
-    for error in errors:
-        if error is not None:
-            raise error
-    if len(errors) < len(tasks):
-        raise SourceError("the read was cancelled by its source")
-    return [task.result() for task in tasks]

@@ -1,15 +1,19 @@
-"""Reads under way, for sources around sources: a close waits for them.
+"""Reads under way, for sources around sources: a close waits for them, and they for each other.
 
-Knows: how many there are, and whether more may begin.
+Knows: how many there are, whether more may begin, and which of them failed.
 Must not know: what is read.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
+from typing import Any, TypeVar
 
-from ..errors import ClosedError
+from ..errors import ClosedError, SourceError
+
+T = TypeVar("T")
 
 
 class ReadsUnderWay:
@@ -65,3 +69,35 @@ class ReadsUnderWay:
             if self._idle is None:
                 self._idle = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._idle)
+
+
+async def all_of(reads: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Let reads go on at once; the first error ends the others.
+
+    Returns:
+        What each gave, in their order.
+
+    Raises:
+        SourceError: One of them raised it, or was cancelled by its source.
+
+    Cancellation: they are cancelled, and have ended.
+    """
+    if len(reads) == 1:
+        return [await reads[0]]
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(read) for read in reads]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        left = [task for task in tasks if not task.done()]
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left)
+        errors = [task.exception() for task in tasks if not task.cancelled()]
+    for error in errors:
+        if error is not None:
+            raise error
+    if len(errors) < len(tasks):
+        raise SourceError("the read was cancelled by its source")
+    return [task.result() for task in tasks]
