@@ -43,6 +43,7 @@ FLOORS = {
         session sharing takeover totals reports server
         protocols.firecracker protocols.shared
         certificates protocols.criu.tls
+        protocols.criu.task_memory protocols.criu.task_source protocols.criu.checkpoint
         export""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments

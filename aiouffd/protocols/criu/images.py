@@ -53,7 +53,7 @@ _VERSION: Final = 2
 _WORD: Final = struct.Struct("<I")
 
 _MOST_PID: Final = 1 << 22  # the kernel's PID_MAX_LIMIT
-_MOST_ADDRESS: Final = 1 << 64
+_MOST_ADDRESS: Final = (1 << 64) - PAGE_SIZE
 
 
 class PageFlag(IntFlag):
