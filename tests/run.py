@@ -11,6 +11,7 @@ Laws of this file:
 * Nothing outside the checkout is touched, with two exceptions that are printed before they
   happen: Debian keeps Python's venv module in a package of its own, and ``interop`` is there to
   fetch foreign programs.  Both need root and apt-get; without them it says what to type.
+  CRIU comes from other suites than this system's, into the checkout (tests/suites.py).
   Services that come with a package are not started: the tests start what they need.
 * Every interpreter found is used, each under its heading; if one fails, the whole fails.
 
@@ -33,6 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from tests import suites
 from tests.interpreters import Interpreter, find_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,6 +92,22 @@ def get_packages(*packages: str, why: str) -> None:
         status = run(*command, env=quiet)
     if status != 0:
         stop(f"Could not get {' '.join(packages)}.")
+
+
+def get_other_suites() -> None:
+    """Unpack CRIU, whose own Debian release may be another than this one, in the checkout."""
+    missing = []
+    for foreign in suites.CRIU:
+        if not foreign.is_there():
+            where = " or ".join(foreign.suites)
+            say(f"Fetching {foreign.name} from {where}, into {foreign.folder}")
+        try:
+            suites.fetch(foreign)
+        except suites.Unavailable as error:
+            missing.append(foreign)
+            say(f"The tests with {foreign.name} will be skipped: {error}")
+    if len(missing) == len(suites.CRIU) and "CI" in os.environ:
+        stop("Here some CRIU must be tested with, and none can be had; the reasons are above.")
 
 
 @contextlib.contextmanager
@@ -210,6 +228,7 @@ def interop(arguments: list[str]) -> int:
     )
     if missing:
         get_packages(*missing, why="The interop tests run foreign programs that are missing.")
+    get_other_suites()
     status = run(environment(pythons()[0], "test"), "-m", "pytest", "tests/interop", *arguments)
     return 0 if status == NO_TESTS_COLLECTED else status
 
