@@ -16,11 +16,12 @@ HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parent / "build" / "benchmarks"
 
 
-def compile_c(name: str = "floor.c") -> Path:
-    """Compile one C file of this directory.
+def compile_c(name: str = "floor.c", folder: Path = HERE) -> Path:
+    """Compile one C file.
 
     Args:
         name: The file's name.
+        folder: Where it is.
 
     Returns:
         The program; its name carries a hash of the source, so a stale one is never run.
@@ -28,7 +29,7 @@ def compile_c(name: str = "floor.c") -> Path:
     Raises:
         RuntimeError: There is no C compiler.
     """
-    source = HERE / name
+    source = folder / name
     stamp = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
     program = OUTPUT / f"{source.stem}-{stamp}"
     if program.exists():
