@@ -104,7 +104,11 @@ class Folder:
             finally:
                 await source.aclose()
         except FileNotFoundError as error:
-            raise ImageError(self.named(name), None, f"there is none in {self.location}") from error
+            raise ImageError(
+                self.named(name),
+                None,
+                f"there is none in {self.location}: no checkpoint, or not a whole one",
+            ) from error
         except OSError as error:
             raise ImageError(self.named(name), None, error.strerror or str(error)) from error
         except SourceError as error:

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ...errors import ImageError
 from ...ranges import PAGE_SIZE
-from .protobuf import Message, WireError, fields, write_number
+from .protobuf import Message, WireError, numbers, write_number
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -238,11 +238,11 @@ def parse_inventory(data: bytes, file: str = "inventory.img") -> Inventory:
         ImageError: It is none, or of a version that is not read here.
     """
     _check_magic(data, file, 0, INVENTORY_MAGIC)
-    records = list(_records(data, file, 4))
-    if len(records) != 1:
-        raise ImageError(file, 4, f"an inventory has one record, this one {len(records)}")
+    record = next(_records(data, file, 4), None)
+    if record is None:
+        raise ImageError(file, len(data), "there is no record in it")
     try:
-        message = Message(data, *records[0], (1, 13))
+        message = Message(data, *record, (1, 13))
         version = message.number(1, bits=32)
         run_id = message.text(13)
     except WireError as error:
@@ -250,7 +250,7 @@ def parse_inventory(data: bytes, file: str = "inventory.img") -> Inventory:
     if version != _VERSION:
         raise ImageError(
             file,
-            records[0][0],
+            record[0],
             f"images of version {version}, where {_VERSION} is read: dump with a newer CRIU",
         )
     return Inventory(version, run_id)
@@ -372,21 +372,18 @@ def parse_pagemap(data: bytes, file: str) -> Pagemap:
 def _entries(data: bytes, file: str, records: Iterable[tuple[int, int]]) -> Iterator[PagemapEntry]:
     last = 0
     for start, end in records:
-        found: dict[int, int] = {}
-        for number, value, _, _, long in fields(data, start, end):
-            if long and number <= 5:
-                raise ImageError(file, start, f"field {number} is no number")
-            found[number] = value
-        try:
-            vaddr = found[1]
-            pages = found[5] if 5 in found else found[2]
-        except KeyError as error:
-            raise ImageError(file, start, f"a run lacks its field {error}") from None
+        found = numbers(data, start, end)
+        if 1 not in found or not (2 in found or 5 in found):
+            raise ImageError(file, start, "a run without an address or a number of pages")
+        vaddr = found[1]
+        pages = found[5] if 5 in found else found[2]
         flags = found.get(4)
         if found.get(3):
             flags = (flags or 0) | _PARENT
         elif flags is None:  # before CRIU 3 there was no such field
             flags = _PRESENT
+        if flags >> 32:
+            raise ImageError(file, start, f"a run with flags {flags:#x}, more than 32 bits hold")
         if vaddr % PAGE_SIZE:
             raise ImageError(file, start, f"a run at {vaddr:#x}, inside of a page")
         if not pages or vaddr + pages * PAGE_SIZE > _MOST_ADDRESS:

@@ -123,6 +123,32 @@ def fields(data: bytes, start: int, end: int) -> Iterator[Field]:
         at += length
 
 
+def numbers(data: bytes, start: int, end: int) -> dict[int, int]:
+    """Read a message of which only the numbers count: quicker than ``Message``.
+
+    Returns:
+        By field: its value.  Fields that have a length are left out.
+
+    Raises:
+        WireError: It is no message.
+    """
+    found: dict[int, int] = {}
+    at = start
+    while at < end:
+        key = data[at]
+        if key & 0x87 or not key or at + 1 == end:  # all but a number of a field up to 15
+            break
+        value = data[at + 1]
+        if value < 0x80:
+            at += 2
+        else:
+            value, at = varint(data, at + 1, end)
+        found[key >> 3] = value
+    if at < end:
+        found.update((one.number, one.value) for one in fields(data, at, end) if not one.long)
+    return found
+
+
 class Message:
     """The fields of one message, asked for by number.
 
