@@ -338,7 +338,7 @@ class _Chain:
                     raise ImageError(
                         last.named("parent"),
                         None,
-                        f"the chain of parents leads back: {parent.path}",
+                        f"the parents go in a circle: {parent.path}",
                     )
         return parent
 
