@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aiouffd.errors import PeerError, SourceError
-from aiouffd.export import Export, Limits
+from aiouffd.export import Export
+from aiouffd.peers import Limits
 from aiouffd.protocols import pages
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.peer import PeerSource

@@ -17,7 +17,8 @@ import pytest
 import trustme
 
 from aiouffd.errors import SourceError
-from aiouffd.export import Export, Limits
+from aiouffd.export import Export
+from aiouffd.peers import Limits
 from aiouffd.protocols import pages
 from aiouffd.sources import Source, identity_of, knows_holes
 from aiouffd.sources.buffer import BufferSource
