@@ -205,7 +205,7 @@ class Restored(Target):
 
     def __init__(self, stage: Stage, name: str, running: Running, folder: Path) -> None:
         super().__init__(stage, name, running.pid, folder)
-        self._running = running
+        self.running = running
         self._status = folder.with_name(f"{folder.name}.status")
         self.init = 0
 
@@ -213,7 +213,7 @@ class Restored(Target):
         """Wait until ``criu restore`` has ended, and give its status."""
 
         def ended() -> bool:
-            if self._running.status is not None:
+            if self.running.status is not None:
                 raise Ended(f"{self.name}: no namespace\n{self.stage.report()}")
             return self._status.exists() and self._status.read_text().endswith("\n")
 
@@ -246,8 +246,8 @@ class Restored(Target):
         raise ProcessLookupError(f"{self.name} has no process {inside}")
 
     def _init(self) -> int:
-        if not self.init and self._running.status is None:
-            path = Path(f"/proc/{self._running.pid}/task/{self._running.pid}/children")
+        if not self.init and self.running.status is None:
+            path = Path(f"/proc/{self.running.pid}/task/{self.running.pid}/children")
             with suppress(OSError):
                 self.init = next(map(int, path.read_text().split()), 0)
         return self.init
@@ -255,7 +255,7 @@ class Restored(Target):
     def end(self) -> None:
         """Kill the tree and wait until nothing is left of it."""
         init = self._init()
-        self._running.end()  # takes the namespace's first process along, and that one all others
+        self.running.end()  # takes the namespace's first process along, and that one all others
         if init:
             self.stage.until_gone(init)
 
@@ -357,17 +357,14 @@ class Stage:
             running.popen.wait(LIMIT)
             raise Ended(f"{running.name} ended before it was ready\n{self.report()}")
 
-    def criu_command(self, verb: str, images: Path, name: str) -> list[str]:
-        """Make the common part of a CRIU command; its log goes beside the others."""
-        log = self.folder / f"{self._count + 1}-{name}.criu.log"
-        return [str(self.criu.command), verb, "-D", str(images), "-v4", "-o", str(log)]
-
-    def start_criu(self, verb: str, images: Path, *options: object, ready: bool = False) -> Running:
-        """Start CRIU, perhaps until it says that it is ready."""
-        command = self.criu_command(verb, images, verb)
-        log = Path(command[-1])
+    def start_criu(
+        self, verb: str, images: Path, *options: object, ready: bool = False, level: int = 4
+    ) -> Running:
+        """Start CRIU, perhaps until it says that it is ready; its log goes beside the others."""
+        log = self.folder / f"{self._count + 1}-{verb}.criu.log"
         start = self.start_ready if ready else self.start
-        running = start(verb, *command, *options)
+        words = (verb, "-D", images, f"-v{level}", "-o", log)
+        running = start(verb, self.criu.command, *words, *options)
         running.also = log
         return running
 
@@ -419,11 +416,13 @@ class Stage:
         self.running(target).wait(-signal.SIGKILL)
         return images
 
-    def lazy_pages(self, images: Path, *options: object, work: Path | None = None) -> Running:
+    def lazy_pages(
+        self, images: Path, *options: object, work: Path | None = None, level: int = 4
+    ) -> Running:
         """Start the stock daemon and wait until it listens."""
         where = ("-W", work or images)
         (Path(work or images) / "lazy-pages.socket").unlink(missing_ok=True)
-        return self.start_criu("lazy-pages", images, *where, *options, ready=True)
+        return self.start_criu("lazy-pages", images, *where, *options, ready=True, level=level)
 
     def our_lazy_pages(
         self, images: Path | str, *options: object, work: Path | None = None, keep: bool = False
@@ -435,11 +434,12 @@ class Stage:
         command = (*keeper, *OURS, "lazy-pages", "-D", images, "-W", place, *options)
         return self.start_ready("our-lazy-pages", *command)
 
-    def page_server(self, images: Path, *options: object) -> tuple[Running, int]:
+    def page_server(self, images: Path, *options: object, level: int = 4) -> tuple[Running, int]:
         """Start the stock page server for lazy pages; give its port too."""
         port = free_port()
         address = ("--address", "127.0.0.1", "--port", port)
-        running = self.start_criu("page-server", images, "--lazy-pages", *address, *options)
+        options = ("--lazy-pages", *address, *options)
+        running = self.start_criu("page-server", images, *options, level=level)
         self.until_listens(running, port)
         return running, port
 
@@ -451,6 +451,22 @@ class Stage:
         running = self.start("our-page-server", *command)
         self.until_listens(running, port)
         return running, port
+
+    def daemon(
+        self, whose: str, images: Path, *options: object, work: Path | None = None, level: int = 4
+    ) -> Running:
+        """Start the lazy-pages daemon of "stock" CRIU or "ours"."""
+        if whose == "stock":
+            return self.lazy_pages(images, *options, work=work, level=level)
+        return self.our_lazy_pages(images, *options, work=work)
+
+    def server(
+        self, whose: str, images: Path, *options: object, level: int = 4
+    ) -> tuple[Running, int]:
+        """Start the page server of "stock" CRIU or "ours"; give its port too."""
+        if whose == "stock":
+            return self.page_server(images, *options, level=level)
+        return self.our_page_server(images, *options)
 
     def until_listens(self, running: Running, port: int) -> None:
         """Wait until a server's port is open."""
@@ -496,6 +512,11 @@ class Stage:
         restored = Restored(self, running.name, running, folder)
         self._restored.append(restored)
         return restored
+
+    def forget(self) -> None:
+        """Drop what has ended: many restores on one stage leave a long list."""
+        self._running = [running for running in self._running if running.status is None]
+        self._restored = [each for each in self._restored if each.running.status is None]
 
     # --- the end -----------------------------------------------------------------------
 

@@ -3,10 +3,11 @@
  *     criu_pages FOLDER MIB THREADS SEED
  *
  * Fills MIB of private anonymous memory, writes the address to FOLDER/ready and waits for
- * FOLDER/go, which says "MODE SEED SHARE": how the threads touch the pages (sequential, random,
- * or writing: random, each page changed and checked again), the seed of the order, and which
- * share of the pages they touch at all.  FOLDER/result then holds JSON: whether every word of
- * them was right, the first wrong ones with their addresses, and how long the touches took.
+ * FOLDER/go, which says "MODE SEED SHARE THREADS": how the threads touch the pages (sequential,
+ * random, or writing: random, each page changed and checked again), the seed of the order, which
+ * share of the pages they touch at all, and how many threads do (all, if that is left out).
+ * FOLDER/result then holds JSON: whether every word of them was right, the first wrong ones with
+ * their addresses, and how long the touches took.
  * It leaves no file open, so that one checkpoint can be restored anywhere, any number of times.
  */
 #define _GNU_SOURCE
@@ -29,7 +30,7 @@ static const char *folder;
 static char *memory;
 static uint64_t content_seed;
 static size_t pages, touched;
-static int threads, writing;
+static int threads, working, writing;
 static uint32_t *order; /* which page comes when; fresh memory, made after the restore */
 static uint32_t *took;  /* nanoseconds of each touch, in the same order */
 static pthread_barrier_t begin, end;
@@ -88,25 +89,30 @@ static void check(size_t page, uint64_t generation)
 	pthread_mutex_unlock(&wrong.lock);
 }
 
-static uint64_t now(void)
+static uint64_t clock_ns(clockid_t clock)
 {
 	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
+	clock_gettime(clock, &t);
 	return (uint64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static uint64_t now(void) /* a restored program may have a time namespace: only differences count */
+{
+	return clock_ns(CLOCK_MONOTONIC);
 }
 
 static void *touch(void *number)
 {
 	size_t thread = (size_t)number;
 	pthread_barrier_wait(&begin);
-	size_t last = touched * (thread + 1) / threads;
-	for (size_t i = touched * thread / threads; i < last; i++) {
+	size_t last = touched * (thread + 1) / working;
+	for (size_t i = touched * thread / working; thread < (size_t)working && i < last; i++) {
 		char *first = memory + order[i] * PAGE;
 		uint64_t start = now();
 		if (writing)
-			__atomic_fetch_or(first, 0, __ATOMIC_RELAXED); /* changes nothing, faults as a write */
+			__atomic_fetch_or(first, 0, __ATOMIC_RELAXED); /* changes nothing */
 		else
-			__atomic_load_n(first, __ATOMIC_RELAXED);
+			(void)*(volatile char *)first;
 		uint64_t ns = now() - start;
 		took[i] = ns < UINT32_MAX ? ns : UINT32_MAX;
 		check(order[i], 0);
@@ -116,8 +122,9 @@ static void *touch(void *number)
 		}
 	}
 	pthread_barrier_wait(&end);
-	for (;;) /* an end would discard the stack, and the stock daemon loses faults beside that */
-		pause();
+	while (pause()) /* for ever: an end would discard the stack, */
+		;       /* and the stock daemon loses faults beside that */
+	return NULL;
 }
 
 static void *fresh(size_t bytes)
@@ -154,7 +161,7 @@ static int by_value(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-static void report(uint64_t ns)
+static void report(uint64_t took_ns)
 {
 	static char text[8192];
 	int at = 0;
@@ -163,7 +170,8 @@ static void report(uint64_t ns)
 	for (size_t i = 0; i < touched; i++)
 		slow += took[i] > 2000;
 	at += sprintf(text + at, "{\"pid\": %d, \"right\": %s, \"took_ns\": %llu, \"touched\": %zu, ",
-		      getpid(), wrong.count ? "false" : "true", (unsigned long long)ns, touched);
+		      getpid(), wrong.count ? "false" : "true", (unsigned long long)took_ns, touched);
+	at += sprintf(text + at, "\"ended_ns\": %llu, ", (unsigned long long)clock_ns(CLOCK_REALTIME));
 	at += sprintf(text + at, "\"waited\": %zu, \"p50_ns\": %u, \"p90_ns\": %u, ", slow,
 		      took[touched / 2], took[touched * 9 / 10]);
 	at += sprintf(text + at, "\"p99_ns\": %u, \"max_ns\": %u, \"wrong_words\": %zu, ",
@@ -183,10 +191,11 @@ static int told_to_go(char *mode, uint64_t *seed, double *share)
 	if (!file)
 		return 0;
 	unsigned long long number;
-	int found = fscanf(file, "%31s %llu %lf", mode, &number, share);
+	working = threads;
+	int found = fscanf(file, "%31s %llu %lf %d", mode, &number, share, &working);
 	fclose(file);
 	*seed = number;
-	return found == 3;
+	return found >= 3 && working >= 1 && working <= threads;
 }
 
 int main(int count, char **arguments)

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.interop.criu import Running, Stage
+from tests.interop.criu import Stage
 from tests.interop.criu_relay import LazyRelay
 
 pytestmark = [pytest.mark.child, pytest.mark.root]
@@ -19,17 +19,11 @@ def daemon(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def start(stage: Stage, daemon: str, *arguments: object, **keywords: object) -> Running:
-    """Start either daemon."""
-    starting = {"stock": stage.lazy_pages, "ours": stage.our_lazy_pages}[daemon]
-    return starting(*arguments, **keywords)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("mode", ["sequential", "random", "writing"])
 def test_threads_check_200_mib(stage: Stage, daemon: str, mode: str, seed: int) -> None:
     """Four threads check every word; the daemon ends when nothing is left to serve."""
     images = stage.dump(stage.pages(200, seed=seed))
-    running = start(stage, daemon, images)
+    running = stage.daemon(daemon, images)
     restored = stage.restore(images, go=f"{mode} {seed} 1").wait()
     result = restored.result()
     assert result["right"], result
@@ -44,7 +38,7 @@ def test_tree_that_changes_its_memory(stage: Stage, daemon: str, seed: int) -> N
     then be refused, which would have worked before the checkpoint.  With ours it never is.
     """
     images = stage.dump(stage.tree(seed=seed))
-    running = start(stage, daemon, images)
+    running = stage.daemon(daemon, images)
     restored = stage.restore(images, go=f"{seed} 80 2").wait()
     result = restored.result()
     assert result["right"], result
@@ -63,7 +57,7 @@ def test_faults_before_the_restore_is_finished(
     target = stage.pages(8, seed=seed) if kind == "pages" else stage.tree(seed=seed)
     images = stage.dump(target)
     work = stage.images("work")
-    running = start(stage, daemon, images)
+    running = stage.daemon(daemon, images)
     with LazyRelay(work, images) as relay:
         go = f"random {seed} 1" if kind == "pages" else f"{seed} 40 1"
         result = stage.restore(images, work=work, go=go).wait().result()
@@ -84,7 +78,7 @@ def test_one_wrong_page_is_noticed(stage: Stage, daemon: str, seed: int) -> None
         at = len(data) // 2  # a page of the 8 MiB, whatever the rest
         file.seek(at)
         file.write(bytes([data[at] ^ 1]))
-    start(stage, daemon, images)
+    stage.daemon(daemon, images)
     result = stage.restore(images, go=f"random {seed} 1").wait().result()
     assert not result["right"]
     assert result["wrong_words"] == 1
