@@ -32,7 +32,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from .errors import ClosedError, SourceError, TargetGone, UffdError, WorkingSetError
 from .pager import Pager
+from .performer import PIECE_BYTES
 from .prefetch_plan import Place, Plan, Stretch, stretches
+from .ranges import align_down
 from .region import Region
 from .sources import Extents, ReadsInto, Source, identity_of
 from .uffd import Feature, Mode
@@ -44,9 +46,10 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger("aiouffd.prefetch")
 
 READS: Final = 8  #: at once, while no fault is in flight ...
-BYTES: Final = 8 << 20  #: ... and in these together, unless one is longer
+BYTES: Final = 12 << 20  #: ... and in these together, unless one is longer
 STEP_BYTES: Final = 64 << 10  #: a step of hydration after a fault; each quiet one is so much longer
 MOST_BYTES: Final = 4 << 20  #: the longest step of hydration
+_QUIET_PIECE_BYTES: Final = 2 << 20  # the longest piece of a fill, after a long quiet
 _REPLAY_BYTES: Final = 512 << 10  # the longest read of a replay
 _AT_HAND_BYTES: Final = 256 << 10  # read at once on the loop: stays in the processor's cache
 _SLOW_SHARE: Final = 0.2  # of the time that SLOW works
@@ -294,6 +297,16 @@ class Prefetch:
         else:
             self._faults, self._step = faults, STEP_BYTES
 
+    def _piece(self, page_size: int) -> int:
+        """Say how much may be installed by one ioctl, which grows with the steps.
+
+        Long ones are fewer, and what lies between two runs slowly: they empty the caches.
+        """
+        piece = PIECE_BYTES
+        if self._pager.counters.faults == self._faults:
+            piece = max(PIECE_BYTES, min(self._step // 2, _QUIET_PIECE_BYTES))
+        return max(align_down(piece, page_size), page_size)
+
     # --- bringing ----------------------------------------------------------------------
 
     async def _bring(self, plan: Plan, count: _Count, *, strict: bool) -> None:
@@ -450,11 +463,15 @@ class Prefetch:
         self, stretch: Stretch, data: _Bytes, count: _Count, *, strict: bool
     ) -> None:
         """Install the parts of a stretch that has been read."""
+        region = stretch.region
         for offset, size in stretch.parts:
-            async with self._filling:
-                at = offset - stretch.offset
-                part = data.view[at : at + size]
-                await self._install(stretch.region, offset, part, count, strict=strict)
+            at, end = offset, offset + size
+            while at < end:
+                async with self._filling:
+                    stop = min(at + self._piece(region.page_size), end)
+                    piece = data.view[at - stretch.offset : stop - stretch.offset]
+                    await self._install(region, at, piece, count, strict=strict)
+                at = stop
         if data.buffer is not None:
             self._buffers.append(data.buffer)
 
@@ -485,7 +502,7 @@ class Prefetch:
         """Install bytes that have been read, and note that they were."""
         length = memoryview(data).nbytes
         try:
-            installed = await region.fill(offset, data)
+            installed = await region.fill(offset, data, piece=length)
         except (UffdError, ValueError) as error:
             self._refuse(error, strict=strict)
             return

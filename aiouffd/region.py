@@ -17,7 +17,7 @@ from .filled_pages import FilledPages
 from .kernel import abi, calls
 from .kernel.buffers import PinnedBuffer
 from .performer import PIECE_BYTES, Walk
-from .ranges import Range, is_aligned
+from .ranges import Range, align_down, is_aligned
 from .resolutions import Handler
 from .uffd import Mode
 
@@ -166,7 +166,9 @@ class Region:
             await self._pager.poison(self)
         self._pager.forget(self)
 
-    async def fill(self, offset: int, data: Buffer, *, protect: bool = False) -> int:
+    async def fill(
+        self, offset: int, data: Buffer, *, protect: bool = False, piece: int = PIECE_BYTES
+    ) -> int:
         """Install bytes ahead of demand, in pieces between which faults are served.
 
         Pages that the target removed stay removed; pages that are there stay as they are.
@@ -177,6 +179,7 @@ class Region:
             offset: In the source, in bytes; whole pages.
             data: Any contiguous buffer, whole pages; held until done.
             protect: Leave the pages write-protected (needs Mode.WP).
+            piece: Of so many bytes at a time: a fault that comes meanwhile waits for the piece.
 
         Returns:
             Bytes installed.
@@ -201,8 +204,9 @@ class Region:
                     f" {self.page_size} bytes"
                 )
             at = offset
+            longest = max(align_down(piece, self.page_size), self.page_size)
             while at < end:
-                length = min(max(PIECE_BYTES, self.page_size), end - at)
+                length = min(longest, end - at)
                 patience = pager.patience()
                 settled = False
                 while not settled:
@@ -234,7 +238,7 @@ class Region:
 
             # The removed set is asked right before the ioctl: removal beats filling.
             for run in self.fillable(where):
-                walk = Walk(run, self.page_size)
+                walk = Walk(run, self.page_size, length)
                 while walk:
                     at = walk.at
                     done = walk.step(fill, pager.uffd.wake)

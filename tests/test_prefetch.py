@@ -23,6 +23,7 @@ from aiouffd import (
 from aiouffd.errors import WorkingSetError
 from aiouffd.filled_pages import FilledPages
 from aiouffd.handlers import from_source
+from aiouffd.performer import PIECE_BYTES
 from aiouffd.prefetch import MOST_BYTES, READS, STEP_BYTES, Pace, Prefetch
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
@@ -357,6 +358,38 @@ async def test_steps_grow_while_it_is_quiet() -> None:
         assert 1 in steps[touched[1] : touched[1] + READS]
         assert max(steps) <= MOST_BYTES // STEP_BYTES
         assert sum(length for _, length in source.reads) == source.size
+
+
+async def test_pieces_grow_with_the_steps() -> None:
+    """To 2 MiB at most; what was read before a fault is installed in short ones after it."""
+    pages = 20 * MOST_BYTES // PAGE
+    source = Held(pages, held=False)
+    async with serving(pages=pages) as served:
+        (region,) = served.pager.regions
+        pieces: list[tuple[int, int]] = []  # faults before it, bytes
+
+        class Noting(FilledPages):
+            def add_range(self, offset: int, length: int) -> None:
+                pieces.append((served.pager.counters.faults, length))
+                super().add_range(offset, length)
+
+        bits = bytearray(FilledPages.bytes_for(region.length, PAGE))
+        region.filled = Noting(bits, 0, 0, region.length, PAGE)
+        touched: list[Any] = []
+
+        def touch(offset: int) -> None:
+            if not touched and any(length > 1 << 20 for _, length in pieces):
+                touched.append(served.target.start_read(pages - 1))
+                wait_until(served.target.is_blocked, "the thread faults")
+
+        source.before_return = touch
+        await within(Prefetch(served.pager, source).hydrate(Pace.FULL))
+        assert await touched[0] == pages & 0xFF
+        before = [length for faults, length in pieces if not faults]
+        after = [length for faults, length in pieces if faults]
+        assert max(before[:8]) <= PIECE_BYTES
+        assert max(before) <= 2 << 20
+        assert max(after[:8]) <= PIECE_BYTES
 
 
 async def test_slow_hydration_waits_for_demand() -> None:
