@@ -19,8 +19,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.interop.criu import Restored, Running, Stage, large_pipes
+from tests.interop.criu import Stage, large_pipes
 from tests.interop.criu_relay import LazyRelay
+from tests.interop.criu_running import Restored, Running
 from tests.suites import CRIU, Foreign
 
 from .contest import RunFailed
@@ -123,7 +124,7 @@ def _outcome(
 ) -> Sample:
     found = restored.result(seconds)
     if not found["right"]:
-        raise RunFailed(f"wrong memory: {found}\n{restored.stage.report()}")
+        raise RunFailed(f"wrong memory: {found}\n{restored.crew.report()}")
     if drain:
         _until_ended(daemon, seconds)
     used = _cpu_ns(daemon.pid)
@@ -148,4 +149,4 @@ def _until_ended(running: Running, seconds: float) -> None:
     """Wait for the end of a process, and leave it to be asked about."""
     with open(os.pidfd_open(running.pid), "rb", buffering=0) as pidfd:
         if not select.select([pidfd], [], [], seconds)[0]:
-            raise RunFailed(f"{running.name} does not end\n{running.stage.report()}")
+            raise RunFailed(f"{running.name} does not end\n{running.crew.report()}")

@@ -6,8 +6,9 @@ import signal
 
 import pytest
 
-from tests.interop.criu import Stage, free_port
+from tests.interop.criu import Stage
 from tests.interop.criu_certificates import Certificates
+from tests.interop.criu_running import free_port
 from tests.interop.cut_line import CutLine
 
 pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.usefixtures("big_pipes")]
