@@ -44,7 +44,7 @@ FLOORS = {
         protocols.firecracker protocols.shared
         certificates protocols.criu.tls
         protocols.criu.task_memory protocols.criu.task_source protocols.criu.checkpoint
-        peers protocols.criu.page_server export""",
+        peers protocols.criu.page_server protocols.criu.page_client export""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options working_set_plot cli.working_set

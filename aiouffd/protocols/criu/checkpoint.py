@@ -37,6 +37,7 @@ from .images import (
     Pagemap,
     Task,
     Vma,
+    has_wide_counts,
     parse_core,
     parse_inventory,
     parse_mm,
@@ -242,6 +243,21 @@ class Checkpoint:
                 if dead
                 else f"there is no process {pid} in {shown(self.location)}"
             ) from None
+
+    async def has_wide_counts(self) -> bool | None:
+        """Say whether CRIU 4.2 or newer has made it; None if no pagemap tells.
+
+        Raises:
+            ImageError: A pagemap is not there any more.
+
+        Cancellation: nothing is left open.
+        """
+        for pid in self._memories:
+            name = f"pagemap-{pid}.img"
+            wide = has_wide_counts(await self._folders[0].read(name), name)
+            if wide is not None:
+                return wide
+        return None
 
     async def source(self, pid: int, reader: PageReader | None = None) -> TaskSource:
         """Open the lazily servable memory of a process.

@@ -369,6 +369,22 @@ def parse_pagemap(data: bytes, file: str) -> Pagemap:
         raise ImageError(file, error.offset, error.problem) from error
 
 
+def has_wide_counts(data: bytes, file: str) -> bool | None:
+    """Say whether a pagemap counts pages as CRIU 4.2 and newer do; None if it counts none.
+
+    Raises:
+        ImageError: It is no pagemap.
+    """
+    records = records_of(data, file, PAGEMAP_MAGIC)
+    next(records, None)  # the head
+    for start, end in records:
+        try:
+            return any(number == 5 for number, _, _, _, _ in fields(data, start, end))
+        except WireError as error:
+            raise ImageError(file, error.offset, error.problem) from error
+    return None
+
+
 def _entries(data: bytes, file: str, records: Iterable[tuple[int, int]]) -> Iterator[PagemapEntry]:
     last = 0
     for start, end in records:

@@ -136,6 +136,15 @@ class Closed(NamedTuple):
     status: int
 
 
+class _Asked(NamedTuple):
+    """A request without an answer."""
+
+    pid: int
+    address: int
+    pages: int
+    into: memoryview | None
+
+
 class Puller:
     """One connection, seen by the side that asks for pages.
 
@@ -155,13 +164,25 @@ class Puller:
     def __init__(self, header_bytes: int) -> None:
         self.header_bytes = header_bytes
         self._unpack = (_SHORT if header_bytes == SHORT else _LONG).unpack
-        self._asked: deque[tuple[int, int, int] | None] = deque()  # None: the end
+        self._asked: deque[_Asked | None] = deque()  # None: the end
         self._head = bytearray()
-        self._body: bytearray | None = None
+        self._body: memoryview | None = None
         self._filled = 0
         self._begun = (0, 0)  # pid and address of the answer that is coming
         self._guard: tuple[int, int] | None = None
         self._ended = False
+
+    @staticmethod
+    def probe() -> tuple[bytes, bytes]:
+        """Give what finds out which headers a server speaks, before anything else is asked.
+
+        It is a question for a parent image, to which every server says something, in four bytes.
+        The first part is all of it for one with short headers; one with long headers answers
+        nothing until it has the second part, too.  One with short headers that was sent the
+        second part, because it was slow, finds an unknown command and ends.  Not for TLS.
+        """
+        image = 1 << _TYPE_BITS | 1
+        return pack_header(SHORT, PARENT, 0, 0, image), image.to_bytes(8, "little")
 
     @property
     def unanswered(self) -> int:
@@ -185,13 +206,19 @@ class Puller:
         self._guard = (pid, address)
         return _FIRST_OF_GET
 
-    def get(self, pid: int, address: int, pages: int) -> bytes:
+    def get(self, pid: int, address: int, pages: int, into: memoryview | None = None) -> bytes:
         """Ask for pages: LAZY ones of a task of the dump, since the stock server takes no others.
+
+        Args:
+            pid: Whose.
+            address: Of the first.
+            pages: How many.
+            into: Where the answer is to be put; None makes room for it when it comes.
 
         Returns:
             What to send.
         """
-        self._asked.append((pid, address, pages))
+        self._asked.append(_Asked(pid, address, pages, into))
         header = pack_header(self.header_bytes, GET, pages, address, pid)
         return header if self._guard is None else header[1:] + _FIRST_OF_GET
 
@@ -205,7 +232,7 @@ class Puller:
         end = pack_header(self.header_bytes, CLOSE)
         if self._guard is not None:
             pid, address = self._guard
-            self._asked.append((pid, address, 1))
+            self._asked.append(_Asked(pid, address, 1, None))
             end = pack_header(self.header_bytes, GET, 1, address, pid)[1:] + end
         self._asked.append(None)
         return end
@@ -216,7 +243,7 @@ class Puller:
         Returns:
             None where there is no such place: use ``feed``.
         """
-        return memoryview(self._body)[self._filled :] if self._body is not None else None
+        return self._body[self._filled :] if self._body is not None else None
 
     def filled(self, count: int) -> Pages | None:
         """Take note that so many bytes were put where ``room`` said.
@@ -278,25 +305,25 @@ class Puller:
                 events.append(Closed(_STATUS.unpack(head)[0]))
                 continue
             length = self._begin(asked, *self._unpack(head)) * PAGE_SIZE
-            if length <= end - at:  # whole, as an answer of a page often is
+            into = asked.into
+            if into is None and length <= end - at:  # whole, as an answer of a page often is
                 whole = self._answer(bytes(view[at : at + length]))
                 if whole is not None:
                     events.append(whole)
                 at += length
             else:
-                self._body, self._filled = bytearray(length), 0
+                self._body = memoryview(bytearray(length)) if into is None else into[:length]
+                self._filled = 0
         return events
 
-    def _begin(
-        self, asked: tuple[int, int, int], command: int, pages: int, address: int, pid: int
-    ) -> int:
+    def _begin(self, asked: _Asked, command: int, pages: int, address: int, pid: int) -> int:
         """Check the header of an answer; give how many pages follow."""
         if command & ~(_LAZY << _FLAG_SHIFT) != _PAGES_FOLLOW:
             raise PeerError(
                 f"answered with command {command:#x} where {_PAGES_FOLLOW:#x}, pages, should"
                 f" come{_OTHER_SIZE}"
             )
-        wanted_pid, wanted_address, wanted_pages = asked
+        wanted_pid, wanted_address, wanted_pages, _ = asked
         if pid != wanted_pid:
             raise PeerError(
                 f"answered pages of pid {pid} where pid {wanted_pid} was asked for{_OTHER_SIZE}"

@@ -127,6 +127,34 @@ def test_bytes_may_be_put_where_they_belong(size: int) -> None:
     assert at == len(came)
 
 
+@pytest.mark.parametrize("step", [1, 1000, 1 << 20])
+def test_answers_go_where_the_asker_wants_them(step: int) -> None:
+    """Clamped ones to the front of it."""
+    puller = Puller(SHORT)
+    room = bytearray(3 * PAGE)
+    puller.get(5, 0x1000, 3, memoryview(room))
+    came = answered(SHORT, 5, 0x1000, content(2))
+    events = []
+    for at in range(0, len(came), step):
+        events += puller.feed(came[at : at + step])
+    assert events == [Pages(5, 0x1000, content(2))]
+    assert room == content(2) + bytes(PAGE)
+
+
+def test_a_probe_has_one_answer_of_either_size() -> None:
+    """The second part is nothing but the end of a long header, and nonsense to a short one."""
+    first, second = Puller.probe()
+    (asked,) = Acceptor(SHORT).feed(first)
+    assert isinstance(asked, ParentAsked)
+    acceptor = Acceptor(LONG)
+    assert acceptor.feed(first) == []
+    assert acceptor.feed(second) == [asked]
+    acceptor = Acceptor(SHORT)
+    acceptor.feed(first)
+    with pytest.raises(PeerError, match="unknown command"):
+        acceptor.feed(second + bytes(16))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     "answer, why",
