@@ -379,7 +379,7 @@ def has_wide_counts(data: bytes, file: str) -> bool | None:
     next(records, None)  # the head
     for start, end in records:
         try:
-            return any(number == 5 for number, _, _, _, _ in fields(data, start, end))
+            return 5 in numbers(data, start, end)
         except WireError as error:
             raise ImageError(file, error.offset, error.problem) from error
     return None
