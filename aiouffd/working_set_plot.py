@@ -1,6 +1,6 @@
-"""Draw a working set into a file, with matplotlib.
+"""Draw a working set into a file.
 
-Knows: records of a set, matplotlib.
+Knows: records of a set, what a figure consists of.
 Must not know: command lines.
 """
 
@@ -10,12 +10,11 @@ import os
 from array import array
 from typing import Final
 
-from .errors import WorkingSetError
+from .plotting import new_figure
 from .working_set import Records, WorkingSet
 
 _CELLS: Final = 512
 _MOST_POINTS: Final = 200_000  # more of them are one blot, and an SVG that nobody can open
-_SUFFIXES: Final = (".png", ".svg")
 
 
 def plot(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
@@ -27,24 +26,14 @@ def plot(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: matplotlib is missing: ``pip install 'aiouffd[plot]'``.
-        WorkingSetError: It is no set, or the suffix is another.
+        WorkingSetError: It is no set.
+        UffdError: The suffix is another.
     """
-    output = os.fspath(output)
-    if not output.endswith(_SUFFIXES):
-        raise WorkingSetError(f"{output}: a plot is a .png or an .svg")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "drawing takes matplotlib: pip install 'aiouffd[plot]'", name="matplotlib"
-        ) from error
+    figure = new_figure(output)
     one = WorkingSet.load(path)
     mib = 1 << 20
     densities = one.densities(_CELLS)
     size = one.header.image_size / mib
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     timed = not one.header.combined
     axes = figure.subplots(2 if timed else 1, 1, sharex=True, squeeze=False)
     density = axes[0][0]

@@ -47,7 +47,8 @@ FLOORS = {
         peers protocols.criu.page_server protocols.criu.page_client export""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments
-        cli.image_options cli.prefetch_options working_set_plot cli.working_set
+        cli.image_options cli.prefetch_options
+        plotting working_set_plot cli.picture cli.working_set
         image image.new_file image.sparse image.packed image.copying image.survey
         snapshot
         page_map status prometheus http_site control
@@ -71,7 +72,7 @@ OPTIONAL: dict[str, set[str]] = {
     "aiohttp": {"http_site", "sources.http"},
     "obstore": {"sources.object_store"},
     "yarl": {"sources.http_places"},  # aiohttp's own URLs
-    "matplotlib": {"working_set_plot"},
+    "matplotlib": {"plotting"},
     "prometheus_client": {"prometheus"},
     "rich": {"cli.top"},
     "pytest": {"testing.sources"},

@@ -13,14 +13,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from ..working_set import GRANULE, Records, WorkingSet, combine, compare
+from .picture import CELLS, ROWS, printable, rows, scale, shade_of, shades
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
-_CELLS: Final = 64  # per row
-_ROWS: Final = 8
-_BLOCKS: Final = " ░▒▓█"
-_ASCII: Final = " .:*#"
 
 _EPILOG: Final = """\
 examples:
@@ -95,7 +91,7 @@ def _show(args: argparse.Namespace) -> int:
             return 1
     fields = _fields(one) | {"records": records}
     if args.json:
-        print(json.dumps(fields | {"densities": one.densities(_CELLS * _ROWS)}))
+        print(json.dumps(fields | {"densities": one.densities(CELLS * ROWS)}))
         return 0
     print("\n".join(_lines(one, records)))
     print()
@@ -169,17 +165,12 @@ def _lines(one: WorkingSet, records: int) -> list[str]:
     header = one.header
     when = datetime.fromtimestamp(header.when).astimezone().isoformat(" ", "seconds")
     how = "combined" if header.combined else f"recorded for {header.window:g} s"
-    identity = _shown(header.identity) or "which one is not known"
+    identity = printable(header.identity) or "which one is not known"
     return [
         f"image    {_size(header.image_size)}, {identity}",
         f"set      {_amount(one)}, in {sum(1 for _ in one.runs())} runs",
         f"made     {when}, {how}, {records} records, pages of {header.page_size} bytes",
     ]
-
-
-def _shown(text: str) -> str:
-    """Make text of a file harmless for a terminal."""
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def _amount(one: WorkingSet) -> str:
@@ -195,22 +186,10 @@ def _size(count: int) -> str:
 
 def _picture(one: WorkingSet) -> list[str]:
     """Draw where in the image the set lies: a row per eighth, the darker the more of it."""
-    shades = _BLOCKS
-    try:
-        _BLOCKS.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        shades = _ASCII
-    densities = one.densities(_CELLS * _ROWS)
-    lines = []
-    for row in range(0, len(densities), _CELLS):
-        cells = "".join(
-            shades[min(int(density * 4) + 1, 4) if density else 0]
-            for density in densities[row : row + _CELLS]
-        )
-        offset = row * one.granules // len(densities) * GRANULE
-        lines.append(f"{offset:>14,} |{cells}|")
-    cell = one.granules * GRANULE // len(densities)
-    scale = ", ".join(
-        f"{shades[n]} {text}" for n, text in ((1, "up to 1/4"), (2, "1/2"), (3, "3/4"), (4, "all"))
-    )
-    return [*lines, f"{'offset':>14}  a cell is {_size(cell)}: {scale}"]
+    densities = one.densities(CELLS * ROWS)
+    count = len(densities)
+    of = shades()
+    labels = (f"{at * one.granules // count * GRANULE:,}" for at in range(0, count, CELLS))
+    lines = rows((shade_of(density, of) for density in densities), labels)
+    cell = _size(one.granules * GRANULE // count)
+    return [*lines, f"{'offset':>14}  a cell is {cell}: {scale(of)}"]
