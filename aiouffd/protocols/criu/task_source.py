@@ -114,7 +114,8 @@ class TaskSource:
         self.memory = memory
         self._files = tuple(files)
         self._reader = reader
-        self._starts, self._ends = memory.lazy_starts, memory.lazy_ends
+        self._starts = list(memory.lazy_starts)  # looked up twice as quickly as in an array
+        self._ends = memory.lazy_ends
         self._owners, self._places = memory.lazy_files, memory.lazy_places
         self._size = memory.size
         self._reads = ReadsUnderWay(f"the memory of process {memory.pid}")
