@@ -56,7 +56,7 @@ FLOORS = {
         cli.output cli.diagnostics cli.operation cli.store_options cli.export
         cli.criu_options
         cli.progress cli.image
-        cli.criu cli.criu_show
+        protocols.criu.survey protocols.criu.plot cli.criu cli.criu_show
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]
