@@ -407,3 +407,13 @@ def test_a_damaged_image_is_a_source_that_fails() -> None:
     assert issubclass(ImageError, SourceError)
     error = ImageError("pages-1.img", None, "it is gone")
     assert str(error) == "pages-1.img: it is gone"
+
+
+@pytest.mark.parametrize("version", PIDS)
+def test_who_wrote_a_pagemap_shows(version: str) -> None:
+    """By the field that counts, if it has a run; what is damaged is said as ever."""
+    data = real(version, f"pagemap-{PIDS[version][0]}.img")
+    assert images.has_wide_counts(data, "") == (version != "4.1.1")
+    assert images.has_wide_counts(pagemap_head(1), "") is None
+    with pytest.raises(ImageError, match="a number is cut off"):
+        images.has_wide_counts(pagemap_head(1) + write_record(b"\x08"), "some.img")
