@@ -33,12 +33,15 @@ from typing import Final, Self
 
 from .errors import ClosedError, PeerError
 from .fds import OwnedFd
+from .kernel.abi import SCM_PIDFD, SO_PASSPIDFD
 
 #: Descriptors that one read can bring; a sender of more is refused (the kernel drops the rest).
 MAX_FDS: Final = 16
 
 _QUEUE_FULL_PAUSE: Final = 0.005  # seconds between tries to connect
-_CONTROL_BYTES: Final = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_FD_BYTES: Final = array.array("i").itemsize
+_CONTROL_BYTES: Final = socket.CMSG_SPACE(MAX_FDS * _FD_BYTES)
+_SENDER_BYTES: Final = socket.CMSG_SPACE(_FD_BYTES)  # its pidfd has a record of its own
 
 
 class Connection:
@@ -98,25 +101,54 @@ class Connection:
 
         Cancellation: nothing is lost; what comes is there for the next call.
         """
+        data, fds, sender = await self._receive(limit, _CONTROL_BYTES)
+        if sender is not None:  # nobody has asked for it
+            sender.close()
+        return data, fds
+
+    async def receive_from(self, limit: int = 65536) -> tuple[bytes, list[OwnedFd], OwnedFd | None]:
+        """Receive what one process has sent, and hold that process.
+
+        Kernel: SO_PASSPIDFD, since Linux 6.5; see Listener.pass_senders.
+
+        Args:
+            limit: At most so many bytes.
+
+        Returns:
+            As ``receive``, and a pidfd of the sender, the caller's; None if the kernel gives
+            none.  Bytes of two senders never come together.
+
+        Raises:
+            PeerError: As ``receive``.
+            ClosedError: As ``receive``.
+
+        Cancellation: as ``receive``.
+        """
+        return await self._receive(limit, _CONTROL_BYTES + _SENDER_BYTES)
+
+    async def _receive(
+        self, limit: int, control_bytes: int
+    ) -> tuple[bytes, list[OwnedFd], OwnedFd | None]:
         while True:
             try:
                 data, control, flags, _ = self._socket.recvmsg(
-                    limit, _CONTROL_BYTES, socket.MSG_CMSG_CLOEXEC
+                    limit, control_bytes, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 await self._wait("reader")
                 continue
             except ConnectionResetError:  # it closed with unread bytes of ours: the end, too
-                return b"", []
-            fds = _descriptors(control)
+                return b"", [], None
+            fds = _descriptors(control, socket.SCM_RIGHTS)
+            senders = _descriptors(control, SCM_PIDFD)
             if flags & socket.MSG_CTRUNC:
-                for fd in fds:
+                for fd in (*fds, *senders):
                     fd.close()
                 raise PeerError(
                     f"sent more than {MAX_FDS} descriptors at once,"
                     " or this process has no free descriptor left"
                 )
-            return data, fds
+            return data, fds, senders[0] if senders else None
 
     async def send(self, data: bytes, fds: Sequence[OwnedFd | int] = ()) -> None:
         """Send bytes, and descriptors with the first of them.
@@ -193,15 +225,16 @@ def _resolve(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def _descriptors(control: Sequence[tuple[int, int, bytes]]) -> list[OwnedFd]:
-    """Take the descriptors out of a message's ancillary data; other records hold none."""
+def _descriptors(control: Sequence[tuple[int, int, bytes]], wanted: int) -> list[OwnedFd]:
+    """Take the descriptors out of a message's ancillary records of one kind."""
     fds: list[OwnedFd] = []
     for level, kind, data in control:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+        if level == socket.SOL_SOCKET and kind == wanted:
             numbers = array.array("i")
             # A cut record may end in the middle of a number.
             numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
-            fds.extend(OwnedFd(number) for number in numbers)
+            # A sender that has been reaped has no pidfd: the kernel puts minus an errno there.
+            fds.extend(OwnedFd(number) for number in numbers if number >= 0)
     return fds
 
 
@@ -338,6 +371,26 @@ class Listener:
         if self._socket.fileno() < 0:
             raise ClosedError(f"the socket {self.path} is closed")
         return self._socket.fileno()
+
+    def pass_senders(self) -> bool:
+        """Let whoever is accepted from now on be told by ``receive_from`` who sends what.
+
+        A connection hands more than one process over where several write to it: each is known
+        by what it has sent itself.  Set here and not on what was accepted, there is no message
+        that comes too early.
+
+        Kernel: SO_PASSPIDFD, since Linux 6.5.
+
+        Returns:
+            Whether the kernel can.
+        """
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            return False
+        return True
 
     def accept(self) -> Connection | None:
         """Take the next connection, without waiting.

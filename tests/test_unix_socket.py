@@ -6,8 +6,11 @@ import array
 import asyncio
 import errno
 import os
+import select
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -15,7 +18,9 @@ import pytest
 
 from aiouffd.errors import ClosedError, PeerError
 from aiouffd.fds import OwnedFd
+from aiouffd.kernel import calls
 from aiouffd.unix_socket import MAX_FDS, Connection, Listener
+from tests.targets import DEADLINE
 
 Pair = tuple[Connection, Connection]
 
@@ -174,6 +179,87 @@ async def test_a_second_reader_is_refused(pair: Pair) -> None:
     receiving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await receiving
+
+
+# --- who has sent it -------------------------------------------------------------------
+
+SENDER = """
+import os, socket, sys
+socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"child"], [0])
+os.read(0, 1)
+"""
+
+
+def _start_sender(sock: socket.socket) -> subprocess.Popen[bytes]:
+    """Let a process of its own send a text with a descriptor, and live until its stdin ends."""
+    command = [sys.executable, "-c", SENDER, str(sock.fileno())]
+    return subprocess.Popen(command, pass_fds=[sock.fileno()], stdin=subprocess.PIPE)
+
+
+@pytest.fixture
+async def passing(tmp_path: Path) -> AsyncIterator[tuple[socket.socket, Connection]]:
+    """Connect a plain socket to a listener that passes senders on."""
+    with Listener.bind(tmp_path / "socket") as listener:
+        if not listener.pass_senders():
+            pytest.skip("SO_PASSPIDFD is missing: that is Linux 6.5")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(os.fspath(tmp_path / "socket"))
+            connection = listener.accept()
+            assert connection is not None
+            with connection:
+                yield client, connection
+
+
+async def test_each_sender_is_known(passing: tuple[socket.socket, Connection]) -> None:
+    """Who has sent a message is held by a pidfd, whoever has connected; no read joins two."""
+    client, connection = passing
+    with _start_sender(client) as child:
+        assert select.select([connection.socket], [], [], DEADLINE)[0]
+        client.send(b"parent")
+        for text, pid, count in ((b"child", child.pid, 1), (b"parent", os.getpid(), 0)):
+            data, fds, sender = await connection.receive_from()
+            assert (data, len(fds)) == (text, count)
+            for fd in fds:
+                fd.close()
+            assert sender is not None
+            with sender:
+                assert calls.pid_of(sender.fileno()) == pid
+                assert not os.get_inheritable(sender.fileno())
+        child.communicate(timeout=DEADLINE)
+
+
+async def test_a_sender_that_is_gone_is_nobody(
+    passing: tuple[socket.socket, Connection],
+) -> None:
+    """What a process has sent before it was reaped comes all the same, with its descriptors."""
+    client, connection = passing
+    with _start_sender(client) as child:
+        child.communicate(timeout=DEADLINE)
+    data, fds, sender = await connection.receive_from()
+    assert data == b"child"
+    assert len(fds) == 1
+    fds[0].close()
+    if sender is not None:  # Linux 6.15 and later give a pidfd that says that it has exited
+        with sender:
+            assert calls.pid_of(sender.fileno()) == -1
+
+
+async def test_a_sender_that_nobody_asked_for_is_let_go(
+    passing: tuple[socket.socket, Connection],
+) -> None:
+    """A plain receive leaves no pidfd behind."""
+    client, connection = passing
+    before = set(os.listdir("/proc/self/fd"))
+    client.send(b"x")
+    assert await connection.receive() == (b"x", [])
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+async def test_no_sender_comes_without_being_asked_for(pair: Pair) -> None:
+    """Where the listener does not pass them there are none."""
+    left, right = pair
+    await left.send(b"x")
+    assert await right.receive_from() == (b"x", [], None)
 
 
 # --- listeners -------------------------------------------------------------------------

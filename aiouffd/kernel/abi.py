@@ -294,7 +294,9 @@ PM_PRESENT: Final = 1 << 63
 
 # --- sockets ---------------------------------------------------------------------------
 
+SO_PASSPIDFD: Final = 76  # since Linux 6.5: messages come with SCM_PIDFD
 SO_PEERPIDFD: Final = 77  # since Linux 6.5
+SCM_PIDFD: Final = 4  # a pidfd of who has sent the message
 
 
 def names(mask: int, table: dict[str, int]) -> tuple[str, ...]:
