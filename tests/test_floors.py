@@ -20,7 +20,8 @@ FLOORS = {
     "values": """
         fds ranges events resolutions failure address_space
         protocols protocols.pages
-        protocols.criu protocols.criu.protobuf protocols.criu.images protocols.criu.page_wire""",
+        protocols.criu protocols.criu.protobuf protocols.criu.images protocols.criu.page_wire
+        protocols.criu.lazy_socket""",
     "asyncio": """
         eager threads metrics uffd filled_pages journal
         flight performer region timers parking watchdog recovery resolver reader
