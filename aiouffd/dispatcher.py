@@ -9,7 +9,8 @@ Laws of this file:
   (which repeat their message in a loop until resolved) all send duplicates.
 * What the books call present is still resolved: books can be stale.  Only a message that was
   read before its page's wake is dropped, for that wake was its own.
-* A removed page reads zero, whatever its handler would say.
+* A removed page reads zero, whatever its handler would say; so does, where that was asked for,
+  memory of which nothing is known.
 * A handler is started at once; one that suspends becomes a task that is awaited to its end.
 """
 
@@ -86,6 +87,7 @@ class Dispatcher:
         max_in_flight: int,
         observers: Sequence[Observer],
         target: OwnedFd | None,
+        zero_elsewhere: bool,
         on_child: Callable[[OwnedFd], None],
         on_gone: Callable[[], None],
         on_failure: Callable[[BaseException], None],
@@ -96,6 +98,7 @@ class Dispatcher:
         self.counters = Counters()
         self.observers = tuple(observers)
         self.target = target
+        self.zero_elsewhere = zero_elsewhere
         self.over = asyncio.Event()
         self.gone = asyncio.Event()
         self.error: BaseException | None = None
@@ -528,7 +531,13 @@ class Dispatcher:
             return
         fault = PageFault(page, 0, PAGE_SIZE, flags, thread_id, address)
         started_ns = self._begin(fault) if self.observers else 0
-        self.parking.add(self._board(fault, None, started_ns), Stage.LOST)
+        flight = self._board(fault, None, started_ns)
+        if self.zero_elsewhere and fault.missing:
+            # If an event that is not read yet explains the address, the kernel answers EAGAIN
+            # until it is read; applied, it ends this fault, which comes again.
+            self.resolver.carry_out(flight, Zero())
+        else:
+            self.parking.add(flight, Stage.LOST)
 
     def _find_lost(self, flight: Flight) -> None:
         """See whether the events since have explained a lost fault."""

@@ -88,6 +88,7 @@ class Pager:
         on_close: Action = Action.POISON,
         on_fork: Callable[[Pager], object] | None = None,
         target: int | None = None,
+        zero_elsewhere: bool = False,
         observers: Sequence[Observer] = (),
     ) -> None:
         """Prepare; nothing is read before ``async with``.
@@ -105,6 +106,8 @@ class Pager:
             on_fork: Called with the pager of each forked child before it serves.
             target: A pidfd of the target; duplicated.  With it exits are seen at once and
                 Action.KILL is possible.
+            zero_elsewhere: Registered memory that no region holds reads zero, such as what a
+                stack has grown by; else a fault there is one that nobody serves.
             observers: Told of every fault and event.
         """
         if max_in_flight < 1:
@@ -123,6 +126,7 @@ class Pager:
             max_in_flight=max_in_flight,
             observers=observers,
             target=OwnedFd(os.dup(target)) if target is not None else None,
+            zero_elsewhere=zero_elsewhere,
             on_child=self._adopt_child,
             on_gone=self._retire_child,
             on_failure=self._tell_parent,
@@ -517,6 +521,7 @@ class Pager:
             max_in_flight=mine.max_in_flight,
             on_close=self.on_close,
             on_fork=self._on_fork,
+            zero_elsewhere=mine.zero_elsewhere,
             observers=mine.observers,
         )
         child._parent = self

@@ -43,7 +43,9 @@ from tests.serving import (
     serving,
     within,
 )
-from tests.targets import PAGE, Signal, Target, TargetDied, until
+from tests.targets import MAP_FIXED, PAGE, Signal, Target, TargetDied, until
+
+MAP_GROWSDOWN = 0x100
 
 # --- life ------------------------------------------------------------------------------
 
@@ -373,6 +375,65 @@ async def test_memory_that_grows_reads_zero() -> None:
         assert await target.start_peek(to + 3 * PAGE) == 4
         assert await target.start_peek(to + 70 * PAGE) == 0
         assert await target.start_peek(to + 79 * PAGE) == 0
+
+
+_ROOM = 250  # pages for a stack to grow: less than its guard gap, so that nothing is put there
+
+
+def _map_stack(target: Target, pages: int) -> int:
+    """Map memory that grows downwards as a stack does, with some room; give its start."""
+    hole = target.reserve((1 + _ROOM + pages) * PAGE) + PAGE  # what is kept below needs no gap
+    assert target.call("munmap", hole, (_ROOM + pages) * PAGE).result() == 0
+    start = hole + _ROOM * PAGE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED | MAP_GROWSDOWN
+    assert target.call("mmap", start, pages * PAGE, 3, flags, -1, 0).result() == start
+    return start
+
+
+async def test_a_stack_that_grows_reads_zero() -> None:
+    """Its new pages lie below all that is known, and read zero at once, in children as well."""
+    features = LAYOUT | Feature.EVENT_FORK
+    async with serving(features=features, zero_elsewhere=True, leave_out=32) as served:
+        target, pager = served.target, served.pager
+        start = _map_stack(target, 4)
+        pager.register(start, 4 * PAGE, from_image, offset=0, name="stack")
+        assert await target.start_peek(start) == 1
+        for page in range(1, 65):
+            assert await target.start_peek(start - page * PAGE) == 0
+        assert await target.start_poke(start - 100 * PAGE, 7) == 7
+        assert await target.start_peek(start - 100 * PAGE) == 7
+        assert pager.counters.failures == pager.counters.parked == 0
+        child = await target.fork()
+        assert await child.start_peek(start - 100 * PAGE) == 7
+        assert await child.start_peek(start - 200 * PAGE) == 0
+        assert await child.start_peek(start + PAGE) == 2
+
+
+async def test_memory_that_grows_upwards_reads_zero_elsewhere() -> None:
+    """A region need not be said to grow where all that is unknown reads zero."""
+    async with serving(features=LAYOUT, zero_elsewhere=True) as served:
+        target = served.target
+        to = target.reserve(128 * PAGE)
+        assert await target.start_mremap(0, 64, 80, flags=3, to=to) == to
+        assert await target.start_peek(to + 79 * PAGE) == 0
+        assert await target.start_peek(to + 3 * PAGE) == 4
+
+
+async def test_a_move_that_is_not_known_yet_is_no_zero() -> None:
+    """Whoever touches memory before the word of its move was read gets its bytes all the same."""
+    async with serving(features=LAYOUT, zero_elsewhere=True, pages=400) as served:
+        target, counters = served.target, served.pager.counters
+        to = target.reserve(400 * PAGE)
+        early = 0
+        for page in range(400):
+            there = to + page * PAGE
+            moving = target.start_mremap(page, 1, flags=3, to=there)
+            touched = await target.start_peek(there, thread=1)
+            assert await moving == there
+            assert isinstance(touched, Signal) or touched == (page + 1) % 256, page
+            early += not isinstance(touched, Signal)
+        print(f"{early} touches came after the move, {counters.parked} before its event was read")
+        assert counters.failures == 0
 
 
 async def test_metrics_hang_on_the_observer() -> None:
