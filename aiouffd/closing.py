@@ -67,6 +67,7 @@ async def settle(
             on_close=action_on_close(handover, service),
             deadline=service.deadline,
             target=peer.pidfd.fileno() if peer is not None else None,
+            zero_elsewhere=handover.zero_elsewhere,
         )
     except BaseException as error:
         await fail_closed(uffd, peer, error)

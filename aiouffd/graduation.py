@@ -18,15 +18,23 @@ Laws of this file:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 from .detaching import Detaching
-from .errors import ClosedError, LayoutChanging, NotSupported, StuckPage, TargetGone
+from .errors import (
+    ClosedError,
+    LayoutChanging,
+    NotSupported,
+    StuckPage,
+    TargetGone,
+    UffdError,
+)
 from .handover import Peer
 from .kernel import abi, calls, pagemap
 from .pager import Pager
@@ -39,6 +47,8 @@ from .uffd import Feature, Mode
 
 log: Final = logging.getLogger("aiouffd.graduation")
 
+_RETRY_FIRST: Final = 0.5  # seconds, doubling ...
+_RETRY_MOST: Final = 30.0  # ... up to this
 _LINGER: Final = 30.0  # seconds of waiting for threads whose events are under way
 
 
@@ -216,6 +226,34 @@ class Graduation:
         for start, end in mappings:
             if int(start, 16) in ends:
                 yield Range.between(int(start, 16), int(end, 16))
+
+
+async def keep_trying(complete: Callable[[], Awaitable[None]], name: str) -> None:
+    """Complete a target, however often its source fails meanwhile; errors are only logged.
+
+    Args:
+        complete: Completes it, and goes on where it has failed before.
+        name: Whose memory it is, for the log.
+
+    Cancellation: as of ``complete``.
+    """
+    delay = _RETRY_FIRST
+    while True:
+        try:
+            await complete()
+        except (TargetGone, ClosedError):
+            pass
+        except NotSupported as error:
+            log.warning("%s is served on: %s", name, error)
+        except UffdError as error:
+            log.warning(
+                "%s cannot be completed yet, and is served on; again in %g s: %s",
+                *(name, delay, error),
+            )
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _RETRY_MOST)
+            continue
+        return
 
 
 def pages_with_data(region: Region, extents: Extents) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ import select
 import signal
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self, TypeAlias
@@ -70,6 +70,11 @@ class Handover:
         others: Further descriptors, such as a memfd with the guest's memory.
         acknowledge: What the peer waits for once it is served; empty if it waits for nothing.
         dialect: Which protocol, and which flavour of it, the peer spoke.
+        part: Which part of the image it is, where images have parts: a restored task, by the
+            pid that it has in there.
+        zero_elsewhere: What is registered and lies in no region reads zero.
+        peer: Whose memory it is, where that is not the process that has connected; pinned.
+            Whoever takes the hand-over closes it.
     """
 
     fd: OwnedFd
@@ -77,6 +82,9 @@ class Handover:
     others: tuple[OwnedFd, ...] = ()
     acknowledge: bytes = b""
     dialect: str = ""
+    part: str = ""
+    zero_elsewhere: bool = False
+    peer: Peer | None = None
 
     @property
     def backed(self) -> bool:
@@ -93,8 +101,11 @@ class Handover:
             fd.close()
 
 
-#: The receiving half of a protocol: takes a new connection, gives what the peer hands over.
-Receive: TypeAlias = Callable[[Connection], Awaitable[Handover]]
+#: The receiving half of a protocol: takes a new connection, gives what the peer hands over.  If
+#: that is several hand-overs, one after the other, each is served as soon as it is given; but
+#: nothing is brought ahead of demand before the last: until then memory may not be registered.
+#: The end of the generator is that moment; if it raises, the peer has failed in the middle.
+Receive: TypeAlias = Callable[[Connection], Awaitable[Handover] | AsyncGenerator[Handover, None]]
 
 
 @dataclass(frozen=True, slots=True)

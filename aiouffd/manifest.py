@@ -35,6 +35,8 @@ class Manifest:
         on_close: What becomes of missing pages; the value of an Action.
         peer: (pid, uid, gid) of the target; None for a forked child.
         others: (device, inode) of further descriptors that were handed over, in order.
+        part: Which part of the image it is, where images have parts.
+        zero_elsewhere: What is registered and lies in no region reads zero.
     """
 
     session: str
@@ -46,6 +48,8 @@ class Manifest:
     on_close: str
     peer: tuple[int, int, int] | None = None
     others: tuple[tuple[int, int], ...] = ()
+    part: str = ""
+    zero_elsewhere: bool = False
 
     def child(self, fork: int) -> Self:
         """Give the manifest of a forked child."""

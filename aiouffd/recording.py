@@ -178,8 +178,9 @@ class Recording:
 class Recorder:
     """Makes the recordings of a server's sessions.
 
-    A path with ``{id}`` gives each session a file of its own; without, only the first session
-    is recorded: each later one would overwrite what the one before it has found.
+    A path with ``{id}`` gives each session a file of its own, one with ``{part}`` each part of an
+    image that has parts; without, only the first session is recorded: each later one would
+    overwrite what the one before it has found.
 
     Sharing: one loop.
     """
@@ -188,29 +189,38 @@ class Recorder:
         """Prepare.
 
         Args:
-            path: Where to; ``{id}`` stands for the session's id.
+            path: Where to; ``{id}`` stands for the session's id, ``{part}`` for that of the image.
             window: Seconds of each session that are recorded.
         """
         self.path: Final = path
         self.window: Final = window
         self._used = False
 
-    def begin(self, id: str, *, identity: str, image_size: int, page_size: int) -> Recording | None:  # noqa: A002 - as of Session
+    def begin(
+        self,
+        id: str,  # noqa: A002 - as of Session
+        *,
+        part: str = "",
+        identity: str,
+        image_size: int,
+        page_size: int,
+    ) -> Recording | None:
         """Begin the recording of a session, if it is to be recorded.
 
         A file that cannot be written is logged and costs the session nothing.
 
         Args:
             id: Of the session.
+            part: Of the image, where it has parts.
             identity: Of its image.
             image_size: In bytes.
             page_size: Of its memory, in bytes.
         """
-        if "{id}" not in self.path:
+        path = self.path.replace("{id}", id).replace("{part}", part)
+        if path == self.path:
             if self._used:
                 return None
             self._used = True
-        path = self.path.replace("{id}", id)
         try:
             return Recording(
                 path,

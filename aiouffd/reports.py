@@ -31,6 +31,22 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class HandedOver:
+    """A peer that hands over piece by piece is through with it.
+
+    Attributes:
+        peer: Who it was, as far as the kernel says.
+        sessions: How many have begun.
+    """
+
+    peer: str
+    sessions: int
+
+    def __str__(self) -> str:
+        return f"{self.peer} has handed everything over: {self.sessions} sessions"
+
+
+@dataclass(frozen=True, slots=True)
 class TakenOver:
     """A session that a process before us had served goes on."""
 
@@ -116,7 +132,9 @@ class Refused:
         return f"refused {self.peer}: {self.reason}"
 
 
-Report: TypeAlias = Started | TakenOver | FirstPage | Resident | Detached | Ended | Refused
+Report: TypeAlias = (
+    Started | HandedOver | TakenOver | FirstPage | Resident | Detached | Ended | Refused
+)
 
 
 def log_report(report: Report) -> None:

@@ -11,6 +11,7 @@ Laws of this file:
   ``max_handshakes`` of them, since the oldest goes when one more comes.
 * A peer is admitted by the uid that the kernel names, and pinned before its message is read.
 * Serving begins before the peer's hand-over is acknowledged.
+* A peer may hand over piece by piece: each piece is served as soon as it is there.
 * Beyond ``max_sessions`` a peer is refused when it has handed over, never before: what it
   handed over is settled by policy, or it would freeze.
 * Draining refuses new peers and serves the living to their end.  A peer that has connected
@@ -27,13 +28,13 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self, TypeAlias, assert_never
+from typing import Any, Final, Self, TypeAlias, assert_never
 
 from .closing import settle
-from .errors import PeerError, SourceError, StoreError, UffdError
+from .errors import PeerError, StoreError, UffdError
 from .failure import Action
 from .fd_store import FdStore
 from .handover import Handover, Peer, Receive, peer_credentials, pin_peer
@@ -44,6 +45,7 @@ from .reports import (
     Detached,
     Ended,
     FirstPage,
+    HandedOver,
     Refused,
     Report,
     Resident,
@@ -54,8 +56,10 @@ from .reports import (
 from .service import Service
 from .session import Session, current_session
 from .session_states import Milestone, State
-from .sources import Extents, Source, identity_of
+from .source_opening import ImageParts, SourceOpening, SourceOrOpener
+from .sources import Source, identity_of
 from .takeover import Stored, fail_closed, highest_id, inodes_of, name_sessions, take_groups
+from .together import Together
 from .totals import Totals
 from .unix_socket import Connection, Listener
 
@@ -64,13 +68,10 @@ log: Final = logging.getLogger("aiouffd.server")
 _ACCEPT_BATCH: Final = 16  # connections per wake-up: other work of the loop must run too
 _QUEUE: Final = 128  # connections that the kernel holds until they are accepted
 _SHORTAGE_PAUSE: Final = 0.1  # seconds without accepting while descriptors are short
+_GRACE: Final = 5.0  # seconds that targets may outlive a connection that failed
 _SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 LISTENER: Final = "aiouffd-listener-"  #: in the store; then the device and inode of its name
-
-#: One source for all sessions, which stays its maker's to close; or a function that opens one
-#: for each session, in a thread, which the session closes.
-SourceOrOpener: TypeAlias = Source | Callable[[], Source]
 
 #: One service for all sessions; or a function that gives each peer its own.  It may raise
 #: PeerError to refuse one, whose memory is settled as ``Service()`` says.
@@ -114,17 +115,19 @@ class Server:
         self,
         path: str | os.PathLike[str] | Listener,
         receive: Receive,
-        source: SourceOrOpener,
+        source: SourceOrOpener | ImageParts,
         *,
         service: ServiceOrChooser | None = None,
         max_sessions: int | None = None,
         uids: Collection[int] | None = None,
-        handshake_timeout: float = 10.0,
+        handshake_timeout: float | None = 10.0,
         max_handshakes: int = 64,
         allow_pid_race: bool = False,
         mode: int = 0o600,
         replace: bool = False,
         any_directory: bool = False,
+        senders: bool = False,
+        listen: bool = True,
         store: FdStore | None = None,
         report: Callable[[Report], None] = log_report,
         observers: Sequence[Observer] = (),
@@ -135,17 +138,21 @@ class Server:
             path: The socket's name; or one that listens already, taken over and closed.
             receive: Takes a new connection and gives the hand-over: a protocol.
             source: A source for all, or a function that opens one per session.  With the
-                function a session keeps its file though another takes the name.
+                function a session keeps its file though another takes the name.  Or an image in
+                parts, where the protocol says which part each hand-over is.
             service: How sessions serve, or a function that says so for each peer.
             max_sessions: Sessions at once; further peers are refused, and what is missing in
                 their memory is settled by their service's ``on_close``.
             uids: Who may connect; None is the server's own user only.
-            handshake_timeout: Seconds from the connection to the complete hand-over.
+            handshake_timeout: Seconds from the connection to the complete hand-over; None does
+                not limit it, where that waits for much else.
             max_handshakes: Peers at once that have not handed over yet.
             allow_pid_race: See pin_peer.
             mode: Rights of the socket.
             replace: Take the name over from a server that still listens there.
             any_directory: See Listener.bind.
+            senders: Let ``receive`` know which process sends what (Connection.receive_from).
+            listen: Set to False to serve only what the store gives back.
             store: Keeps what sessions need to outlive this process, and gives back those that
                 have; stays the caller's to close, after the server.
             report: Told of every session's start and end, and of every refusal.
@@ -160,8 +167,7 @@ class Server:
         self._ids = itertools.count(1)
         self._past = Totals()  # of ended sessions
         self._receive = receive
-        self._source = source
-        self._extents: Extents | None = None
+        self._sources = SourceOpening(source)
         self._service: ServiceOrChooser = service if service is not None else Service()
         self._max_sessions = max_sessions
         self._admitted = 0  # sessions that live, and those about to
@@ -172,6 +178,8 @@ class Server:
         self._mode = mode
         self._replace = replace
         self._any_directory = any_directory
+        self._senders = senders
+        self._listen = listen
         self._store = store
         self._report = report
         self._observers = tuple(observers)
@@ -233,12 +241,10 @@ class Server:
             OSError: The socket cannot be made, see Listener.bind.
         """
         self._loop = asyncio.get_running_loop()
-        if callable(self._source):
-            async with self._open_source():
-                pass
-        else:
-            self._extents = await asyncio.to_thread(_extents_of, self._source)
+        await self._sources.try_it()
         self._take_over()
+        if not self._listen:
+            return
         self._listener = (
             self._passed
             or self._take_listener()
@@ -252,6 +258,8 @@ class Server:
         )
         if self._passed is None:
             self._keep_listener(self._listener)
+        if self._senders:
+            self._listener.pass_senders()
         self._loop.add_reader(self._listener.fileno(), self._on_connection)
 
     async def wait_closed(self) -> None:
@@ -353,9 +361,7 @@ class Server:
                     self._store.put(group.name, [group.journal.fileno()])
                 except StoreError as error:  # it alone is settled; the others are served on
                     group.trouble = str(error)
-            task = self._loop.create_task(self._serve_stored(group), name="aiouffd take-over")
-            self._tasks.add(task)
-            task.add_done_callback(self._forget_task)
+            self._spawn(self._serve_stored(group), "aiouffd take-over")
 
     async def _serve_stored(self, group: Stored) -> None:
         """Take one session from the store to its end."""
@@ -378,14 +384,14 @@ class Server:
         manifest = group.manifest
         if group.trouble or manifest is None or self._store is None:
             raise PeerError(group.trouble)
-        source, extents = await stack.enter_async_context(self._open_source())
+        source, extents = await stack.enter_async_context(self._sources.open(manifest.part))
         if (manifest.image, manifest.image_size) != (identity_of(source), source.size):
             raise PeerError("the image is not the one that it was served from")
         peer, handover = group.peer(), group.handover()
         if callable(self._service) and peer is None:
             service = Service(on_close=Action(manifest.on_close))
         else:
-            service = self._service_for(peer, handover)  # type: ignore[arg-type]
+            service = self._service_for(peer, handover)
         self._admitted += 1
         stack.callback(self._leave_session)
         session = Session(
@@ -404,7 +410,7 @@ class Server:
         return session
 
     def _protection(
-        self, session: str, handover: Handover, peer: Peer, source: Source, service: Service
+        self, session: str, handover: Handover, peer: Peer | None, source: Source, service: Service
     ) -> Protection | None:
         """Make the protection of a new session; memory that maps its image needs none."""
         if self._store is None or handover.backed:
@@ -417,8 +423,10 @@ class Server:
             image_size=source.size,
             dialect=handover.dialect,
             on_close=service.on_close.value,
-            peer=(peer.pid, peer.uid, peer.gid),
+            peer=None if peer is None else (peer.pid, peer.uid, peer.gid),
             others=inodes_of(handover.others),
+            part=handover.part,
+            zero_elsewhere=handover.zero_elsewhere,
         )
         return Protection(self._store, manifest)
 
@@ -451,10 +459,8 @@ class Server:
     def _admit(self, connection: Connection) -> None:
         assert self._loop is not None  # noqa: S101 - as above
         handshake = Handshake(_who(connection), time.monotonic(), connection)
-        task = self._loop.create_task(self._serve_peer(handshake), name="aiouffd peer")
-        self._tasks.add(task)
+        task = self._spawn(self._serve_peer(handshake), "aiouffd peer")
         self._handshakes[task] = handshake
-        task.add_done_callback(self._forget_task)
         if len(self._handshakes) > self._max_handshakes:
             slowest = next(iter(self._handshakes))
             self._end_handshake(slowest, "too many peers are connecting; it was the slowest")
@@ -465,6 +471,14 @@ class Server:
         task.cancel()
         # A task that is cancelled before its first step never runs at all.
         handshake.connection.close()
+
+    def _spawn(self, coro: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Let something go on by itself, until a drain waits for it."""
+        assert self._loop is not None  # noqa: S101 - set in start()
+        task = self._loop.create_task(coro, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget_task)
+        return task
 
     def _forget_task(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -481,17 +495,33 @@ class Server:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - this is one
         who, connection = handshake.peer, handshake.connection
+        with self._refusing(who):
+            try:
+                with contextlib.closing(connection):
+                    async with contextlib.AsyncExitStack() as stack:
+                        async with asyncio.timeout(self._handshake_timeout):
+                            peer = self._admit_peer(connection, stack)
+                            received = self._receive(connection)
+                            if isinstance(received, AsyncGenerator):
+                                await self._serve_together(received, who)
+                                return
+                            session = await self._begin_session(await received, peer, stack)
+                            # Only now, being served, does the peer hear of it.
+                            if session.handover.acknowledge:
+                                await connection.send(session.handover.acknowledge)
+                        self._handshakes.pop(task, None)
+                        await self._run_session(session)
+            except asyncio.CancelledError:
+                reason = self._ended_why.get(task)
+                if reason is None:
+                    raise
+                self._refuse(who, reason)
+
+    @contextlib.contextmanager
+    def _refusing(self, who: str) -> Iterator[None]:
+        """Tell of a peer that cannot be served."""
         try:
-            with contextlib.closing(connection):
-                async with contextlib.AsyncExitStack() as stack:
-                    session = await self._begin_session(connection, stack)
-                    self._handshakes.pop(task, None)
-                    await self._run_session(session)
-        except asyncio.CancelledError:
-            reason = self._ended_why.get(task)
-            if reason is None:
-                raise
-            self._refuse(who, reason)
+            yield
         except TimeoutError:
             self._refuse(who, f"no complete hand-over within {self._handshake_timeout:g} s")
         except PeerError as error:
@@ -503,47 +533,88 @@ class Server:
         self.refused += 1
         self._report(Refused(who, reason))
 
-    async def _begin_session(
-        self, connection: Connection, stack: contextlib.AsyncExitStack
-    ) -> Session:
-        """Check, pin, receive and start; what must be closed later goes onto the stack."""
-        async with asyncio.timeout(self._handshake_timeout):
-            _, uid, _ = peer_credentials(connection.socket)
-            if uid not in self._uids:
-                allowed = ", ".join(map(str, sorted(self._uids)))
-                raise PeerError(f"uid {uid} may not connect; allowed: {allowed}")
-            peer = stack.enter_context(
-                pin_peer(connection.socket, allow_pid_race=self._allow_pid_race)
-            )
-            handover = await self._receive(connection)
-            service = Service()
+    def _admit_peer(self, connection: Connection, stack: contextlib.AsyncExitStack) -> Peer:
+        """Check who has connected, and pin it as long as the stack lasts.
+
+        Raises:
+            PeerError: It may not connect, or has exited.
+        """
+        _, uid, _ = peer_credentials(connection.socket)
+        if uid not in self._uids:
+            allowed = ", ".join(map(str, sorted(self._uids)))
+            raise PeerError(f"uid {uid} may not connect; allowed: {allowed}")
+        return stack.enter_context(pin_peer(connection.socket, allow_pid_race=self._allow_pid_race))
+
+    async def _serve_together(self, received: AsyncGenerator[Handover, None], who: str) -> None:
+        """Serve what one peer hands over piece by piece; return when that was all."""
+        together = Together()
+        try:
+            async with contextlib.aclosing(received):
+                async for handover in received:
+                    with self._refusing(f"task {handover.part} of {who}"):
+                        await self._begin_one(handover, together)
+        except BaseException:
+            self._spawn(together.give_up(_GRACE), "aiouffd give up")
+            raise
+        together.release()
+        self._report(HandedOver(who, len(together.sessions)))
+
+    async def _begin_one(self, handover: Handover, together: Together) -> None:
+        """Start the session of one of several hand-overs, which then goes on by itself."""
+        async with contextlib.AsyncExitStack() as stack:
+            peer = handover.peer
+            if peer is not None:
+                stack.enter_context(peer)
             try:
-                service = self._service_for(peer, handover)
+                session = await self._begin_session(handover, peer, stack, held=True)
+                together.sessions.append(session)
+                self._spawn(self._run_to_the_end(session, stack.pop_all()), "aiouffd session")
             finally:
-                stack.push_async_callback(settle, handover, service, peer)
-            self._admit_session(stack)
-            source, extents = await stack.enter_async_context(self._open_source())
-            number = str(next(self._ids))
-            session = Session(
-                handover,
-                source,
-                peer=peer,
-                service=service,
-                extents=extents,
-                observers=self._observers,
-                on_milestone=self._on_milestone,
-                protection=self._protection(number, handover, peer, source, service),
-                id=number,
-            )
-            current_session.set(session)  # for all that begins here, by whatever way
-            await stack.enter_async_context(session)
-            # Only now, being served, does the peer hear of it.
-            if handover.acknowledge:
-                await connection.send(handover.acknowledge)
+                current_session.set(None)  # the next one is another's
+
+    async def _run_to_the_end(self, session: Session, stack: contextlib.AsyncExitStack) -> None:
+        async with stack:
+            await self._run_session(session)
+
+    async def _begin_session(
+        self,
+        handover: Handover,
+        peer: Peer | None,
+        stack: contextlib.AsyncExitStack,
+        *,
+        held: bool = False,
+    ) -> Session:
+        """Start a session; what must be closed later goes onto the stack."""
+        service = Service()
+        try:
+            service = self._service_for(peer, handover)
+        finally:
+            stack.push_async_callback(settle, handover, service, peer)
+        self._admit_session(stack)
+        source, extents = await stack.enter_async_context(self._sources.open(handover.part))
+        number = str(next(self._ids))
+        session = Session(
+            handover,
+            source,
+            peer=peer,
+            service=service,
+            extents=extents,
+            observers=self._observers,
+            on_milestone=self._on_milestone,
+            protection=self._protection(number, handover, peer, source, service),
+            held=held,
+            id=number,
+        )
+        current_session.set(session)  # for all that begins here, by whatever way
+        await stack.enter_async_context(session)
         return session
 
-    def _service_for(self, peer: Peer, handover: Handover) -> Service:
-        return self._service(peer, handover) if callable(self._service) else self._service
+    def _service_for(self, peer: Peer | None, handover: Handover) -> Service:
+        if not callable(self._service):
+            return self._service
+        if peer is None:
+            raise PeerError("nobody knows whose memory it is, so that no service can be chosen")
+        return self._service(peer, handover)
 
     def _admit_session(self, stack: contextlib.AsyncExitStack) -> None:
         """Take one of the places for sessions until the stack is unwound.
@@ -558,25 +629,6 @@ class Server:
 
     def _leave_session(self) -> None:
         self._admitted -= 1
-
-    @contextlib.asynccontextmanager
-    async def _open_source(self) -> AsyncIterator[tuple[Source, Extents]]:
-        if not callable(self._source):
-            assert self._extents is not None  # noqa: S101 - collected in start()
-            yield self._source, self._extents
-            return
-        # A thread cannot be cancelled: whatever it opens is closed, wanted or not.
-        opening = asyncio.ensure_future(_open(self._source))
-        try:
-            source, extents = await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            with contextlib.suppress(UffdError, OSError):
-                await (await opening)[0].aclose()
-            raise
-        try:
-            yield source, extents
-        finally:
-            await source.aclose()
 
     def _on_milestone(self, session: Session, milestone: Milestone) -> None:
         if session not in self.sessions:
@@ -610,23 +662,6 @@ class Server:
                 self._past.add(session)
                 self.failed += session.error is not None
                 self._report(Ended(session))
-
-
-async def _open(opener: Callable[[], Source]) -> tuple[Source, Extents]:
-    """Open a source and collect its extents, in threads: both may take a while."""
-    source = await asyncio.to_thread(opener)
-    try:
-        return source, await asyncio.to_thread(_extents_of, source)
-    except BaseException:
-        await source.aclose()
-        raise
-
-
-def _extents_of(source: Source) -> Extents:
-    try:
-        return Extents(source.extents())
-    except ValueError as error:
-        raise SourceError(f"the source's extents are unusable: {error}") from error
 
 
 def _listener_name(listener: Listener) -> str:

@@ -10,6 +10,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .failure import Action, FailurePolicy
@@ -34,10 +35,13 @@ class Service:
             pager; what is missing in further ones is settled by ``on_close`` at once (HANG,
             which takes a descriptor, is POISON there).  A target that forks faster than that
             is done ends its session.
-        replay: A working set whose pages are brought before they are asked for.
+        replay: A working set whose pages are brought before they are asked for; or one for each
+            part of an image that has parts.
         any_image: Replay though it is unknown whether the set was made for this image.
         hydrate: How fast everything else is brought in the background.
         recorder: Records the sessions' working sets.
+        let_go: When everything has been brought, or cannot be brought in the background, bring
+            what is left, and let the target live on by itself (Session.complete).
     """
 
     failure: FailurePolicy = field(default_factory=FailurePolicy)
@@ -47,7 +51,12 @@ class Service:
     chunk: int = 0
     max_in_flight: int = 256
     max_children: int = 64
-    replay: WorkingSet | None = None
+    replay: WorkingSet | Mapping[str, WorkingSet] | None = None
     any_image: bool = False
     hydrate: Pace = Pace.OFF
     recorder: Recorder | None = None
+    let_go: bool = False
+
+    def replay_of(self, part: str) -> WorkingSet | None:
+        """Give the working set for a part of the image, if there is one."""
+        return self.replay.get(part) if isinstance(self.replay, Mapping) else self.replay

@@ -31,7 +31,7 @@ from .errors import ClosedError, PeerError, TargetGone
 from .events import Event, PageFault
 from .failure import Action
 from .forked_children import ForkedChildren
-from .graduation import Graduation, pages_with_data
+from .graduation import Graduation, keep_trying, pages_with_data
 from .handlers import from_source
 from .handover import Handover, Peer
 from .metrics import Counters, Metrics, Observer
@@ -47,6 +47,7 @@ from .session_figures import Figures
 from .session_states import AFTER, HOW_IT_ENDED, Milestone, State
 from .sources import Extents, Source, identity_of
 from .uffd import Feature, Mode, Userfaultfd
+from .working_set import WorkingSet
 
 log: Final = logging.getLogger("aiouffd.session")
 
@@ -121,6 +122,7 @@ class Session:
         on_milestone: Callable[[Session, Milestone], object] | None = None,
         protection: Protection | None = None,
         books: Books | None = None,
+        held: bool = False,
         id: str = "",  # noqa: A002 - what users call it
     ) -> None:
         """Prepare; nothing is read before ``async with``.
@@ -136,6 +138,8 @@ class Session:
             on_milestone: Told of each milestone when it is reached; must not block or raise.
             protection: Keeps what the session knows, so that it outlives this process.
             books: What a process before us knew, from its journal: serve on from there.
+            held: Bring nothing ahead of demand before ``release``: the memory may not all be
+                registered yet.
             id: See the attribute.
         """
         self.id: Final = id
@@ -167,11 +171,16 @@ class Session:
         self._completing: asyncio.Task[None] | None = None
         self._waiting = 0  # callers of complete()
         self._detaching: asyncio.Task[None] | None = None  # behind the point of no return
+        self._letting_go: asyncio.Task[None] | None = None
+        self._released = asyncio.Event()
+        if not held:
+            self._released.set()
 
     @property
     def name(self) -> str:
         """Name the session in messages: who is served."""
-        return str(self.peer) if self.peer is not None else "an unknown peer"
+        who = str(self.peer) if self.peer is not None else "an unknown peer"
+        return f"task {self.handover.part}, {who}" if self.handover.part else who
 
     @property
     def state(self) -> State:
@@ -301,6 +310,7 @@ class Session:
         if self.service.recorder is not None and self.handover.regions:
             self._recording = self.service.recorder.begin(
                 self.id,
+                part=self.handover.part,
                 identity=identity_of(self.source),
                 image_size=self.source.size,
                 page_size=self.handover.regions[0].page_size,
@@ -311,25 +321,43 @@ class Session:
     def _begin_prefetch(self) -> None:
         self.prefetch = Prefetch(self.pager, self.source, extents=self._extents)
         self._graduation.bring_by(self.pager, self.prefetch)
-        if self.service.replay is not None or self.service.hydrate is not Pace.OFF:
+        service = self.service
+        replay = service.replay_of(self.handover.part)
+        if replay is not None or service.hydrate is not Pace.OFF:
             self._prefetching = asyncio.create_task(
-                self._run_prefetch(), name="aiouffd session prefetch"
+                self._run_prefetch(replay), name="aiouffd session prefetch"
+            )
+        if service.let_go:
+            self._letting_go = asyncio.create_task(
+                self._let_go_when_complete(), name="aiouffd let go"
             )
 
-    async def _run_prefetch(self) -> None:
+    async def _run_prefetch(self, replay: WorkingSet | None) -> None:
         service = self.service
+        await self._released.wait()
         await self.prefetch.run(
-            service.replay, service.hydrate, any_image=service.any_image, name=self.name
+            replay, service.hydrate, any_image=service.any_image, name=self.name
         )
         if self.prefetch.resident:
             self._enter(State.RESIDENT)
 
+    async def _let_go_when_complete(self) -> None:
+        await self._released.wait()
+        if self._prefetching is not None:
+            await asyncio.wait([self._prefetching])
+        await keep_trying(self.complete, self.name)
+
+    def release(self) -> None:
+        """Let memory be brought ahead of demand: by now all of it is registered."""
+        self._released.set()
+
     async def _end_prefetch(self) -> None:
         if self._residency is not None:
             await self._residency.aclose()
-        if self._prefetching is not None:
-            self._prefetching.cancel()
-            await asyncio.wait([self._prefetching])
+        for task in (self._letting_go, self._prefetching):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         if self._recording is not None:
             await self._recording.aclose()
 
@@ -344,6 +372,7 @@ class Session:
             on_close=action_on_close(self.handover, service),
             on_fork=self._adopt_child,
             target=self.peer.pidfd.fileno() if self.peer is not None else None,
+            zero_elsewhere=self.handover.zero_elsewhere,
             observers=(self.metrics, self._watch, *self._observers),
         )
 
@@ -476,7 +505,8 @@ class Session:
     async def fill(self) -> None:
         """Bring every page that the source has, for the target and its forked children.
 
-        They are served meanwhile and afterwards; the session is resident then.
+        They are served meanwhile and afterwards; the session is resident then.  A session that
+        is held waits for ``release`` first.
 
         Raises:
             SourceError: Bytes could not be had.
@@ -488,6 +518,9 @@ class Session:
         Cancellation: what was brought so far is there; all is served as before.
         """
         self._check_living()
+        if not self._released.is_set():  # a page whose memory is not registered cannot be filled
+            await self._released.wait()
+            self._check_living()
         await self._graduation.fill()
         self._enter(State.RESIDENT)
 
@@ -519,7 +552,7 @@ class Session:
             caller = asyncio.current_task()
             if task.cancelled() and caller is not None and not caller.cancelling():
                 raise ClosedError("the session was closed before its target was complete") from None
-            if self._waiting == 1 and not task.done():
+            if self._waiting == 1 and not task.done() and self._detaching is None:
                 task.cancel()
                 self._completing = None  # whoever asks from now on begins anew
             raise
@@ -587,6 +620,7 @@ class Session:
         await asyncio.shield(self._closing)
 
     async def _close_all(self, action: Action | None) -> None:
+        self._released.set()  # who waits for that learns of the end
         try:
             await self._end_prefetch()
             await let_go(self.pager, action, self.handover, self.peer)

@@ -68,7 +68,14 @@ class Stored:
         manifest = self.manifest
         by_inode = {_inode(fd): fd for fd in self.others}
         others = tuple(by_inode[inode] for inode in manifest.others if inode in by_inode)
-        return Handover(self.fd, manifest.regions, others, dialect=manifest.dialect)
+        return Handover(
+            self.fd,
+            manifest.regions,
+            others,
+            dialect=manifest.dialect,
+            part=manifest.part,
+            zero_elsewhere=manifest.zero_elsewhere,
+        )
 
     def peer(self) -> Peer | None:
         """Give who had handed it over; the pidfd is the peer's from here on."""

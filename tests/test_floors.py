@@ -41,7 +41,8 @@ FLOORS = {
         sd_notify service_manager fd_store keeper
         unix_socket handover manifest protection graduation residency
         session_states session_figures service closing forked_children
-        session sharing takeover totals reports server
+        session sharing takeover totals reports
+        source_opening together server
         protocols.firecracker protocols.shared
         certificates protocols.criu.tls
         protocols.criu.task_memory protocols.criu.task_source protocols.criu.checkpoint

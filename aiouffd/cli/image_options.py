@@ -21,8 +21,8 @@ from .. import sharing
 from ..errors import UffdError
 from ..handover import Receive
 from ..protocols import firecracker, shared
-from ..server import SourceOrOpener
 from ..session import Session
+from ..source_opening import SourceOrOpener
 from ..sources.file import FileSource
 from ..sources.measured import Reads
 from ..sources.shared import SharedImage

@@ -20,7 +20,8 @@ from ..control import METRICS_TYPE, Control
 from ..errors import UffdError
 from ..fds import OwnedFd
 from ..http_site import HttpSite, text_response
-from ..server import Server, SourceOrOpener
+from ..server import Server
+from ..source_opening import SourceOrOpener
 from ..sources.measured import MeasuredSource, Reads
 from ..status import Status
 from ..unix_socket import Listener

@@ -27,7 +27,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..failure import Action, FailurePolicy
 from ..fd_store import FdStore
-from ..reports import Detached, Ended, FirstPage, Refused, Report, Resident, Started, TakenOver
+from ..reports import (
+    Detached,
+    Ended,
+    FirstPage,
+    HandedOver,
+    Refused,
+    Report,
+    Resident,
+    Started,
+    TakenOver,
+)
 from ..sd_notify import take_listen_fds
 from ..server import Server
 from ..service import Service
@@ -325,6 +335,8 @@ def _fields(report: Report) -> dict[str, Any]:
     """Give a report as what a program wants to read."""
     if isinstance(report, Refused):
         return {"event": "refused", "peer": report.peer, "reason": report.reason}
+    if isinstance(report, HandedOver):
+        return {"event": "handed_over", "peer": report.peer, "sessions": report.sessions}
     session = report.session
     event: dict[str, Any] = {"event": _EVENTS[type(report)], "session": session.id}
     if session.peer is not None:
