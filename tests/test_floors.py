@@ -46,7 +46,8 @@ FLOORS = {
         protocols.firecracker protocols.shared
         certificates protocols.criu.tls
         protocols.criu.task_memory protocols.criu.task_source protocols.criu.checkpoint
-        peers protocols.criu.page_server protocols.criu.page_client export""",
+        peers protocols.criu.page_server protocols.criu.page_client export
+        protocols.criu.restored_tasks protocols.criu.restore""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
@@ -55,10 +56,11 @@ FLOORS = {
         snapshot
         page_map status prometheus http_site control
         cli.control_client cli.sessions cli.top cli.complete cli.snapshot cli.drain
-        cli.output cli.diagnostics cli.operation cli.store_options cli.export
-        cli.criu_options
+        cli.output cli.orders cli.report_fields cli.diagnostics cli.operation
+        cli.store_options cli.export cli.criu_options
         cli.progress cli.image
         protocols.criu.survey protocols.criu.plot cli.criu cli.criu_show
+        cli.criu_lazy_pages
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]

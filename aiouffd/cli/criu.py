@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 #: Every command and what it does, in the order of the help.
 COMMANDS: Final[dict[str, str]] = {
     "show": "say what a checkpoint holds: its processes and their memory",
+    "lazy-pages": "serve the memory of what `criu restore --lazy-pages` restores",
 }
 
 _EPILOG: Final = """\

@@ -23,12 +23,12 @@ from ..http_site import HttpSite, text_response
 from ..server import Server
 from ..source_opening import SourceOrOpener
 from ..sources.measured import MeasuredSource, Reads
+from ..sources.shared import SharedImage
 from ..status import Status
 from ..unix_socket import Listener
 from .arguments import host_and_port
 from .control_client import VARIABLE, ask
 from .diagnostics import LEVELS
-from .image_options import Served
 from .statuses import CommandError
 
 if TYPE_CHECKING:
@@ -40,6 +40,14 @@ PASSED: Final = "fd:"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    add_control_options(parser)
+    parser.add_argument(
+        "--log-level", choices=LEVELS, default="warning", help="on stderr (default: warning)"
+    )
+
+
+def add_control_options(parser: argparse.ArgumentParser) -> None:
+    """Add those without --log-level, for who has another option for that."""
     group = parser.add_argument_group("how to be operated")
     group.add_argument(
         "--control",
@@ -55,9 +63,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         type=host_and_port,
         help="give Prometheus metrics on this TCP address, to whoever asks",
-    )
-    group.add_argument(
-        "--log-level", choices=LEVELS, default="warning", help="on stderr (default: warning)"
     )
 
 
@@ -81,25 +86,28 @@ def measured(source: SourceOrOpener, accounts: Sequence[Reads]) -> SourceOrOpene
 async def operating(
     args: argparse.Namespace,
     server: Server,
-    served: Served,
+    name: str,
     reads: Sequence[Reads],
     drain: Callable[[], object],
+    *,
+    shared: SharedImage | None = None,
 ) -> AsyncIterator[dict[str, str]]:
     """Offer what the options ask for, as long as the block runs.
 
     Args:
         args: With our options, and ``replace``, ``any_directory``.
         server: That listens.
-        served: What it serves.
+        name: What it serves, for people.
         reads: Accounts of its sources.
         drain: Begins a drain.
+        shared: The copy of the image that clones share, if they do.
 
     Yields:
         Where what can be reached, for the line that says so.
     """
     where = {}
     async with contextlib.AsyncExitStack() as stack:
-        status = Status(server, reads=reads, image=served.name, shared=served.image)
+        status = Status(server, reads=reads, image=name, shared=shared)
         if args.control is not None:
             path = args.control or f"{server.path}.control"
 

@@ -19,7 +19,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -27,17 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..failure import Action, FailurePolicy
 from ..fd_store import FdStore
-from ..reports import (
-    Detached,
-    Ended,
-    FirstPage,
-    HandedOver,
-    Refused,
-    Report,
-    Resident,
-    Started,
-    TakenOver,
-)
+from ..reports import Report
 from ..sd_notify import take_listen_fds
 from ..server import Server
 from ..service import Service
@@ -56,8 +45,10 @@ from .image_options import (
     open_served,
     sharing_report,
 )
+from .orders import Orders
 from .output import Lines
 from .prefetch_options import add_prefetch_options, prefetch_settings
+from .report_fields import fields_of
 from .store_options import add_store_options, not_stored, open_store
 
 if TYPE_CHECKING:
@@ -210,11 +201,11 @@ async def _serve(
         out.put(line)
 
     def report(what: Report) -> None:
-        tell(_fields(what), str(what))
+        tell(fields_of(what), str(what))
         manager.status(f"{len(server.sessions)} sessions, {server.served} in all")
 
     manager = ServiceManager()
-    orders = _Orders()
+    orders = Orders()
     policy = _POLICIES[args.policy]
     server = Server(
         path,
@@ -241,7 +232,9 @@ async def _serve(
     async with (
         exporting(args, served, args.export, tell),
         server,
-        operation.operating(args, server, served, accounts, orders.drain) as where,
+        operation.operating(
+            args, server, served.name, accounts, orders.drain, shared=served.image
+        ) as where,
     ):
         name, size = served.name, served.size
         text = f"serving {name} ({size} bytes) on {server.path}"
@@ -265,31 +258,9 @@ async def _serve(
     return statuses.CUT_SHORT if aborted else statuses.DONE
 
 
-class _Orders:
-    """SIGTERM and SIGINT, and what the control socket says: first to drain, then to stop."""
-
-    def __init__(self) -> None:
-        self.draining = asyncio.Event()
-        self.stopping = asyncio.Event()
-
-    def take(self) -> None:
-        """Take the signals, for as long as the loop lives."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.signalled)
-
-    def drain(self) -> None:
-        """Begin to drain, if that was not begun."""
-        self.draining.set()
-
-    def signalled(self) -> None:
-        """Drain, or stop if that was begun."""
-        (self.stopping if self.draining.is_set() else self.draining).set()
-
-
 async def _run_until_told(
     server: Server,
-    orders: _Orders,
+    orders: Orders,
     tell: Callable[[dict[str, Any], str], None],
     manager: ServiceManager,
     image: SharedImage | None,
@@ -319,43 +290,3 @@ async def _run_until_told(
     await server.aclose()
     await draining
     return living > 0
-
-
-_EVENTS: Final[dict[type[Report], str]] = {
-    Started: "started",
-    TakenOver: "taken_over",
-    FirstPage: "first_page",
-    Resident: "resident",
-    Detached: "detached",
-    Ended: "ended",
-}
-
-
-def _fields(report: Report) -> dict[str, Any]:
-    """Give a report as what a program wants to read."""
-    if isinstance(report, Refused):
-        return {"event": "refused", "peer": report.peer, "reason": report.reason}
-    if isinstance(report, HandedOver):
-        return {"event": "handed_over", "peer": report.peer, "sessions": report.sessions}
-    session = report.session
-    event: dict[str, Any] = {"event": _EVENTS[type(report)], "session": session.id}
-    if session.peer is not None:
-        event |= {"pid": session.peer.pid, "uid": session.peer.uid}
-    if isinstance(report, FirstPage | Resident):
-        return event | {"seconds": report.seconds}
-    if isinstance(report, Detached):
-        return event
-    if isinstance(report, Started | TakenOver):
-        regions = session.handover.regions
-        return event | {
-            "dialect": session.handover.dialect,
-            "regions": len(regions),
-            "memory_bytes": sum(region.length for region in regions),
-            "page_size": regions[0].page_size,
-        }
-    error = session.error
-    return event | {
-        "outcome": session.outcome,
-        "error": None if error is None else str(error),
-        **session.figures().as_dict(),
-    }
