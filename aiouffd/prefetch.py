@@ -339,6 +339,7 @@ class Prefetch:
                     reading[asyncio.create_task(coro, name="aiouffd prefetch")] = stretch
                     held += stretch.length
                     stretch = None
+                    await asyncio.sleep(0)  # planning the next one takes as long as a piece may
                 elif ready:
                     read, data = ready.popleft()
                     await self._install_parts(read, data, count, strict=strict)
@@ -364,7 +365,8 @@ class Prefetch:
                 await asyncio.sleep(0)
                 continue
             rest: Stretch | None = stretch
-            if stretch.length <= max(_AT_HAND_BYTES, stretch.region.page_size):
+            longest = max(size for _, size in stretch.parts)
+            if longest <= max(_AT_HAND_BYTES, stretch.region.page_size):
                 rest = await self._bring_at_hand(stretch, count, strict=strict)
             if rest is not None and self._is_wanted(rest.region, rest.offset, rest.length):
                 return rest

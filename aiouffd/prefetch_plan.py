@@ -22,7 +22,7 @@ from .sources import Extents
 # A gap that is read along: cheaper than one more read.  It is not filled along: for scattered
 # pages gaps of 16 KiB would save a third of the time and take twice the memory (Linux 6.18).
 _READ_ACROSS: Final = 64 << 10
-_BREATH: Final = 256  # runs that are planned between two turns of the loop
+_BREATH: Final = 16  # runs that are planned between two turns of the loop
 
 
 class Stretch(NamedTuple):

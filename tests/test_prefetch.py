@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -176,6 +177,40 @@ async def test_several_reads_are_in_flight() -> None:
         assert source.most_open == READS
         assert source.pages_read == [(page, 1) for page in range(0, 4096, 128)]
         assert all(served.target.is_present(page) for page in range(0, 4096, 128))
+
+
+async def test_demand_has_its_turn_between_two_reads() -> None:
+    """Planning takes as long as filling does: the loop turns after each that is planned."""
+    turn = 0
+    began: list[int] = []
+
+    class Noting(Held):
+        async def read(self, offset: int, length: int) -> bytes:
+            began.append(turn)
+            return await super().read(offset, length)
+
+    source = Noting(4096, held=False)
+    async with serving(pages=4096) as served:
+        pages = set_of(source, *range(0, 4096, 128))
+        replay = asyncio.create_task(Prefetch(served.pager, source).replay(pages))
+        while not replay.done():
+            turn += 1
+            await asyncio.sleep(0)
+        assert len(began) == len(set(began)) == 32
+
+
+async def test_scattered_pages_of_a_cached_file_take_no_thread(tmp_path: Path) -> None:
+    """Each is at hand; a thread would read along what lies between them, and be waited for."""
+    path = tmp_path / "image"
+    path.write_bytes(image(0, 1024 * PAGE))
+    source = FileSource(path)
+    async with serving(pages=1024) as served:
+        prefetch = Prefetch(served.pager, source)
+        await within(prefetch.replay(set_of(source, *range(0, 1024, 4))))
+        assert prefetch.figures.read_bytes == prefetch.figures.replayed_bytes == 256 * PAGE
+        assert not [one for one in threading.enumerate() if one.name.startswith("aiouffd-file")]
+        assert await served.target.start_sweep() == [page + 1 for page in range(1024)]
+    await source.aclose()
 
 
 async def test_while_a_fault_is_in_flight_one_read_is_on_its_way() -> None:
