@@ -58,8 +58,9 @@ FLOORS = {
         cli.control_client cli.sessions cli.top cli.complete cli.snapshot cli.drain
         cli.output cli.orders cli.report_fields cli.diagnostics cli.operation
         cli.store_options cli.export cli.criu_options
-        cli.progress cli.image
-        protocols.criu.survey protocols.criu.plot cli.criu cli.criu_show
+        cli.progress cli.jobs cli.image
+        protocols.criu.survey protocols.criu.plot
+        cli.criu cli.criu_show
         cli.criu_lazy_pages
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }

@@ -12,12 +12,10 @@ Laws of this file:
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import json
 import os
-import signal
 import string
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -34,6 +32,7 @@ from ..sources.compressed import CompressedSource
 from ..sources.layered import LayeredSource
 from ..sources.urls import open_source, shown
 from .arguments import byte_count, seconds_or_none
+from .jobs import run_job
 from .progress import Progress, amount
 
 if TYPE_CHECKING:
@@ -177,17 +176,7 @@ def _digest(text: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    try:
-        return asyncio.run(_until_terminated(args.run_job(args)))
-    except asyncio.CancelledError:
-        return 128 + signal.SIGTERM
-
-
-async def _until_terminated(job: Any) -> int:
-    """Run a job; SIGTERM cancels it, as Ctrl-C does."""
-    task = asyncio.ensure_future(job)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return int(await task)
+    return run_job(args.run_job(args))
 
 
 # --- what all jobs need ----------------------------------------------------------------
