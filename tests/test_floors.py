@@ -59,8 +59,8 @@ FLOORS = {
         cli.output cli.orders cli.report_fields cli.diagnostics cli.operation
         cli.store_options cli.export cli.criu_options
         cli.progress cli.jobs cli.image
-        protocols.criu.survey protocols.criu.plot
-        cli.criu cli.criu_show
+        protocols.criu.survey protocols.criu.plot protocols.criu.strip
+        cli.criu cli.criu_show cli.criu_strip
         cli.criu_lazy_pages
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }

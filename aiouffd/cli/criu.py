@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COMMANDS: Final[dict[str, str]] = {
     "show": "say what a checkpoint holds: its processes and their memory",
     "lazy-pages": "serve the memory of what `criu restore --lazy-pages` restores",
+    "strip": "copy a checkpoint without the memory that can be brought later",
 }
 
 _EPILOG: Final = """\

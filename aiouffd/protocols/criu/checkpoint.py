@@ -33,7 +33,6 @@ from ...sources.urls import open_source, path_of, shown
 from ...threads import in_thread
 from .images import (
     Inventory,
-    PageFlag,
     Pagemap,
     Task,
     Vma,
@@ -46,8 +45,6 @@ from .images import (
 )
 from .task_memory import Level, PagesFile, TaskMemory
 from .task_source import PageReader, TaskSource
-
-_PARENT: Final = int(PageFlag.PARENT)
 
 _AT_ONCE: Final = 16  # images being read
 _MOST_BYTES: Final = 1 << 30  # of a small image
@@ -176,6 +173,7 @@ class Checkpoint:
         location: Where it lies, as it was given.
         inventory: What it says of itself.
         tasks: Its processes, parents before their children.
+        chain: Its folder and those of its parents.
 
     Sharing: one event loop.
     """
@@ -186,14 +184,14 @@ class Checkpoint:
         inventory: Inventory,
         tasks: tuple[Task, ...],
         memories: dict[int, TaskMemory],
-        folders: list[Folder],
+        chain: Chain,
     ) -> None:
         """Hold what was read; ``open`` makes one."""
         self.location = location
         self.inventory = inventory
         self.tasks = tasks
         self._memories = memories
-        self._folders = folders
+        self.chain = chain
         self._opened: dict[tuple[int, str], asyncio.Task[Source]] = {}
         self._closed = False
 
@@ -214,7 +212,7 @@ class Checkpoint:
         Cancellation: nothing is left open.
         """
         location = os.fspath(location)
-        chain = _Chain(Folder(location, pages))
+        chain = Chain(Folder(location, pages))
         data = await chain.folders[0].read("inventory.img")
         inventory = parse_inventory(data)
         room = asyncio.Semaphore(_AT_ONCE)
@@ -226,7 +224,7 @@ class Checkpoint:
         )
         tasks = tuple(task for task, _ in loaded)
         memories = {task.pid: memory for task, memory in loaded if memory is not None}
-        return cls(location, inventory, tasks, memories, chain.folders)
+        return cls(location, inventory, tasks, memories, chain)
 
     def memory(self, pid: int) -> TaskMemory:
         """Say where the memory of a process lies.
@@ -254,7 +252,7 @@ class Checkpoint:
         """
         for pid in self._memories:
             name = f"pagemap-{pid}.img"
-            wide = has_wide_counts(await self._folders[0].read(name), name)
+            wide = has_wide_counts(await self.chain.folders[0].read(name), name)
             if wide is not None:
                 return wide
         return None
@@ -292,7 +290,7 @@ class Checkpoint:
         key = file.level, file.name
         opening = self._opened.get(key)
         if opening is None:
-            opening = asyncio.ensure_future(self._folders[file.level].open_pages(file))
+            opening = asyncio.ensure_future(self.chain.folders[file.level].open_pages(file))
             self._opened[key] = opening
         try:
             return await asyncio.shield(opening)
@@ -327,10 +325,15 @@ class Checkpoint:
 # --- opening ---------------------------------------------------------------------------
 
 
-class _Chain:
-    """The folders of a checkpoint and its parents, found as they are needed."""
+class Chain:
+    """The folders of a checkpoint and its parents, found as they are needed.
+
+    Attributes:
+        folders: Those that have been found so far.
+    """
 
     def __init__(self, first: Folder) -> None:
+        """Begin with the checkpoint's own."""
         self.folders = [first]
         self._looking = asyncio.Lock()
 
@@ -360,7 +363,7 @@ class _Chain:
 
 
 async def _load(
-    chain: _Chain, task: Task, inventory: bytes, room: asyncio.Semaphore, unique: bool
+    chain: Chain, task: Task, inventory: bytes, room: asyncio.Semaphore, unique: bool
 ) -> tuple[Task, TaskMemory | None]:
     """Read the images of one process."""
     async with room:
@@ -379,18 +382,13 @@ async def _load(
         vmas = parse_mm(data, name)
         pagemaps: list[tuple[str, Pagemap]] = []
         name = f"pagemap-{task.pid}.img"
-        while not pagemaps or _leans(pagemaps[-1][1]):
+        while not pagemaps or pagemaps[-1][1].leans:
             folder = await chain.folder(len(pagemaps))
             data = await folder.read(name)
             digest.update(data)
             named = folder.named(name)
             pagemaps.append((named, await in_thread(parse_pagemap, data, named)))
     return task, await in_thread(_build, task.pid, vmas, pagemaps, digest.hexdigest(), unique)
-
-
-def _leans(pagemap: Pagemap) -> bool:
-    """Say whether a pagemap needs a parent."""
-    return any(entry.flags & _PARENT for entry in pagemap.entries)
 
 
 def _build(

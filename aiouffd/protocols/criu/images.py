@@ -227,6 +227,11 @@ class Pagemap:
         """How long its pages' file has to be, in bytes."""
         return PAGE_SIZE * sum(entry.pages for entry in self.entries if entry.flags & _PRESENT)
 
+    @property
+    def leans(self) -> bool:
+        """Whether some of its pages lie in the parent checkpoint."""
+        return any(entry.flags & _PARENT for entry in self.entries)
+
 
 # --- reading ---------------------------------------------------------------------------
 
