@@ -34,7 +34,7 @@ def test_the_group_lists_its_commands() -> None:
     told = run("--help")
     assert (told.returncode, told.stderr) == (0, "")
     for name in COMMANDS:
-        assert f"\n    {name} " in told.stdout
+        assert told.stdout.partition(f"\n    {name}")[2][:1] in (" ", "\n")  # behind long ones
 
 
 @pytest.mark.parametrize("arguments", [[], ["teleport"], ["show", "--teleport", "x"]])
