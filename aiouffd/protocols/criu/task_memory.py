@@ -111,9 +111,31 @@ class Level:
             if flags & _PRESENT:
                 place += length
 
-    def entries(self) -> Iterator[tuple[int, int, int]]:
-        """Give (start, end, flags) of every run, in order."""
-        return zip(self._starts, self._ends, self._flags, strict=True)
+    def pieces(self) -> Iterator[tuple[int, int, bool, int, int]]:
+        """Say where all of it lies.
+
+        Returns:
+            (start, end, whether it may come lazily, file, place) of one piece after the other, in
+            order of their addresses.
+
+        Raises:
+            ImageError: In a parent some of it is missing.
+        """
+        for start, end, flags, place in zip(
+            self._starts, self._ends, self._flags, self._places, strict=True
+        ):
+            lazy = bool(flags & _LAZY)
+            if flags & _PARENT:
+                low = start
+                for stop, file, where in self.find(start, end):
+                    yield low, stop, lazy, file, where
+                    low = stop
+            elif flags & _PRESENT:
+                yield start, end, lazy, self._number, place
+            elif lazy:
+                yield start, end, lazy, LIVE, start
+            else:
+                yield start, end, lazy, ZEROS, 0
 
     def find(self, start: int, end: int, wanted_by: str = "") -> Iterator[tuple[int, int, int]]:
         """Say where a stretch of addresses lies.
@@ -215,26 +237,27 @@ class TaskMemory:
             self._resolve(levels[0])
 
     def _resolve(self, level: Level) -> None:
-        """Look up every run, and cut it at the borders of mappings."""
-        mappings = _Mappings(self.vmas, self.regions)
-        for start, end, flags in level.entries():
-            at = start
-            for stop, file, place in level.find(start, end):
-                shift = place - at
-                for low, high, offset in mappings.cut(at, stop):
-                    lazy = offset is not None and bool(flags & _LAZY)
-                    where = 0 if file == ZEROS else low + shift
-                    self._add(low, high - low, lazy, file, where)
-                    if lazy and offset is not None and file != ZEROS:
-                        self._add_lazy(offset, high - low, file, where)
-                at = stop
-
-    def _add(self, address: int, length: int, lazy: bool, file: int, place: int) -> None:
-        self._addresses.append(address)
-        self._lengths.append(length)
-        self._lazy.append(lazy)
-        self._files.append(file)
-        self._places.append(place)
+        """Look up every run, and cut it at the borders of mappings; both are walked once."""
+        borders, shifts = _borders(self.vmas, self.regions)
+        last = len(borders) - 1
+        at = 0
+        for start, end, may_be_lazy, file, place in level.pieces():
+            while start < end:
+                while at < last and borders[at + 1] <= start:
+                    at += 1
+                stop = min(end, borders[at + 1]) if at < last else end
+                shift = shifts[at]
+                lazy = may_be_lazy and shift is not None
+                self._addresses.append(start)
+                self._lengths.append(stop - start)
+                self._lazy.append(lazy)
+                self._files.append(file)
+                self._places.append(place)
+                if lazy and shift is not None and file != ZEROS:
+                    self._add_lazy(start + shift, stop - start, file, place)
+                if file != ZEROS:
+                    place += stop - start  # noqa: PLW2901 - the rest of the same piece
+                start = stop  # noqa: PLW2901
 
     def _add_lazy(self, offset: int, length: int, file: int, place: int) -> None:
         ends = self.lazy_ends
@@ -331,31 +354,24 @@ class TaskMemory:
         return self.regions[at].offset + address - self.regions[at].start
 
 
-class _Mappings:
-    """The borders of mappings, and what lies between each two."""
+def _borders(
+    vmas: Sequence[Vma], regions: Sequence[HandedRegion]
+) -> tuple[list[int], list[int | None]]:
+    """Give the borders of mappings, in order, and what lies behind each.
 
-    def __init__(self, vmas: Sequence[Vma], regions: Sequence[HandedRegion]) -> None:
-        self._borders = array("Q", [0])
-        #: Behind each border: what to add to an address to have its offset; None if it has none.
-        self._shifts: list[int | None] = [None]
-        shifts = {region.start: region.offset - region.start for region in regions}
-        for vma in vmas:
-            if not vma.status & VMA_AREA_GUARD:
-                self._borders.extend((vma.start, vma.end))
-                self._shifts.extend((shifts.get(vma.start), None))
-
-    def cut(self, start: int, end: int) -> Iterator[tuple[int, int, int | None]]:
-        """Cut a stretch of addresses at borders: (start, end, offset of the start or None)."""
-        borders = self._borders
-        at = bisect_right(borders, start) - 1
-        while start < end:
-            behind = borders[at + 1] if at + 1 < len(borders) else end
-            if behind > start:
-                stop = min(end, behind)
-                shift = self._shifts[at]
-                yield start, stop, None if shift is None else start + shift
-                start = stop
-            at += 1
+    Returns:
+        The borders, 0 first; and for each what to add to an address behind it to have its offset,
+        None if it has none.
+    """
+    borders: list[int] = [0]
+    shifts: list[int | None] = [None]
+    offsets = {region.start: region.offset for region in regions}
+    for vma in vmas:
+        if not vma.status & VMA_AREA_GUARD:
+            offset = offsets.get(vma.start)
+            borders += (vma.start, vma.end)
+            shifts += (None if offset is None else offset - vma.start, None)
+    return borders, shifts
 
 
 def _regions(vmas: Sequence[Vma]) -> tuple[HandedRegion, ...]:

@@ -16,10 +16,10 @@ Laws of this file:
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 from ...errors import SourceError
 from ...ranges import PAGE_SIZE, align_down, align_up
@@ -55,13 +55,8 @@ class PageReader(Protocol):
         """
 
 
-class _Piece(NamedTuple):
-    """What of a read lies in one run: offsets in the source, and the place of the first byte."""
-
-    start: int
-    end: int
-    file: int
-    place: int
+#: What of a read lies in one run: its offsets in the source, and the place of its first byte.
+_Piece: TypeAlias = tuple[int, int, int]
 
 
 @dataclass(slots=True)
@@ -184,10 +179,8 @@ class TaskSource:
             spans = self._spans(offset, length)
             if not spans:
                 return bytes(length)
-            if len(spans) == 1 and len(spans[0].pieces) == 1:
-                (piece,) = spans[0].pieces
-                if (piece.start, piece.end) == (offset, offset + length):
-                    return await self._read_span(spans[0])
+            if len(spans) == 1 and spans[0].pieces[0][:2] == (offset, offset + length):
+                return await self._read_span(spans[0])
             whole = bytearray(length)
             await self._read_spans(spans, memoryview(whole), offset)
         return whole
@@ -225,29 +218,25 @@ class TaskSource:
 
     def _spans(self, offset: int, length: int) -> list[_Span]:
         """Give what to read so that all runs of a stretch are in it, in few reads."""
+        starts, ends, owners, places = self._starts, self._ends, self._owners, self._places
         spans: list[_Span] = []
-        last: dict[int, int] = {}  # by file: its latest span
-        end = offset + length
-        at = max(bisect_right(self._starts, offset) - 1, 0)
-        while at < len(self._starts) and self._starts[at] < end:
-            first = self._starts[at]
-            low, high = max(first, offset), min(self._ends[at], end)
-            if low < high:
-                file, place = self._owners[at], self._places[at] + low - first
-                piece = _Piece(low, high, file, place)
-                behind = place + high - low
-                number = last.get(file)
-                if (
-                    number is not None
-                    and file != LIVE
-                    and 0 <= place - spans[number].end <= READ_THROUGH
-                ):
-                    spans[number].pieces.append(piece)
-                    spans[number].end = behind
-                else:
-                    last[file] = len(spans)
-                    spans.append(_Span(file, place, behind, [piece]))
-            at += 1
+        last: dict[int, _Span] = {}  # by file: its latest span
+        behind = offset + length
+        first = max(bisect_right(starts, offset) - 1, 0)
+        for at in range(first, bisect_left(starts, behind, first)):
+            low, high, file, place = starts[at], ends[at], owners[at], places[at]
+            if low < offset:
+                place += offset - low
+                low = offset
+            high = min(high, behind)
+            if low >= high:
+                continue
+            span = last.get(file)
+            if span is None or file == LIVE or not 0 <= place - span.end <= READ_THROUGH:
+                span = last[file] = _Span(file, place, place, [])
+                spans.append(span)
+            span.pieces.append((low, high, place))
+            span.end = place + high - low
         return spans
 
     async def _read_span(self, span: _Span) -> Buffer:
@@ -273,7 +262,7 @@ class TaskSource:
 
 def _scatter(span: _Span, data: memoryview, target: memoryview, offset: int) -> None:
     """Copy every piece of a span from what was read to where it belongs."""
-    for start, end, _, place in span.pieces:
+    for start, end, place in span.pieces:
         at = place - span.place
         target[start - offset : end - offset] = data[at : at + end - start]
 
@@ -281,7 +270,7 @@ def _scatter(span: _Span, data: memoryview, target: memoryview, offset: int) -> 
 def _only_moves_up(span: _Span, offset: int, length: int) -> bool:
     """Say whether a span, read to the front of a buffer, can be moved to its places from there."""
     return span.length <= length and all(
-        start - offset >= place - span.place for start, _, _, place in span.pieces
+        start - offset >= place - span.place for start, _, place in span.pieces
     )
 
 
@@ -289,13 +278,13 @@ async def _read_in_place(source: ReadsInto, span: _Span, buffer: memoryview, off
     """Read a span to the front of a buffer, then move its pieces apart, from the last on."""
     await source.readinto(span.place, buffer[: span.length])
     behind = len(buffer)
-    for start, end, _, place in reversed(span.pieces):
+    begin = span.place
+    for start, end, place in reversed(span.pieces):
         low, high = start - offset, end - offset
-        at = place - span.place
-        if low != at:
-            buffer[low:high] = buffer[at : at + end - start]
         if high < behind:
             buffer[high:behind] = bytes(behind - high)
+        if start - place != offset - begin:
+            buffer[low:high] = buffer[place - begin : place - begin + end - start]
         behind = low
     if behind:
         buffer[:behind] = bytes(behind)
