@@ -93,6 +93,10 @@ class FdStore:
         """How many descriptors are in it, as far as we know."""
         return self._total
 
+    def __bool__(self) -> bool:
+        """Be true though it is empty: ``store or ...`` asks whether there is one."""
+        return True
+
     def holds(self, name: str) -> bool:
         """Say whether something is kept under a name."""
         return name in self._counts

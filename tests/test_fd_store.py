@@ -44,6 +44,7 @@ def test_says_what_systemd_expects(manager: socket.socket) -> None:
         store.remove("aiouffd-1")
         assert _heard(manager) == (b"FDSTOREREMOVE=1\nFDNAME=aiouffd-1", 0)
         assert len(store) == 0
+        assert store, "one that is empty is still one"
 
 
 def test_the_limit_is_kept_here(manager: socket.socket) -> None:
