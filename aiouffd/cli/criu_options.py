@@ -280,6 +280,7 @@ class _Readiness:
                 ) from error
         if args.pidfile:
             self._pidfile = os.path.join(folder, args.pidfile)
+            _remove_stale(self._pidfile)
             if os.path.lexists(self._pidfile):
                 raise UffdError(
                     f"{self._pidfile} is there already: another server runs, or one has left it;"
@@ -301,7 +302,8 @@ class _Readiness:
                 file.write(str(os.getpid()))
         self.told = True
         if self._status_fd is not None:
-            os.write(self._status_fd, b"\0")
+            with contextlib.suppress(BrokenPipeError):  # a keeper starts us again: it was told
+                os.write(self._status_fd, b"\0")
             os.close(self._status_fd)
             self._status_fd = None
         if self.background is not None:
@@ -318,6 +320,18 @@ class _Readiness:
         if self.background is not None:
             os.close(self.background)
             self.background = None
+
+
+def _remove_stale(pidfile: str) -> None:
+    """Remove the file of a server that was killed; then a keeper can start it again."""
+    try:
+        with open(pidfile, encoding="ascii") as file:
+            pid = int(file.read())
+        os.kill(pid, 0)
+    except (FileNotFoundError, ValueError, PermissionError):
+        return
+    except ProcessLookupError:
+        os.unlink(pidfile)
 
 
 def _leave_terminal() -> None:

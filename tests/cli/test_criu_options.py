@@ -116,6 +116,24 @@ def test_one_that_fails_later_says_so_in_its_log(tmp_path: Path) -> None:
 
 
 @pytest.mark.child
+def test_who_asked_and_has_gone_is_no_obstacle(tmp_path: Path) -> None:
+    """A keeper starts a server again with the pipe and the pid file of the one that was killed."""
+    (tmp_path / "end").touch()
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    (tmp_path / "pid").write_text(str(killed.pid))
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        options = ("-D", tmp_path, "--status-fd", str(writing), "--pidfile", "pid")
+        done = run(*options, pass_fds=(writing,))
+    finally:
+        os.close(writing)
+    assert done.returncode == 7, done.stderr
+    assert os.listdir(tmp_path) == ["end"]
+
+
+@pytest.mark.child
 def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
     """Before anything is served."""
     (tmp_path / "pid").write_text("1")
