@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.build import compile_c
-from tests.interop.criu_running import Crew, Ended, Restored, Running, Target, free_port, listens
+from tests.interop.criu_running import (
+    Crew,
+    Ended,
+    Restored,
+    Running,
+    Target,
+    descendants,
+    free_port,
+    listens,
+)
 from tests.suites import Foreign
 
 HERE: Final = Path(__file__).resolve().parent
@@ -122,8 +131,11 @@ class Stage(Crew):
     def dump(self, target: Target, *options: object, name: str = "images") -> Path:
         """Dump a target, which ends, and give the folder of its checkpoint."""
         images = self.images(name)
+        tree = descendants(target.pid)
         self.start_criu("dump", images, "-t", target.pid, "--shell-job", *options).wait()
         self.running(target).wait(-signal.SIGKILL)
+        for pid in tree:
+            self.until_gone(pid)
         return images
 
     def lazy_pages(
@@ -135,11 +147,10 @@ class Stage(Crew):
         return self.start_criu("lazy-pages", images, *where, *options, ready=True, level=level)
 
     def our_lazy_pages(
-        self, images: Path | str, *options: object, work: Path | None = None, keep: bool = False
+        self, images: Path, *options: object, work: Path | None = None, keep: bool = False
     ) -> Running:
         """Start our daemon and wait until it listens."""
-        place = Path(work or images)
-        (place / "lazy-pages.socket").unlink(missing_ok=True)
+        place = work or images
         keeper = (sys.executable, "-m", "aiouffd", "keep", "--") if keep else ()
         command = (*keeper, *OURS, "lazy-pages", "-D", images, "-W", place, *options)
         return self.start_ready("our-lazy-pages", *command)
@@ -157,8 +168,17 @@ class Stage(Crew):
         """Start our page server; give its port too."""
         port = free_port()
         address = ("--address", "127.0.0.1", "--port", port)
-        command = (*OURS, "page-server", "-D", images, *address, *options)
+        command = (*OURS, "page-server", "--lazy-pages", "-D", images, *address, *options)
         running = self.start("our-page-server", *command)
+        self.until_listens(running, port)
+        return running, port
+
+    def our_receiver(self, images: Path, *options: object) -> tuple[Running, int]:
+        """Start our receiver of what a dump pushes; give its port too."""
+        port = free_port()
+        address = ("--address", "127.0.0.1", "--port", port)
+        command = (*OURS, "page-server", "-D", images, *address, *options)
+        running = self.start("our-receiver", *command)
         self.until_listens(running, port)
         return running, port
 

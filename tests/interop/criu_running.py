@@ -34,6 +34,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent.parent
 #: How long anything may take, in seconds.
 LIMIT: Final = 20.0 * float(os.environ.get("AIOUFFD_TIME_SCALE", "1"))
 
+_ENDS_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")  # if the tests are killed
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _LOG_END: Final = 3000  # characters of a log that are shown
 
@@ -76,7 +77,8 @@ class Running:
         self, crew: Crew, name: str, command: Sequence[object], *, mute: bool = False
     ) -> None:
         self.crew, self.name = crew, name
-        self.command = [str(word) for word in command]
+        # A target that is restored would end with the restore: a checkpoint remembers that, too.
+        self.command = [str(word) for word in (*(() if mute else _ENDS_WITH_US), *command)]
         self.log = self.also = crew.folder / f"{name}.log"  # CRIU writes another log as well
         with open(os.devnull if mute else self.log, "ab") as output:
             self.popen = subprocess.Popen(
@@ -356,11 +358,20 @@ def _become_subreaper(on: bool) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def _children() -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """List what a process has started, and what that has, nearest first."""
+    found = _children(pid)
+    for child in found:  # which grows meanwhile
+        found += _children(child)
+    return found
+
+
+def _children(pid: int | str = "self") -> list[int]:
     found: list[int] = []
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(FileNotFoundError):
-            found += map(int, Path(f"/proc/self/task/{thread}/children").read_text().split())
+    with suppress(FileNotFoundError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(FileNotFoundError):
+                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
     return found
 
 

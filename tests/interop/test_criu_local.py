@@ -12,7 +12,7 @@ from tests.interop.criu_relay import LazyRelay
 pytestmark = [pytest.mark.child, pytest.mark.root]
 
 
-@pytest.fixture(params=["stock"])
+@pytest.fixture(params=["stock", "ours"])
 def daemon(request: pytest.FixtureRequest) -> str:
     """Whose lazy-pages daemon."""
     name: str = request.param
