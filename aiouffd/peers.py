@@ -9,7 +9,8 @@ Laws of this file:
   one that does not say what it wants in that time.  Under more connections than
   ``Limits.connections`` the oldest that has not said it yet goes; if all have, the new one.
 * A shortage of descriptors is waited for: the loop does not spin, who is connected is served on.
-* When a server is drained, each connection ends with what it was asked for last.
+* When a server is drained, each connection ends with what it was asked for last, or later, if
+  its kind has to go on to an end of its own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HIGH, _LOW = 1 << 20, 1 << 18  # of answers that the kernel has not taken yet, in bytes
 _LONG: Final = 32 << 10  # bytes of an answer from which on copying them is not worth a system call
+_AT_ONCE: Final = 16  # connections accepted in one turn of the loop
 _QUEUE: Final = 128  # connections that the kernel holds until they are accepted
 _SHORTAGE_PAUSE: Final = 0.1  # seconds without accepting while descriptors are short
 _SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -72,6 +74,7 @@ class Peer(asyncio.Protocol):
         self._full = False  # the kernel does not take our answers
         self._goes_on = False  # a step is due
         self._draining = False
+        self._dropped = False  # before there was a transport
         self._impatience: asyncio.TimerHandle | None = None
         self._written_bytes = 0
         self._taken_bytes = -1  # of these by the peer when last looked; -1: not looked
@@ -124,6 +127,9 @@ class Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Give it some time to say what it wants."""
         self._transport = cast("asyncio.Transport", transport)
+        if self._dropped:
+            self._transport.abort()
+            return
         self._transport.set_write_buffer_limits(_HIGH, _LOW)
         name = self._peers._client_name
         if name and not is_for(transport.get_extra_info("peercert") or {}, name):
@@ -201,7 +207,10 @@ class Peer(asyncio.Protocol):
         """
         self.error = self.error or why
         if self._transport is None:
-            if self.task is not None:
+            # A handshake is cut short.  Without one it is a matter of a turn or two; and uvloop's
+            # connect_accepted_socket, if cancelled, may leave the connection open for good.
+            self._dropped = True
+            if self.task is not None and self._peers._ssl is not None:
                 self.task.cancel()
         elif politely:
             self._wait_for_it("takes no answers")
@@ -248,8 +257,8 @@ class Peers:
         self._limits = limits if limits is not None else Limits()
         self._client_name = client_name
         self._connections: dict[Peer, None] = {}  # the oldest first
-        self._accepting: list[asyncio.Task[None]] = []
         self._listeners: list[socket.socket] = []
+        self._pause: asyncio.TimerHandle | None = None  # while descriptors are short
         self._over = asyncio.Event()
         self._waiter: asyncio.Future[None] | None = None
 
@@ -282,7 +291,7 @@ class Peers:
         except BaseException:
             self._stop_listening()
             raise
-        self._accepting = [loop.create_task(self._accept(each)) for each in self._listeners]
+        self._go_on_accepting()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -310,54 +319,68 @@ class Peers:
 
         Cancellation: new peers stay refused; call again, or ``aclose``.
         """
-        accepting = self._stop_listening()
+        self._stop_listening()
         for connection in tuple(self._connections):
             connection.drain()
-        await self._end(accepting)
+        await self._end()
 
     async def aclose(self) -> None:
         """Close every connection now; a second call does nothing.
 
         Cancellation: the connections are closed all the same.
         """
-        accepting = self._stop_listening()
+        self._stop_listening()
         for connection in tuple(self._connections):
             connection.drop("")
-        await self._end(accepting)
+        await self._end()
 
-    async def _end(self, accepting: list[asyncio.Task[None]]) -> None:
-        if accepting:
-            await asyncio.wait(accepting)
+    async def _end(self) -> None:
         while self._connections:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         self._over.set()
 
-    def _stop_listening(self) -> list[asyncio.Task[None]]:
-        tasks, self._accepting = self._accepting, []
-        for task in tasks:
-            task.cancel()
+    def _stop_listening(self) -> None:
+        self._stop_accepting()
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
-        return tasks
+
+    def _stop_accepting(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            loop.remove_reader(listener.fileno())
+
+    def _go_on_accepting(self) -> None:
+        # Not sock_accept: what it has accepted is lost if its task is cancelled at that moment.
+        self._pause = None
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            loop.add_reader(listener.fileno(), self._accept, listener)
 
     # --- peers -------------------------------------------------------------------------
 
-    async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_AT_ONCE):
             try:
-                accepted, address = await loop.sock_accept(listener)
+                accepted, address = listener.accept()
+            except BlockingIOError:
+                return
             except OSError as error:
                 if error.errno not in _SHORTAGES:
                     self._log.warning("a connection could not be accepted: %s", error)
-                    await asyncio.sleep(0)
                     continue
                 # The connection stays in the kernel's queue: pause, or nothing else is done.
                 self._log.warning("new peers wait: %s", error)
-                await asyncio.sleep(_SHORTAGE_PAUSE)
-                continue
+                self._stop_accepting()
+                self._pause = asyncio.get_running_loop().call_later(
+                    _SHORTAGE_PAUSE, self._go_on_accepting
+                )
+                return
+            accepted.setblocking(False)
             self._admit(accepted, f"{address[0]}:{address[1]}")
 
     def _admit(self, accepted: socket.socket, peer: str) -> None:
@@ -384,6 +407,8 @@ class Peers:
 
     async def _begin(self, connection: Peer, accepted: socket.socket) -> None:
         """Make a transport of a new connection; with TLS that takes a handshake."""
+        if connection._dropped:
+            return
         try:
             keep_alive(accepted)
             await asyncio.get_running_loop().connect_accepted_socket(
