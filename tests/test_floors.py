@@ -46,7 +46,8 @@ FLOORS = {
         protocols.firecracker protocols.shared
         certificates protocols.criu.tls
         protocols.criu.task_memory protocols.criu.task_source protocols.criu.checkpoint
-        peers protocols.criu.page_server protocols.criu.page_client export
+        peers protocols.criu.page_server protocols.criu.page_client
+        protocols.criu.image_folder protocols.criu.page_receiver export
         protocols.criu.restored_tasks protocols.criu.restore""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments

@@ -444,6 +444,7 @@ class Acceptor:
     Attributes:
         header_bytes: SHORT or LONG; None until the first header has shown it.
         direction: What the other side does; None until then.
+        ended: Whether it has said that it is through.
 
     Sharing: none needed; it waits for nothing.
     """
@@ -459,13 +460,13 @@ class Acceptor:
         self._head = bytearray()
         self._image: ImageId | None = None
         self._left = 0  # bytes of the run that are still to come
-        self._ended = False
+        self.ended = False
         self._padding = 0  # bytes of a last header that may be longer than it showed
 
     @property
     def in_order(self) -> bool:
         """Whether the connection may end here without anything being lost."""
-        return self._ended or (self.direction is not Direction.PUSH and not self._head)
+        return self.ended or (self.direction is not Direction.PUSH and not self._head)
 
     def answer(self, get: Get, pages: int) -> bytes:
         """Make the header of an answer; the pages follow it.
@@ -495,7 +496,7 @@ class Acceptor:
                 self._left -= taken
                 at += taken
                 continue
-            if self._ended:
+            if self.ended:
                 self._take_padding(view[at:])
                 break
             size = self.header_bytes or SHORT
@@ -551,7 +552,7 @@ class Acceptor:
         """Add the events of a header."""
         command, flags = word & _COMMAND_MASK, word >> _FLAG_SHIFT
         if command in _ENDS:
-            self._ended = True
+            self.ended = True
             events.append(Ended())
             return
         direction = Direction.PULL if command == GET else Direction.PUSH
