@@ -518,21 +518,20 @@ class Server:
                 self._refuse(who, reason)
 
     @contextlib.contextmanager
-    def _refusing(self, who: str, part: str = "") -> Iterator[None]:
+    def _refusing(self, who: str) -> Iterator[None]:
         """Tell of a peer that cannot be served."""
         try:
             yield
         except TimeoutError:
-            reason = f"no complete hand-over within {self._handshake_timeout:g} s"
-            self._refuse(who, reason, part)
+            self._refuse(who, f"no complete hand-over within {self._handshake_timeout:g} s")
         except PeerError as error:
-            self._refuse(who, str(error.args[0]), part)
+            self._refuse(who, str(error.args[0]))
         except (UffdError, OSError) as error:
-            self._refuse(who, str(error), part)
+            self._refuse(who, str(error))
 
-    def _refuse(self, who: str, reason: str, part: str = "") -> None:
+    def _refuse(self, who: str, reason: str) -> None:
         self.refused += 1
-        self._report(Refused(who, reason, part))
+        self._report(Refused(who, reason))
 
     def _admit_peer(self, connection: Connection, stack: contextlib.AsyncExitStack) -> Peer:
         """Check who has connected, and pin it as long as the stack lasts.
@@ -552,7 +551,7 @@ class Server:
         try:
             async with contextlib.aclosing(received):
                 async for handover in received:
-                    with self._refusing(who, handover.part):
+                    with self._refusing(f"task {handover.part} of {who}"):
                         await self._begin_one(handover, together)
         except BaseException:
             self._spawn(together.give_up(_GRACE), "aiouffd give up")

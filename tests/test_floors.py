@@ -62,7 +62,7 @@ FLOORS = {
         cli.progress cli.jobs cli.image
         protocols.criu.survey protocols.criu.plot protocols.criu.strip
         cli.criu cli.criu_show cli.criu_strip
-        cli.criu_lazy_pages
+        cli.criu_lazy_pages cli.criu_page_server
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]

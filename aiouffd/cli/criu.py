@@ -23,6 +23,7 @@ COMMANDS: Final[dict[str, str]] = {
     "show": "say what a checkpoint holds: its processes and their memory",
     "lazy-pages": "serve the memory of what `criu restore --lazy-pages` restores",
     "strip": "copy a checkpoint without the memory that can be brought later",
+    "page-server": "give a checkpoint's pages to criu lazy-pages, or receive those of a dump",
 }
 
 _EPILOG: Final = """\

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from ...errors import PeerError, SourceError, UffdError
@@ -47,7 +48,25 @@ TURN_BYTES: Final = 1 << 20  # sent in one turn of the loop
 _BACKLOG: Final = 1024  # requests that wait for the limits to let them in
 
 
-class _Left(NamedTuple):
+class Left(NamedTuple):
+    """A client that has left, and what it has had.
+
+    Attributes:
+        peer: Where it was.
+        answered: How many requests were answered.
+        answered_bytes: How many bytes of pages that were.
+        ended: Whether it had said that it was through.
+        error: Why it was dropped, or how the connection broke; "" if neither.
+    """
+
+    peer: str
+    answered: int
+    answered_bytes: int
+    ended: bool
+    error: str
+
+
+class _Rest(NamedTuple):
     """What of an answer is still to be cut into pieces."""
 
     source: Source
@@ -61,7 +80,7 @@ class _Task(NamedTuple):
     memory: TaskMemory
     files: tuple[Source, ...]
 
-    def find(self, get: page_wire.Get) -> _Left:
+    def find(self, get: page_wire.Get) -> _Rest:
         """Say where pages are, and how many of those that are asked for are in one run.
 
         Raises:
@@ -75,7 +94,7 @@ class _Task(NamedTuple):
             )
         skipped = get.address - run.address
         length = min(get.pages * PAGE_SIZE, run.length - skipped)
-        return _Left(self.files[run.file], run.place + skipped, length)
+        return _Rest(self.files[run.file], run.place + skipped, length)
 
 
 class _Piece:
@@ -100,10 +119,11 @@ class _Connection(Peer):
         self._server = server
         self._wire = page_wire.Acceptor(server.header_bytes)
         self._backlog: deque[page_wire.Event] = deque()
-        self._left: _Left | None = None
+        self._rest: _Rest | None = None
         self._pieces: deque[_Piece] = deque()
         self._pieces_bytes = 0
-        self._over = False  # it has said that it is through
+        self._answered = 0
+        self._answered_bytes = 0
 
     @property
     def silent(self) -> bool:
@@ -134,7 +154,7 @@ class _Connection(Peer):
 
     def eof_received(self) -> bool:
         """Close: nothing more is asked."""
-        if not self._over:
+        if not self._wire.ended:
             log.info(
                 "%s has closed without saying that it is through%s",
                 self.peer,
@@ -142,13 +162,23 @@ class _Connection(Peer):
             )
         return False
 
-    def _gone(self, error: Exception | None) -> None:  # noqa: ARG002 - however it went
+    def _gone(self, error: Exception | None) -> None:
+        if self._server._on_left is not None and (not self.silent or self._wire.ended):
+            ended = self._wire.ended
+            why = self.error or (str(error) if error is not None and not ended else "")
+            left = Left(self.peer, self._answered, self._answered_bytes, ended, why)
+            self._server._on_left(left)
         self._backlog.clear()
-        self._left = None
+        self._rest = None
         pieces, self._pieces = self._pieces, deque()
         for piece in pieces:
             if piece.read is not None:
                 piece.read.cancel()
+
+    def drain(self) -> None:
+        """Serve it until it is through: a restored process lives on what it asks for."""
+        if self.silent:
+            self.drop("")
 
     # --- answers -------------------------------------------------------------------------
 
@@ -195,7 +225,7 @@ class _Connection(Peer):
             SourceError: It cannot be read.
         """
         header = b""
-        left = self._left
+        left = self._rest
         while left is None:
             if not self._backlog:
                 return False
@@ -210,7 +240,7 @@ class _Connection(Peer):
         source, offset, rest = left
         length = min(rest, STEP_BYTES)
         piece = _Piece(header, length, last=length == rest)
-        self._left = None if piece.last else _Left(source, offset + length, rest - length)
+        self._rest = None if piece.last else _Rest(source, offset + length, rest - length)
         piece.data = source.read_nowait(offset, length)
         if piece.data is None:
             read = self._loop.create_task(_read(source, offset, length), name="aiouffd page server")
@@ -224,7 +254,6 @@ class _Connection(Peer):
         match event:
             case page_wire.Ended():
                 answer = page_wire.END
-                self._over = True
                 # It closes, once it has this; if it does not, we do.
                 self._wait_for_it("does not close, though it is through,")
             case page_wire.ParentAsked():
@@ -246,6 +275,8 @@ class _Connection(Peer):
             self._write(transport, [data])
         else:
             self._write(transport, [piece.header, data] if piece.header else [data])
+        self._answered += piece.last
+        self._answered_bytes += piece.length
         self._server.answered += piece.last
         self._server.answered_bytes += piece.length
 
@@ -263,13 +294,10 @@ class _Connection(Peer):
             self._go_on_soon()
 
     def _settle(self, transport: asyncio.Transport) -> None:
-        """Read on only if little is left over; when draining, end with the last answer."""
+        """Read on only if little is left over."""
         if transport.is_closing():
             return
-        if self._draining:
-            if not self._backlog and self._left is None and not self._pieces:
-                transport.close()
-        elif (len(self._backlog) > _BACKLOG) == transport.is_reading():
+        if (len(self._backlog) > _BACKLOG) == transport.is_reading():
             # Who is not read from cannot be seen to leave: a short backlog is read on.
             if transport.is_reading():
                 transport.pause_reading()
@@ -314,6 +342,7 @@ class PageServer(Peers):
         client_name: str = "",
         header_bytes: int | None = None,
         limits: Limits | None = None,
+        on_left: Callable[[Left], object] | None = None,
     ) -> None:
         """Prepare; nothing listens before ``async with``.
 
@@ -327,12 +356,14 @@ class PageServer(Peers):
                 any that the context lets in.
             header_bytes: See the attribute.
             limits: What clients may cost.
+            on_left: Told of each client that had asked for something, and has left.
         """
         super().__init__(host, port, ssl=ssl, limits=limits, client_name=client_name)
         self.header_bytes = header_bytes
         self.answered = 0
         self.answered_bytes = 0
         self._checkpoint = checkpoint
+        self._on_left = on_left
         self._tasks: dict[int, _Task] = {}
 
     def _peer(self, name: str) -> Peer:
@@ -360,7 +391,7 @@ class PageServer(Peers):
             )
         await super().start()
 
-    def _find(self, get: page_wire.Get) -> _Left:
+    def _find(self, get: page_wire.Get) -> _Rest:
         """Say where pages are that are asked for.
 
         Raises:

@@ -20,7 +20,7 @@ from aiouffd.peers import Limits
 from aiouffd.protocols.criu import page_wire as wire
 from aiouffd.protocols.criu.checkpoint import Checkpoint
 from aiouffd.protocols.criu.images import PagemapEntry
-from aiouffd.protocols.criu.page_server import PageServer
+from aiouffd.protocols.criu.page_server import Left, PageServer
 from aiouffd.protocols.criu.page_wire import LONG, SHORT, Closed, Pages, Puller, pack_header
 from aiouffd.protocols.criu.tls import client_context, server_context
 from aiouffd.sources import Source
@@ -410,22 +410,40 @@ async def test_a_source_that_fails_ends_the_connection(
     assert str(error) in caplog.text
 
 
-async def test_drain_answers_what_was_asked(checkpoint: Checkpoint) -> None:
-    """New clients find nobody; reads in flight end well; then it is over."""
-    async with gated(checkpoint, Limits()) as (server, source), client(server) as good:
-        good.ask(START, 64)
-        good.ask(START, 4, pid=1001)
-        await until(lambda: source.in_flight == 1, "it is read")
+async def test_drain_serves_clients_until_they_are_through(checkpoint: Checkpoint) -> None:
+    """New clients find nobody, silent ones go; a restored process lives on what it gets."""
+    async with PageServer(checkpoint) as server, client(server) as good, client(server) as silent:
+        assert await good.pages(START, 1) == page(0)
         draining = asyncio.ensure_future(server.drain())
-        await asyncio.sleep(0)
+        assert await silent.cut()
         with pytest.raises(OSError):
             await asyncio.open_connection("127.0.0.1", server.port)
+        assert await good.pages(START + PAGE, 64) == page(1, 64)
         assert not draining.done()
-        source.open.set()
-        assert await good.answers(2) == [Pages(1000, START, page(0, 64)), Pages(1001, START, OTHER)]
-        assert await good.cut()
+        await good.end()
+        good.writer.close()
         await within(draining)
-        assert server.connections == 0
+        assert server.connections == server.refused == 0
+
+
+async def test_who_leaves_is_told(checkpoint: Checkpoint) -> None:
+    """What it has had, and how it went; who never asked is nobody."""
+    told: list[Left] = []
+    async with PageServer(checkpoint, on_left=told.append) as server:
+        async with client(server) as silent:
+            silent.writer.close()
+        async with client(server) as good:
+            await good.pages(START, 5)
+            await good.end()
+            good.writer.close()
+            await until(lambda: told, "the good one has left")
+        async with client(server) as other:
+            other.ask(START, 1, pid=5)
+            assert await other.cut()
+            await until(lambda: len(told) == 2, "the other one has left")
+    assert [tuple(left)[1:4] for left in told] == [(1, 5 * PAGE, True), (0, 0, False)]
+    assert told[0].error == ""
+    assert "process 5" in told[1].error
 
 
 async def test_a_thousand_connections_that_say_nothing(checkpoint: Checkpoint) -> None:
