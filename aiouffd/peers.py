@@ -248,14 +248,14 @@ class Peers:
             ssl: A server's context; None is plain TCP.
             limits: What peers may cost.
             client_name: The name or address that a client's certificate has to be for; "" is
-                any that the context lets in.
+                any that the context lets in.  Without ``ssl`` it says nothing.
         """
         self.port = port
         self.refused = 0
         self._host = host
         self._ssl = ssl
         self._limits = limits if limits is not None else Limits()
-        self._client_name = client_name
+        self._client_name = client_name if ssl is not None else ""
         self._connections: dict[Peer, None] = {}  # the oldest first
         self._listeners: list[socket.socket] = []
         self._pause: asyncio.TimerHandle | None = None  # while descriptors are short

@@ -81,7 +81,7 @@ async def command(*options: str | Path, pass_fds: tuple[int, ...] = ()) -> Async
 @pytest.mark.child
 async def test_it_gives_pages_until_it_is_drained(images: Path) -> None:
     """To any number of clients; SIGTERM waits for those that are being served."""
-    async with command("--lazy-pages", "-D", images, "--json") as server:
+    async with command("--lazy-pages", "-D", images, "--address=127.0.0.1", "--json") as server:
         listening = await server.line()
         assert listening["event"] == "listening"
         assert (listening["address"], listening["processes"]) == ("127.0.0.1", 1)
