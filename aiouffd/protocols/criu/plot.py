@@ -45,12 +45,14 @@ def plot(pictures: Sequence[tuple[str, Picture]], output: str | os.PathLike[str]
         for kind, label in _LABELS.items():
             heights = [cell.shares[kind] for cell in picture.cells]
             if any(heights):
-                area.bar(places, heights, width, below, align="edge", label=label)
+                area.bar(
+                    places, heights, width, below, align="edge", label=label, color=f"C{kind:d}"
+                )
             below = [low + height for low, height in zip(below, heights, strict=True)]
         area.set_title(title, loc="left", parse_math=False)
         area.set_xlim(0, max(picture.length / mib, width))
         area.set_ylim(0, 1)
-        area.set_ylabel("dumped")
+        area.set_ylabel("share dumped")
         if any(below):
             area.legend(loc="upper right")
     axes[-1][0].set_xlabel("mappings that hold pages, end to end, MiB")

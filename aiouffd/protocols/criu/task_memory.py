@@ -248,16 +248,19 @@ class TaskMemory:
                 stop = min(end, borders[at + 1]) if at < last else end
                 shift = shifts[at]
                 lazy = may_be_lazy and shift is not None
-                self._addresses.append(start)
-                self._lengths.append(stop - start)
-                self._lazy.append(lazy)
-                self._files.append(file)
-                self._places.append(place)
+                self._add(start, stop - start, lazy, file, place)
                 if lazy and shift is not None and file != ZEROS:
                     self._add_lazy(start + shift, stop - start, file, place)
                 if file != ZEROS:
                     place += stop - start  # noqa: PLW2901 - the rest of the same piece
                 start = stop  # noqa: PLW2901
+
+    def _add(self, address: int, length: int, lazy: bool, file: int, place: int) -> None:
+        self._addresses.append(address)
+        self._lengths.append(length)
+        self._lazy.append(lazy)
+        self._files.append(file)
+        self._places.append(place)
 
     def _add_lazy(self, offset: int, length: int, file: int, place: int) -> None:
         ends = self.lazy_ends
