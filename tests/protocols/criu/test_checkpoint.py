@@ -17,6 +17,7 @@ from obstore.store import MemoryStore
 from aiouffd.errors import ClosedError, ImageError, SourceError
 from aiouffd.image.copying import copy
 from aiouffd.image.packed import PackedWriter
+from aiouffd.protocols.criu import checkpoint as checkpoint_module
 from aiouffd.protocols.criu.checkpoint import Checkpoint, name_in
 from aiouffd.protocols.criu.images import Inventory, PagemapEntry, Task
 from aiouffd.protocols.criu.task_memory import LIVE, ZEROS, PagesFile, Run
@@ -239,6 +240,28 @@ async def test_parents_in_a_circle(tmp_path: Path, length: int) -> None:
         await Checkpoint.open(tmp_path / "0")
 
 
+async def test_too_many_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a circle cannot be seen, as under a URL, there is an end all the same."""
+    last, _ = chain(tmp_path)
+    monkeypatch.setattr(checkpoint_module, "_MOST_PARENTS", 1)
+    with pytest.raises(ImageError, match=r"^parent/parent: there are more than 1 parents"):
+        await Checkpoint.open(last)
+
+
+async def test_zeros_of_parents(tmp_path: Path) -> None:
+    """A run without any flag is zeros, in a parent too."""
+    vmas = [anonymous(BASE, 4)]
+    data = image(PAGE)
+    runs = [PagemapEntry(BASE, 2, 0), PagemapEntry(BASE + 2 * PAGE, 1, EAGER)]
+    Made({1000: Memory(vmas, runs, data)}).write(tmp_path / "1")
+    left = Memory(vmas, [PagemapEntry(BASE, 3, PARENT | LAZY)])
+    last = Made({1000: left}).write(tmp_path / "2", "../1")
+    async with await Checkpoint.open(last) as checkpoint:
+        assert [run.file for run in checkpoint.memory(1000).runs] == [ZEROS, 1]
+        assert checkpoint.memory(1000).lazy_bytes == PAGE
+        assert await whole(checkpoint) == bytes(2 * PAGE) + data + bytes(PAGE)
+
+
 # --- elsewhere -------------------------------------------------------------------------
 
 
@@ -261,9 +284,17 @@ async def test_under_a_url(tmp_path: Path) -> None:
 
 async def test_what_is_missing_under_a_url(tmp_path: Path) -> None:
     """The error names the image, and what the server said."""
+    folder = Made({1000: plain(image(3 * PAGE))}).write(tmp_path / "c")
     async with on_a_web_server(tmp_path) as url:
         with pytest.raises(ImageError, match=r"^inventory\.img: .*404"):
             await Checkpoint.open(f"{url}/nothing")
+        (folder / "pages-1.img").unlink()
+        async with await Checkpoint.open(f"{url}/c") as checkpoint:
+            with pytest.raises(ImageError, match=r"^pages-1\.img: .*404"):
+                await checkpoint.source(1000)
+        os.truncate(folder / "mm-1000.img", 2 << 30)
+        with pytest.raises(ImageError, match=r"^mm-1000\.img: 2147483648 bytes are no small image"):
+            await Checkpoint.open(f"{url}/c")
 
 
 async def test_pages_elsewhere_and_packed(tmp_path: Path) -> None:

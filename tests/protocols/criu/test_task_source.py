@@ -272,6 +272,24 @@ async def test_what_no_file_has_comes_from_the_reader() -> None:
     assert buffer == whole
 
 
+async def test_what_is_not_at_hand_is_not_waited_for() -> None:
+    """None of a read over several runs is given if one of them would have to be waited for."""
+    memory, file, expected = scattered([(1, 1, STORED), (3, 1, STORED)])
+    for under in (BufferSource(file), SlowSource(file)):
+        source = TaskSource(memory, [under])
+        at_hand = source.read_nowait(0, 4 * PAGE)
+        if isinstance(under, SlowSource):
+            assert at_hand is None
+        else:
+            assert as_bytes(at_hand or b"") == expected[: 4 * PAGE]
+    entries = (PagemapEntry(BASE, 1, LIVE), PagemapEntry(BASE + 2 * PAGE, 1, STORED))
+    level = Level("pagemap-7.img", Pagemap(1, entries), 0, None)
+    memory = TaskMemory(7, [anonymous(BASE, 8)], [level])
+    source = TaskSource(memory, [BufferSource(bytes(PAGE))], Reader({}))
+    assert source.read_nowait(0, 8 * PAGE) is None
+    assert source.read_nowait(PAGE, 7 * PAGE) == bytes(7 * PAGE)
+
+
 async def test_what_no_file_has_needs_a_reader() -> None:
     """Without one it is refused before anything is served."""
     level = Level("pagemap-7.img", Pagemap(1, (PagemapEntry(BASE, 4, LIVE),)), 0, None)
