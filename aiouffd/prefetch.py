@@ -35,6 +35,7 @@ from .pager import Pager
 from .performer import PIECE_BYTES
 from .prefetch_plan import Place, Plan, Stretch, stretches
 from .ranges import align_down
+from .readiness import between_pieces
 from .region import Region
 from .sources import Extents, ReadsInto, Source, identity_of
 from .uffd import Feature, Mode
@@ -339,7 +340,7 @@ class Prefetch:
                     reading[asyncio.create_task(coro, name="aiouffd prefetch")] = stretch
                     held += stretch.length
                     stretch = None
-                    await asyncio.sleep(0)  # planning the next one takes as long as a piece may
+                    await between_pieces()  # planning the next one takes as long as a piece may
                 elif ready:
                     read, data = ready.popleft()
                     await self._install_parts(read, data, count, strict=strict)
@@ -362,7 +363,7 @@ class Prefetch:
         """
         for stretch in plan:
             if stretch is None:
-                await asyncio.sleep(0)
+                await between_pieces()
                 continue
             rest: Stretch | None = stretch
             longest = max(size for _, size in stretch.parts)
@@ -371,7 +372,7 @@ class Prefetch:
             if rest is not None and self._is_wanted(rest.region, rest.offset, rest.length):
                 return rest
             if rest is not None:
-                await asyncio.sleep(0)
+                await between_pieces()
             self._set_step()
         return None
 
@@ -379,7 +380,7 @@ class Prefetch:
         """Bring one stretch after the other, with pauses, and only while no fault is in flight."""
         for stretch in plan:
             if stretch is None:
-                await asyncio.sleep(0)
+                await between_pieces()
                 continue
             while self._pager.in_flight:  # noqa: ASYNC110 - an event would cost every fault
                 await asyncio.sleep(_SLOW_PAUSE)
@@ -406,7 +407,7 @@ class Prefetch:
         for number, (start, length) in enumerate(stretch.parts):
             for at in range(start, start + length, piece):
                 if not self._is_wanted(region, at, min(piece, start + length - at)):
-                    await asyncio.sleep(0)
+                    await between_pieces()
                     continue
                 async with self._filling:
                     try:

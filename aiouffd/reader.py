@@ -5,9 +5,10 @@ Must not know: handlers and resolutions.
 
 Laws of this file:
 
-* Every wake-up reads until nothing is pending (bounded), applies every event of the batch,
-  and only then serves faults: page faults are delivered before older events, so a fault read
-  first may be about memory that an event behind it has moved or removed.
+* Every turn reads until nothing is pending (bounded; ``readiness`` shares a wake-up out among all
+  userfaultfds), applies every event of the batch, and only then serves faults: page faults are
+  delivered before older events, so a fault read first may be about memory that an event behind
+  it has moved or removed.
 * No await, no lock and no source stands between the descriptor and its reader.
 * With a journal, messages are read into it: what the kernel has said is written down before
   anybody could forget it.
@@ -22,6 +23,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from . import readiness
 from .events import (
     MESSAGE_SIZE,
     PAGEFAULT,
@@ -114,14 +116,14 @@ class Reader:
         """Begin to read whenever there is something."""
         self._pausing = False
         dispatcher = self._dispatcher
-        dispatcher.loop.add_reader(dispatcher.fd, self.read_all)
+        readiness.add_reader(dispatcher.loop, dispatcher.fd, self.read_some)
         self._context = contextvars.copy_context()
         self._reading = True
 
     def stop(self) -> None:
         """Leave the loop: always before the descriptor is closed, for numbers are reused."""
         dispatcher = self._dispatcher
-        dispatcher.loop.remove_reader(dispatcher.fd)
+        readiness.remove_reader(dispatcher.loop, dispatcher.fd)
         self._reading = False
 
     def read_on(self) -> None:
@@ -135,7 +137,15 @@ class Reader:
 
     def read_all(self) -> None:
         """Read until nothing is pending, apply events, serve faults; never raises."""
-        self._guarded(self._drain)
+        self.read_some(_ROUNDS)
+
+    def read_some(self, rounds: int) -> int:
+        """Read so often at most, apply events, serve faults; never raises.
+
+        Returns:
+            How often there was something.
+        """
+        return self._guarded(self._drain, rounds)
 
     def read_and_try(self, where: Range, fill: Callable[[], object]) -> None:
         """Read one batch, call ``fill`` at once, and only then apply and serve the batch.
@@ -146,14 +156,15 @@ class Reader:
         has, ``fill`` is left out.
         """
 
-        def read_fill_apply() -> None:
+        def read_fill_apply(_rounds: int) -> int:
             count = self._take(self._read() or 0)
             if not self._concerns(count, where):
                 fill()
             if count and not self._dispatcher.target_gone:
                 self._batch(count)
+            return 1
 
-        self._guarded(read_fill_apply)
+        self._guarded(read_fill_apply, 1)
 
     def _take(self, count: int) -> int:
         """See that what was read is not lost, before anything is done with it."""
@@ -173,15 +184,15 @@ class Reader:
                 return True
         return False
 
-    def _guarded(self, read: Callable[[], None]) -> None:
+    def _guarded(self, read: Callable[[int], int], rounds: int) -> int:
         if self._pausing:
-            return
+            return 0
         try:
-            read()
+            return read(rounds)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 self._dispatcher.crash(error)
-                return
+                return 1
             # No descriptor for a forked child: its event stays queued and the fd readable,
             # so that going on to listen would spin.
             log.exception("a fork event waits for a file descriptor")
@@ -190,11 +201,12 @@ class Reader:
             self._dispatcher.timers.set("fds", _FD_SHORTAGE_PAUSE, self.start)
         except Exception as error:
             self._dispatcher.crash(error)
+        return 1
 
-    def _drain(self) -> None:
+    def _drain(self, rounds: int) -> int:
         dispatcher = self._dispatcher
         counters = dispatcher.counters
-        for _ in range(_ROUNDS):
+        for used in range(rounds):
             buffer, read = self._buffer, self._read  # others next time, if there is a journal
             ended = counters.ended
             count = read()
@@ -205,9 +217,10 @@ class Reader:
             elif count:
                 self._batch(self._take(count))
             else:
-                return
+                return used
             if counters.ended == ended or dispatcher.target_gone:
-                return  # nobody was woken who could fault at once
+                return used + 1  # nobody was woken who could fault at once
+        return rounds
 
     def _batch(self, count: int) -> None:
         faults: list[tuple[int, int, int]] = []

@@ -6,7 +6,6 @@ Must not know: how faults are read or dispatched.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from .kernel import abi, calls
 from .kernel.buffers import PinnedBuffer
 from .performer import PIECE_BYTES, Walk
 from .ranges import Range, align_down, is_aligned
+from .readiness import between_pieces
 from .resolutions import Handler
 from .uffd import Mode
 
@@ -215,7 +215,7 @@ class Region:
                     if not settled:
                         await patience.wait()
                 at += length
-                await asyncio.sleep(0)
+                await between_pieces()
         return total
 
     def _fill_piece(self, offset: int, length: int, source: int, mode: int) -> tuple[int, bool]:

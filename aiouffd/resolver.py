@@ -24,6 +24,7 @@ from .flight import Flight
 from .kernel import abi, calls
 from .performer import PIECE_BYTES, Walk, outcome_of, perform, span_of
 from .ranges import Range
+from .readiness import between_pieces
 from .resolutions import Continue, Copy, Resolution, Wake
 
 if TYPE_CHECKING:
@@ -197,7 +198,7 @@ class Resolver:
     ) -> None:
         for part in parts:
             for piece in part.pieces(max(PIECE_BYTES, flight.fault.length)):
-                await asyncio.sleep(0)
+                await between_pieces()
                 if self._dispatcher.target_gone or not self._speculate(
                     flight, resolution, whole, piece
                 ):

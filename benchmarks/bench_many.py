@@ -17,10 +17,9 @@ RANGES = 10_000
 UFFDS = 1_000
 AT_MOST = 1.2
 REMEDY = (
-    "What it would take: the next fault being in another userfaultfd, reading again finds nothing,"
-    " and each fault pays for a turn of the loop and for caches that have forgotten its pager. One"
-    " epoll for all userfaultfds of a loop, asked again before the loop gets its turn, helps:"
-    " in a trial 1.8 became about 1.5 on asyncio."
+    "What it would take: the next fault being in another userfaultfd, reading again finds nothing:"
+    " an epoll that all of a loop share is asked instead, which costs more, and the next pager's"
+    " objects have left the caches since its last fault."
 )
 
 

@@ -41,14 +41,10 @@ IDLE = (
     "A target that is quiet is asked after 1, 2, 4, 8 ... seconds whether it has called exec, which"
     " nothing tells; counted between the first question and the second, with a pidfd of each."
 )
-TURNS = (
-    "A session serves its own next faults, up to 64 rounds, before the loop turns to the next one:"
-    " the median is that of a session's turn, the 99th percentile that of waiting for it."
-)
+TURNS = "Each session has one fault served before any has a second one."
 REMEDY = (
-    "What it would take: the next fault being in another userfaultfd, reading again finds nothing,"
-    " and each fault pays for a turn of the loop. One epoll for all userfaultfds of a loop, asked"
-    " again before the loop gets its turn, would save most of it."
+    "What it would take: each fault asks the epoll (one call more than reading again), and its"
+    " session's objects have left the caches since its last one."
 )
 
 

@@ -163,6 +163,20 @@ MUTATIONS: Final = (
         "PIECE_BYTES: Final = 1 << 40",
     ),
     Mutation(
+        10,
+        "a target that asks again and again is served until it is through",
+        "readiness.py",
+        "rounds if alone else 1",
+        "rounds",
+    ),
+    Mutation(
+        10,
+        "the next piece goes before a fault that came during the last",
+        "readiness.py",
+        "    if readiness is not None:\n        readiness.wake_up()\n",
+        "",
+    ),
+    Mutation(
         11,
         "every handler is a task",
         "eager.py",

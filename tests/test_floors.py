@@ -23,7 +23,7 @@ FLOORS = {
         protocols.criu protocols.criu.protobuf protocols.criu.images protocols.criu.page_wire
         protocols.criu.lazy_socket""",
     "asyncio": """
-        eager threads metrics uffd filled_pages journal
+        eager threads readiness metrics uffd filled_pages journal
         flight performer region timers parking watchdog recovery resolver reader
         dispatcher settling detaching pager
         lazy_pages lazy_mapping lazy_answers lazy_flights lazy_faults lazy_pins

@@ -6,12 +6,14 @@ import asyncio
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from aiouffd import Copy, PageFault, Resolution, performer
+from aiouffd.filled_pages import FilledPages
 from tests.serving import Record, image, serving
-from tests.targets import PAGE, until, wait_until
+from tests.targets import PAGE, Target, until, wait_until
 
 _PAGES = 4096  # 16 MiB
 
@@ -50,6 +52,63 @@ async def test_a_fault_is_served_before_a_fill_is_done() -> None:
         assert not fill.done()
         assert await fill == len(data) - PAGE
         assert await touch == _PAGES & 255
+
+
+async def test_a_fault_waits_for_one_piece_of_a_fill() -> None:
+    """It is served before the next piece, though the loop would let the fill go on first."""
+    faults: list[int] = []  # that were served before each piece had ended
+
+    async with serving(pages=_PAGES) as served:
+        target, counters, region = served.target, served.pager.counters, served.region
+
+        class Touching(FilledPages):
+            def add_range(self, offset: int, length: int) -> None:
+                super().add_range(offset, length)
+                faults.append(counters.faults)
+                if len(faults) == 3:
+                    touches.append(target.start_read(_PAGES - 1))
+                    wait_until(target.is_blocked, "a thread faults during the piece")
+
+        touches: list[Any] = []
+        bits = bytearray(FilledPages.bytes_for(region.length, PAGE))
+        region.filled = Touching(bits, 0, 0, region.length, PAGE)
+        await region.fill(0, image(0, target.length))
+        assert faults[:4] == [0, 0, 0, 1]
+        assert await touches[0] == _PAGES & 255
+
+
+async def test_a_busy_target_does_not_hold_up_another() -> None:
+    """Each is served once before one is served again, how soon ever it asks."""
+    ended: list[str] = []
+
+    class Ends(Record):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+            self.target: Target | None = None
+
+        def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:
+            ended.append(self.name)
+            target = self.target
+            if target is not None and fault.offset + PAGE < target.length:  # it reads on
+                wait_until(lambda: target.is_blocked() and pending(target), "it faults again")
+
+    def pending(target: Target) -> bool:
+        return served[target].uffd.info().pending > 0
+
+    busy, other = Ends("busy"), Ends("other")
+    async with (
+        serving(pages=16, observers=[busy]) as one,
+        serving(pages=16, observers=[other]) as two,
+    ):
+        served = {one.target: one, two.target: two}
+        busy.target = one.target
+        sweep, touch = one.target.start_sweep(), two.target.start_read(3)
+        wait_until(one.target.is_blocked, "both fault")
+        wait_until(two.target.is_blocked, "both fault")
+        assert await touch == 4
+        assert "other" in ended[:2]
+        assert await sweep == [page + 1 for page in range(16)]
 
 
 async def test_a_long_answer_serves_its_page_first() -> None:
