@@ -12,6 +12,10 @@ Laws of this file:
   has marked the userfaultfd as changing before the unregistration could get its lock.
 * What such an event has moved or copied is registered still, elsewhere: it is found in the
   books once the event is applied, and given back as well.
+* Where nobody else has a copy of the userfaultfd, nothing is unregistered: the close that
+  follows gives everything back, in one step.  An unregistration of a part cuts the target's
+  mapping in two until the rest follows, and mremap across the cut fails meanwhile, or moves
+  one half (seen on Linux 6.18).
 * A fault that was read before, or that lies in such memory, is let go, never answered: its
   thread tries again, and finds the kernel's own memory.
 """
@@ -46,7 +50,11 @@ class Detaching:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, tails: Callable[[list[Range]], Iterable[Range]] | None
+        self,
+        dispatcher: Dispatcher,
+        tails: Callable[[list[Range]], Iterable[Range]] | None,
+        *,
+        alone: bool = False,
     ) -> None:
         """Prepare; nothing is changed before ``begin``.
 
@@ -54,13 +62,15 @@ class Detaching:
             dispatcher: Of the pager.
             tails: Given all stretches, finds what the target has grown behind them without a
                 word: mremap tells nothing of a new tail.
+            alone: Nobody else has a copy: the pager's close gives everything back.
         """
         self._dispatcher = dispatcher
         self._tails = tails
+        self._alone = alone
         self._epoch = -1
 
     def begin(self) -> None:
-        """Unregister everything, and let every waiting thread go; no way back from here."""
+        """Let every waiting thread go, and unregister everything; no way back from here."""
         dispatcher = self._dispatcher
         for _, placement in dispatcher.space.placements:
             placement.region.handler = let_go
@@ -90,7 +100,7 @@ class Detaching:
                 placement.region.handler = let_go  # a child that was forked before
             self._unregister_all()
             return False
-        return not dispatcher.uffd.is_changing()
+        return self._alone or not dispatcher.uffd.is_changing()
 
     def finish(self) -> None:
         """Forget all memory: it is none of ours any more."""
@@ -102,6 +112,8 @@ class Detaching:
     def _unregister_all(self) -> None:
         dispatcher = self._dispatcher
         self._epoch = dispatcher.space.epoch
+        if self._alone:
+            return
         stretches = [(where, place.page_size) for where, place in dispatcher.space.placements]
         try:
             for where, page_size in stretches:

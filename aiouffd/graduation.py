@@ -65,6 +65,7 @@ class Graduation:
         extents: Extents,
         *,
         peer: Peer | None = None,
+        alone: bool = False,
     ) -> None:
         """Prepare; nothing is brought yet.
 
@@ -73,11 +74,13 @@ class Graduation:
             source: Of all of them.
             extents: Where it has data.
             peer: The target, if known.
+            alone: Closing the userfaultfds gives the memory back: nobody else has copies.
         """
         self._pagers = pagers
         self._source = source
         self._extents = extents
         self._peer = peer
+        self._alone = alone
         self._complete: set[Pager] = set()
         self._prefetch: dict[Pager, Prefetch] = {}
         self._detaching: dict[Pager, Detaching] = {}
@@ -189,7 +192,7 @@ class Graduation:
 
     def _begin(self, pager: Pager) -> Detaching:
         detaching = self._detaching[pager] = pager.detaching(
-            self._tails if pager.parent is None else None
+            self._tails if pager.parent is None else None, alone=self._alone
         )
         detaching.begin()
         return detaching

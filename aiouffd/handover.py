@@ -73,6 +73,8 @@ class Handover:
         part: Which part of the image it is, where images have parts: a restored task, by the
             pid that it has in there.
         zero_elsewhere: What is registered and lies in no region reads zero.
+        alone: Nobody else has a copy of the userfaultfd, so that closing it gives the memory
+            back, all at once.
         peer: Whose memory it is, where that is not the process that has connected; pinned.
             Whoever takes the hand-over closes it.
     """
@@ -84,6 +86,7 @@ class Handover:
     dialect: str = ""
     part: str = ""
     zero_elsewhere: bool = False
+    alone: bool = False
     peer: Peer | None = None
 
     @property

@@ -449,13 +449,19 @@ class Pager:
         if self._dispatcher.started and not self.target_gone and not self.uffd.closed:
             self._dispatcher.reader.read_all()
 
-    def detaching(self, tails: Callable[[list[Range]], Iterable[Range]] | None = None) -> Detaching:
+    def detaching(
+        self,
+        tails: Callable[[list[Range]], Iterable[Range]] | None = None,
+        *,
+        alone: bool = False,
+    ) -> Detaching:
         """Prepare to give all memory back to the kernel; see Detaching.
 
         Args:
             tails: Finds memory that has grown behind stretches without a word.
+            alone: Nobody else has a copy of the userfaultfd.
         """
-        return Detaching(self._dispatcher, tails)
+        return Detaching(self._dispatcher, tails, alone=alone)
 
     # --- outliving this process --------------------------------------------------------
 

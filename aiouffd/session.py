@@ -401,7 +401,11 @@ class Session:
             for number, region in enumerate(self.handover.regions)
         ]
         self._graduation = Graduation(
-            self._serving_pagers, self.source, self._extents, peer=self.peer
+            self._serving_pagers,
+            self.source,
+            self._extents,
+            peer=self.peer,
+            alone=self.handover.alone,
         )
 
         self._residency = Residency(

@@ -73,20 +73,23 @@ async def served(
     kind: str = "anon",
     pages: int = 64,
     leave_out: int = 0,
+    alone: bool = False,
     **settings: Any,
 ) -> AsyncIterator[tuple[Target, Session]]:
     """A target that keeps its own userfaultfd, and the session that serves it.
 
     Args:
         leave_out: The first so many pages are left unregistered.
+        alone: The target does not keep it.
     """
-    with Target(kind, pages, features=EVENTS, register=0, keep_uffd=True, threads=6) as target:
+    keeping: dict[str, Any] = {"keep_uffd": not alone, "threads": 6}
+    with Target(kind, pages, features=EVENTS, register=0, **keeping) as target:
         offset = leave_out * target.page_size
         length = target.length - offset
         calls.register(target.uffd, target.base + offset, length, MISSING)
         region = HandedRegion(target.base + offset, length, offset, target.page_size)
         peer = Peer(target.pid, 0, 0, OwnedFd(os.dup(target.pidfd)))
-        handover = Handover(OwnedFd(target.take_uffd()), (region,))
+        handover = Handover(OwnedFd(target.take_uffd()), (region,), alone=alone)
         service = Service(warn_after=None, **settings)
         with peer:
             async with Session(handover, source, peer=peer, service=service) as session:

@@ -91,10 +91,16 @@ async def test_what_graduates_is_what_the_source_says() -> None:
         assert session.figures().filled_bytes == 32 * PAGE
 
 
-async def test_children_graduate_with_their_parent() -> None:
+#: Whether we alone have the userfaultfd: its close is then what gives memory back.
+ALONE: Final = pytest.mark.parametrize("alone", [False, True], ids=["shared", "alone"])
+
+
+@ALONE
+async def test_children_graduate_with_their_parent(alone: bool) -> None:
     """Forked before, half served; and none of them waits for anybody afterwards."""
     pages = 64
-    async with served(BufferSource(image(0, pages * PAGE)), pages=pages) as (target, session):
+    source = BufferSource(image(0, pages * PAGE))
+    async with served(source, pages=pages, alone=alone) as (target, session):
         assert await target.start_madvise(MADV_DONTNEED, 1) == 0
         child = await target.fork()
         grandchild = await child.fork()
@@ -108,10 +114,12 @@ async def test_children_graduate_with_their_parent() -> None:
         assert session.counters().filled_bytes >= 3 * (pages - 2) * PAGE
 
 
-async def test_orphans_graduate_too() -> None:
+@ALONE
+async def test_orphans_graduate_too(alone: bool) -> None:
     """The target has exited; the child that it forked lives, and needs nobody afterwards."""
     pages = 64
-    async with served(BufferSource(image(0, pages * PAGE)), pages=pages) as (target, session):
+    source = BufferSource(image(0, pages * PAGE))
+    async with served(source, pages=pages, alone=alone) as (target, session):
         child = await target.fork()
         grandchild = await child.fork()
         target.kill()
@@ -124,10 +132,12 @@ async def test_orphans_graduate_too() -> None:
         assert await holds(grandchild, model(pages))
 
 
-async def test_memory_that_grew_and_moved_is_given_back() -> None:
+@ALONE
+async def test_memory_that_grew_and_moved_is_given_back(alone: bool) -> None:
     """A tail that mremap grew reads zero, and is not left registered where nobody looks."""
     pages = 64
-    async with served(BufferSource(image(0, pages * PAGE)), pages=pages) as (target, session):
+    source = BufferSource(image(0, pages * PAGE))
+    async with served(source, pages=pages, alone=alone) as (target, session):
         to = target.reserve(64 * PAGE)
         moved = await target.start_mremap(32, 32, 48, flags=3, to=to)
         assert moved == to
@@ -137,6 +147,30 @@ async def test_memory_that_grew_and_moved_is_given_back() -> None:
             assert not is_registered(target, address), hex(address)
         assert await target.start_peek(to + 47 * PAGE) == 0
         assert await target.start_words(to, PAGE, 34) == [*range(33, 65), 0, 0]
+
+
+async def test_memory_is_moved_as_a_whole_while_it_is_given_back() -> None:
+    """A mapping that we know in two parts is never cut between them, when we are alone.
+
+    One thread moves it to and fro all the while: across a cut mremap fails with EFAULT.
+    """
+    pages = 64
+    for _ in range(10):
+        source = BufferSource(image(0, pages * PAGE))
+        async with served(source, pages=pages, alone=True) as (target, session):
+            first, second = (target.reserve(pages * PAGE) for _ in range(2))
+            half = pages // 2
+            assert await target.start_mremap(half, half, flags=3, to=first + half * PAGE)
+            assert await target.start_mremap(0, half, flags=3, to=first) == first
+            completing = asyncio.ensure_future(session.complete())
+            places = [first, second]
+            while session.state is not State.DETACHED or places[0] != first:
+                length = pages * PAGE
+                moved = await target.call("mremap", places[0], length, length, 3, places[1])
+                assert moved == places[1]
+                places.reverse()
+            await completing
+            assert await target.start_words(first, PAGE, pages) == [*range(1, pages + 1)]
 
 
 @pytest.mark.parametrize("how", ["munmap", "madvise", "mremap"])

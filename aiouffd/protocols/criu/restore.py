@@ -129,6 +129,7 @@ class Restores:
                 dialect=DIALECT,
                 part=str(pid),
                 zero_elsewhere=True,
+                alone=True,  # the task has closed its own copy
                 peer=peer,
             )
         log.debug("task %d has no memory that is restored lazily", pid)
