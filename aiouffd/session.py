@@ -624,9 +624,9 @@ class Session:
         await asyncio.shield(self._closing)
 
     async def _close_all(self, action: Action | None) -> None:
-        self._released.set()  # who waits for that learns of the end
         try:
             await self._end_prefetch()
+            self._released.set()  # who waits for that learns of the end
             await let_go(self.pager, action, self.handover, self.peer)
         finally:
             await self._children.close(action)

@@ -4,7 +4,9 @@
  * usage: soak_target SOCKET CONTROL KIND THREADS PAGES PAGE_SIZE SEED OPERATIONS LIFE FEATURES ALARM_US
  *
  * SOCKET    gets "BASE LENGTH" and beside it the userfaultfd; one byte from it means go.  If it is a
- *           path, `aiouffd serve` listens there, and gets what Firecracker sends; no page is lost then.
+ *           path, `aiouffd serve` listens there, and gets what Firecracker sends; if it is
+ *           criu:FD:PID:BASE, the daemon of `criu restore` is connected to FD, gets what a task that
+ *           was PID sends, and has an image of the memory at BASE.  No page is lost then.
  * CONTROL   is a memory file of struct control, shared with the server.
  * KIND      anon, shmem (shared mapping of a memfd), shmem-private, hugetlb (shared).
  * OPERATIONS is a string of letters with weights, "r30w10...": see do_operation.
@@ -69,7 +71,9 @@ static struct worker workers[MAX_THREADS];
 static char *home_base, *away_base;
 static size_t page_size, pages, threads;
 static int shared, is_anon, life, pattern;
-static const char *server; /* the path of its socket, or none */
+static const char *server; /* the path of its socket, or what else says where it is, or none */
+static char *wanted_base; /* where the memory has to be, if that is not free */
+static int task; /* the pid that CRIU knows us by */
 static char letters[32];
 static unsigned weights[32], weight_sum, letter_count;
 static __thread struct worker *self;
@@ -423,6 +427,13 @@ static void *own_memory(size_t length)
 
 static char *aligned(size_t length, int protection, int flags, int fd)
 {
+    if (wanted_base) {
+        char *at = mmap(wanted_base, length, protection, flags | MAP_FIXED_NOREPLACE, fd, 0);
+        if (at != wanted_base)
+            die("mmap of the memory where it was");
+        wanted_base = NULL;
+        return at;
+    }
     char *room = mmap(NULL, length + page_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                       -1, 0);
     char *at = (char *)(((uintptr_t)room + page_size - 1) / page_size * page_size);
@@ -459,9 +470,14 @@ static void hand_over(int socket, uint64_t features)
     if (uffd < 0 || ioctl(uffd, _IOWR(0xAA, 0x3F, struct uffdio_api), &api))
         die("userfaultfd");
     struct uffdio_register all = {(uint64_t)home_base, threads * pages * page_size, 1, 0};
-    if (server && ioctl(uffd, _IOWR(0xAA, 0x00, struct uffdio_register), &all))
+    if (server && !task && ioctl(uffd, _IOWR(0xAA, 0x00, struct uffdio_register), &all))
         die("register");
-    if (server)
+    if (task) {
+        if (write(socket, &task, sizeof(task)) != sizeof(task))
+            die("write");
+        text[0] = 0;
+        part.iov_len = 1;
+    } else if (server)
         part.iov_len = snprintf(text, sizeof(text),
                                 "[{\"base_host_virt_addr\":%lu,\"size\":%lu,\"offset\":0,"
                                 "\"page_size\":%lu,\"page_size_kib\":%lu}]",
@@ -477,6 +493,12 @@ static void hand_over(int socket, uint64_t features)
     memcpy(CMSG_DATA(header), &uffd, sizeof(int));
     if (sendmsg(socket, &message, MSG_NOSIGNAL) < 0)
         die("sendmsg");
+    if (task) { /* as CRIU: long after the hand-over */
+        usleep(20000);
+        if (ioctl(uffd, _IOWR(0xAA, 0x00, struct uffdio_register), &all))
+            die("register");
+        close(socket);
+    }
     close(uffd);
     if (server)
         return;
@@ -498,8 +520,13 @@ int main(int count, char **arguments)
 {
     if (count != 12)
         die("arguments");
-    server = arguments[1][0] == '/' ? arguments[1] : NULL;
-    int socket = server ? connect_to(server) : atoi(arguments[1]), control_fd = atoi(arguments[2]);
+    int socket = atoi(arguments[1]), control_fd = atoi(arguments[2]);
+    unsigned long base = 0;
+    if (arguments[1][0] == '/')
+        socket = connect_to(server = arguments[1]);
+    else if (sscanf(arguments[1], "criu:%d:%d:%lu", &socket, &task, &base) == 3)
+        server = arguments[1];
+    wanted_base = (char *)base;
     threads = strtoul(arguments[4], NULL, 0);
     pages = strtoul(arguments[5], NULL, 0);
     page_size = strtoul(arguments[6], NULL, 0);

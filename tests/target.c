@@ -69,7 +69,7 @@ static void die(const char *what)
     _exit(70);
 }
 
-static void send_answer(const char *text, size_t length, int fd)
+static int send_with_fd(int socket, const char *text, size_t length, int fd)
 {
     union { struct cmsghdr header; char bytes[CMSG_SPACE(sizeof(int))]; } ancillary;
     struct iovec part = {(void *)text, length};
@@ -84,9 +84,16 @@ static void send_answer(const char *text, size_t length, int fd)
         header->cmsg_len = CMSG_LEN(sizeof(int));
         memcpy(CMSG_DATA(header), &fd, sizeof(int));
     }
-    while (sendmsg(control, &message, MSG_NOSIGNAL) < 0)
+    while (sendmsg(socket, &message, MSG_NOSIGNAL) < 0)
         if (errno != EINTR)
-            _exit(71); /* nobody listens any more */
+            return -1;
+    return 0;
+}
+
+static void send_answer(const char *text, size_t length, int fd)
+{
+    if (send_with_fd(control, text, length, fd))
+        _exit(71); /* nobody listens any more */
 }
 
 static void reply_fd(uint64_t sequence, int fd, const char *format, ...)
@@ -163,6 +170,7 @@ static const struct { const char *name; long number; } calls[] = {
     {"io_uring_setup", SYS_io_uring_setup}, {"io_uring_register", SYS_io_uring_register},
     {"kill", SYS_kill}, {"ioctl", SYS_ioctl}, {"futex", SYS_futex}, {"unshare", SYS_unshare},
     {"setresuid", SYS_setresuid}, {"vmsplice", SYS_vmsplice}, {"fcntl", SYS_fcntl},
+    {"pidfd_open", SYS_pidfd_open}, {"pidfd_getfd", SYS_pidfd_getfd},
 };
 
 static uint64_t next_random(uint64_t *state)
@@ -250,6 +258,15 @@ static void do_open(uint64_t sequence, uint64_t features, uint64_t flags, int ke
     reply_fd(sequence, fd, "value %d", keep ? fd : -1);
     if (!keep)
         close(fd);
+}
+
+static void do_hand(uint64_t sequence, int socket, int32_t pid, int fd)
+{
+    int failed = send_with_fd(socket, (char *)&pid, sizeof(pid), -1);
+    if (!failed && fd >= 0)
+        failed = send_with_fd(socket, "", 1, fd);
+    close(fd);
+    reply(sequence, "value %d", failed ? -errno : 0);
 }
 
 /* One u64 at the start of each of COUNT pages, "x" where a signal stopped the access. */
@@ -447,6 +464,8 @@ static void perform(uint64_t sequence, char *command)
         reply(sequence, "value %d", fd < 0 ? -errno : fd);
     } else if (!strcmp(word, "uffd")) {
         do_open(sequence, n[0], n[1], (int)n[2]);
+    } else if (!strcmp(word, "hand")) { /* the number PID and FD over SOCKET, as a task of CRIU's */
+        do_hand(sequence, (int)n[0], (int32_t)n[1], (int)n[2]);
     } else if (!strcmp(word, "fork")) {
         do_fork(sequence);
     } else if (!strcmp(word, "exec")) {

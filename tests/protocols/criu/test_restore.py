@@ -1,0 +1,353 @@
+"""Restored tasks served by a server of restores: what each byte must be, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import signal
+import zlib
+from pathlib import Path
+
+import pytest
+
+from aiouffd.errors import SourceError
+from aiouffd.failure import Action, FailurePolicy
+from aiouffd.prefetch import Pace
+from aiouffd.protocols.criu.checkpoint import Checkpoint
+from aiouffd.protocols.criu.restore import Restores
+from aiouffd.service import Service
+from aiouffd.session_states import State
+from aiouffd.sources import Source
+from tests.protocols.criu.restoring import (
+    EAGER,
+    LAZY,
+    Restorer,
+    checkpoint_of,
+    daemon,
+    image_of,
+    page_of,
+    task,
+)
+from tests.targets import PAGE, Signal, Target, until
+
+pytestmark = pytest.mark.root  # fork events take CAP_SYS_PTRACE
+
+PUSH = Service(hydrate=Pace.FULL, let_go=True, warn_after=None)
+QUIET = Service(warn_after=None)
+
+
+async def words(target: Target, first: int = 0, count: int = 4) -> list[int | None]:
+    """Read the first word of some pages."""
+    return await target.start_words(target.at(first), PAGE, count, 5)
+
+
+def expected(target: Target, first: int = 0, count: int = 4) -> list[int]:
+    """Give what they must be."""
+    return [page_of(target.pid, page) for page in range(first, first + count)]
+
+
+async def holds_all(target: Target) -> bool:
+    """Whether all of its memory is as in the images."""
+    crc = await target.start_crc32(target.base, target.length)
+    return crc == zlib.crc32(image_of(target.pid, target.pages))
+
+
+# --- a restore -------------------------------------------------------------------------
+
+
+async def test_tasks_are_served_before_the_restore_is_finished(tmp_path: Path) -> None:
+    """Each from its own memory, as soon as it has come; a zombie takes nothing."""
+    with task() as one, task() as two:
+        images = checkpoint_of(tmp_path / "c", one, two, dead=[2])
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            with Restorer(running.path) as restore:
+                restore.hand_over(two)
+                assert await words(two) == expected(two)
+                restore.send(-2)
+                restore.hand_over(one)
+                assert await words(one) == expected(one)
+                assert not running.finished()
+                restore.finish()
+            await until(running.finished, "the restore is finished")
+            assert await words(one, 60) == expected(one, 60)
+            assert len(running.server.sessions) == 2
+
+
+async def test_each_task_is_pinned_and_named(tmp_path: Path) -> None:
+    """By itself, not by who has connected: its exit ends its session alone, and at once."""
+    with task() as one, task() as two:
+        images = checkpoint_of(tmp_path / "c", one, two)
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            with Restorer(running.path) as restore:
+                restore.hand_over(one)
+                restore.hand_over(two)
+                restore.finish()
+            await until(running.finished, "the restore is finished")
+            session = running.session(one)
+            assert session is not None
+            assert session.peer is not None
+            assert session.peer.pid == one.pid != os.getpid()
+            assert session.name == f"task {one.pid}, pid {one.pid} (uid 0)"
+            one.kill()
+            await until(lambda: session.state is State.TARGET_GONE, "its session ends")
+            await until(lambda: len(running.server.sessions) == 1, "the other one lives on")
+            assert await words(two) == expected(two)
+
+
+async def test_nothing_is_brought_before_all_is_registered(tmp_path: Path) -> None:
+    """What cannot be copied for want of registration is not taken for brought."""
+    with task() as one, task() as two:
+        images = checkpoint_of(tmp_path / "c", one, two)
+        async with daemon(images, tmp_path / "s", service=PUSH) as running:
+            with Restorer(running.path) as restore:
+                restore.hand_over(one, register=False)
+                restore.hand_over(two)
+                await until(lambda: len(running.sessions()) == 2, "both are served")
+                completing = [asyncio.ensure_future(running.sessions()[0].complete())]
+                assert await words(two) == expected(two)
+                await asyncio.sleep(0.1)  # time to do what must not be done
+                assert not running.detached()
+                restore.register(one)
+                restore.finish()
+            await until(lambda: running.detached() == 2, "both have all of their memory")
+            await asyncio.gather(*completing)
+            for target in (one, two):
+                assert await holds_all(target)
+            assert not running.server.sessions
+
+
+async def test_what_is_not_lazy_reads_zero(tmp_path: Path) -> None:
+    """In a registered mapping, that is; what the restorer has put there stays."""
+    runs = [(0, 8, LAZY), (8, 4, EAGER), (20, 4, LAZY)]
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target, runs=runs)
+        async with daemon(images, tmp_path / "s", service=PUSH) as running:
+            target.start_poke64(target.at(9), 77).result()  # the restorer's: before it registers
+            with Restorer(running.path) as restore:
+                restore.hand_over(target)
+                want = [*expected(target, 0, 8), 0, 77, *([0] * 10), *expected(target, 20, 4), 0, 0]
+                assert await words(target, 0, 26) == want
+                restore.finish()
+            await until(running.detached, "all memory is there")
+            assert await words(target, 0, 26) == want
+            assert await words(target, 60) == [0, 0, 0, 0]
+
+
+async def test_events_of_restored_tasks(tmp_path: Path) -> None:
+    """A child forked before its pages came, memory moved twice and partly unmapped, and freed."""
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target)
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            with Restorer(running.path) as restore:
+                restore.hand_over(target)
+                await until(lambda: running.session(target), "it is served")
+                away, further = target.reserve(16 * PAGE), target.reserve(16 * PAGE)
+                assert await target.start_mremap(16, 16, flags=3, to=away) == away
+                child = await target.fork()
+                assert (
+                    await target.call("mremap", away, 16 * PAGE, 16 * PAGE, 3, further) == further
+                )
+                assert await target.call("munmap", further, 8 * PAGE) == 0
+                assert await target.start_madvise(mmap.MADV_DONTNEED, 2, 2) == 0
+                assert await target.start_words(further + 8 * PAGE, PAGE, 8) == expected(
+                    target, 24, 8
+                )
+                assert isinstance(await target.start_peek(further), Signal)
+                assert await words(target, 0, 6) == [
+                    *expected(target, 0, 2),
+                    0,
+                    0,
+                    *expected(target, 4, 2),
+                ]
+                # The child knows of what was before it, and of nothing behind.
+                assert await child.start_words(away, PAGE, 16) == expected(target, 16, 16)
+                assert await words(child, 0, 6) == expected(target, 0, 6)
+                grandchild = await child.fork()
+                assert await child.start_madvise(mmap.MADV_DONTNEED, 40, 4) == 0
+                assert await words(grandchild, 40) == expected(target, 40)
+                assert await words(child, 40) == [0, 0, 0, 0]
+                restore.finish()
+            await until(running.finished, "the restore is finished")
+            session = running.session(target)
+            assert session is not None
+            await session.complete()
+            assert await words(grandchild, 50) == expected(target, 50)
+            assert await words(target, 2, 2) == [0, 0]
+            assert await target.start_words(further + 8 * PAGE, PAGE, 8) == expected(target, 24, 8)
+
+
+async def test_restores_at_once_and_after_each_other(tmp_path: Path) -> None:
+    """One checkpoint, any number of times."""
+    with task() as first:
+        images = checkpoint_of(tmp_path / "c", first)
+        async with daemon(images, tmp_path / "s", service=PUSH) as running:
+            with (
+                task(align=1 << 40) as other,  # memory elsewhere: only its bytes count
+                Restorer(running.path) as one,
+                Restorer(running.path) as two,
+            ):
+                assert other.pages == first.pages
+                one.hand_over(first)
+                two.send(-7)
+                one.finish()
+                await until(lambda: running.finished() == 1, "the first is finished")
+                two.finish()
+            await until(lambda: running.finished() == 2, "the second is finished")
+            await until(running.detached, "it has all of its memory")
+            assert await words(first) == expected(first)
+            with Restorer(running.path) as three:
+                three.finish()
+            await until(lambda: running.finished() == 3, "the third is finished")
+            assert not running.refusals()
+
+
+# --- what goes wrong -------------------------------------------------------------------
+
+
+async def test_a_restore_that_fails_midway(tmp_path: Path) -> None:
+    """It is said why; what outlives it is closed by the policy, and reads no zeros."""
+    with task() as one, task() as two:
+        images = checkpoint_of(tmp_path / "c", one, two)
+        async with daemon(images, tmp_path / "s", service=PUSH) as running:
+            with Restorer(running.path) as restore:
+                restore.hand_over(one)
+                restore.hand_over(two)
+                await until(lambda: len(running.sessions()) == 2, "both are served")
+            await until(running.refusals, "the end is noticed")
+            assert "the restore failed: its connection ended after 2 tasks" in running.refusals()[0]
+            two.kill()  # as criu does; one outlives it
+            await until(lambda: running.ended() == 2, "both sessions end")
+            assert not running.finished()
+            touched = await one.start_peek(one.base)
+            assert isinstance(touched, Signal)
+            assert touched.number == signal.SIGBUS
+
+
+async def test_a_task_of_other_images_is_killed(tmp_path: Path) -> None:
+    """Its memory is not known, and closing its userfaultfd would make zeros of it."""
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", dead=[2])
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            with Restorer(running.path) as restore:
+                restore.hand_over(target)
+                await until(running.refusals, "it is refused")
+            (reason,) = running.refusals()
+            assert reason.startswith(f"task {target.pid} is restored, but there is no process")
+            assert reason.endswith("is it a restore of other images?")
+            assert target.reap() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"),
+    [
+        (None, "while it handed task {} over"),
+        (0, "task {} handed no descriptors over"),
+        (1, "what task {} handed over is no userfaultfd"),
+        (2, "task {} handed 2 descriptors over"),
+    ],
+)
+async def test_hostile_tasks_leave_nothing(tmp_path: Path, count: int | None, reason: str) -> None:
+    """No descriptor stays, whatever comes in the place of one userfaultfd."""
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target)
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            pipe = os.pipe()
+            before = len(os.listdir("/proc/self/fd"))
+            with Restorer(running.path) as restore:
+                restore.send(target.pid, None if count is None else pipe[:count])
+            await until(running.refusals, "it is refused")
+            assert reason.format(target.pid) in running.refusals()[0]
+            assert len(os.listdir("/proc/self/fd")) == before
+            for fd in pipe:
+                os.close(fd)
+            with Restorer(running.path) as restore:  # the next one is served
+                restore.hand_over(target)
+                assert await words(target) == expected(target)
+                target.kill()
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_task_that_somebody_else_hands_over(tmp_path: Path, known: bool) -> None:
+    """Behind a relay the sender is not the task, and is not taken for it; who is, is looked for."""
+    with task() as target, task() as other:
+        numbered = target if known else other
+        images = checkpoint_of(tmp_path / "c", numbered)
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            if not known:
+                other.kill()
+                other.reap()
+            with Restorer(running.path) as restore:
+                restore.send(numbered.pid, [target.uffd])
+                target.call("close", target.uffd_there).result()
+                await until(running.sessions, "it is served")
+                session = running.sessions()[0]
+                assert (session.peer is not None) == known
+                assert session.peer is None or session.peer.pid == target.pid
+                restore.register(target)
+                if known:
+                    assert await words(target) == expected(target)
+                restore.finish()
+            target.kill()
+            await until(lambda: session.state is State.TARGET_GONE, "its end is noticed")
+
+
+class FailingParts:
+    """Parts whose source fails for a while."""
+
+    def __init__(self, restores: Restores, failures: int) -> None:
+        self._restores = restores
+        self.failures = failures
+
+    async def open_part(self, part: str) -> Source:
+        source = await self._restores.open_part(part)
+        read_nowait, read = source.read_nowait, source.read
+
+        def failing_nowait(offset: int, length: int) -> object:
+            return None if self.failures else read_nowait(offset, length)
+
+        async def failing(offset: int, length: int) -> object:
+            if self.failures:
+                self.failures -= 1
+                raise SourceError("out of order for a while")
+            return await read(offset, length)
+
+        source.read_nowait = failing_nowait  # type: ignore[method-assign, assignment]
+        source.read = failing  # type: ignore[method-assign, assignment]
+        source.readinto = None  # type: ignore[method-assign, assignment]
+        return source
+
+
+async def test_a_source_that_fails_for_a_while(tmp_path: Path) -> None:
+    """What could not be pushed is pushed later; the target is let go when all is there."""
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target)
+        async with await Checkpoint.open(images) as checkpoint:
+            parts = FailingParts(Restores(checkpoint), 3)
+            async with daemon(images, tmp_path / "s", service=PUSH, source=parts) as running:
+                with Restorer(running.path) as restore:
+                    restore.hand_over(target)
+                    restore.finish()
+                await until(running.detached, "it has all of its memory")
+                assert not parts.failures
+                assert await holds_all(target)
+
+
+async def test_files_of_pages_that_are_missing(tmp_path: Path) -> None:
+    """A task whose pages cannot be had is refused, settled by the policy, and named."""
+    with task() as one, task() as two:
+        images = checkpoint_of(tmp_path / "c", one, two)
+        (images / "pages-2.img").unlink()
+        policy = FailurePolicy(then=Action.KILL)
+        service = Service(failure=policy, on_close=Action.KILL, warn_after=None)
+        async with daemon(images, tmp_path / "s", service=service) as running:
+            with Restorer(running.path) as restore:
+                restore.hand_over(two)
+                await until(running.refusals, "it is refused")
+                assert "pages-2.img" in running.refusals()[0]
+                assert two.reap() == -signal.SIGKILL
+                restore.hand_over(one)
+                assert await words(one) == expected(one)
+                restore.finish()
+            await until(running.finished, "the rest goes on")
+            one.kill()
