@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -239,6 +238,8 @@ def _begin_file(path: str, header: bytes) -> int:
 
     Whoever reads the older one keeps it; nobody ever finds half a header.
     """
+    import tempfile  # whoever records nothing need not have it
+
     fd, partial = tempfile.mkstemp(prefix=".working-set-", dir=os.path.dirname(path) or ".")
     try:
         os.write(fd, header)

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .failure import Action, FailurePolicy
 from .prefetch import Pace
-from .recording import Recorder
 from .working_set import WorkingSet
+
+if TYPE_CHECKING:
+    from .recording import Recorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

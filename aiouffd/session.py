@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from .closing import action_on_close, fail_closed, let_go
 from .errors import ClosedError, PeerError, TargetGone
@@ -39,7 +39,6 @@ from .pager import Pager
 from .prefetch import Pace, Prefetch
 from .protection import Books, Protection
 from .ranges import align_up
-from .recording import Recording
 from .residency import NEVER, Residency
 from .resolutions import Handler
 from .service import Service
@@ -48,6 +47,9 @@ from .session_states import AFTER, HOW_IT_ENDED, Milestone, State
 from .sources import Extents, Source, identity_of
 from .uffd import Feature, Mode, Userfaultfd
 from .working_set import WorkingSet
+
+if TYPE_CHECKING:
+    from .recording import Recording
 
 log: Final = logging.getLogger("aiouffd.session")
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -284,6 +283,8 @@ class WorkingSet:
         Raises:
             OSError: It cannot be written; an older file is as it was.
         """
+        import tempfile  # whoever saves none need not have it
+
         path = os.fspath(path)
         fd, partial = tempfile.mkstemp(prefix=".working-set-", dir=os.path.dirname(path) or ".")
         try:

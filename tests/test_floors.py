@@ -31,7 +31,7 @@ FLOORS = {
     "pages": """
         sources sources.buffer sources.file sources.zero sources.measured
         sources.buffer_pool sources.seek_table sources.zstd_frames sources.compressed_layout
-        sources.decompressing sources.reads sources.compressed
+        sources.decompressing sources.reads sources.zstd_marks sources.compressed
         sources.cached sources.layered sources.fallback sources.urls sources.shared
         sources.http_answers sources.http_places sources.http sources.object_store
         sources.peer sources.redis_client sources.redis
@@ -57,7 +57,8 @@ FLOORS = {
         snapshot
         page_map status prometheus http_site control
         cli.control_client cli.sessions cli.top cli.complete cli.snapshot cli.drain
-        cli.output cli.orders cli.report_fields cli.diagnostics cli.operation
+        cli.output cli.orders cli.report_fields cli.diagnostics
+        cli.operating cli.operation
         cli.store_options cli.export cli.criu_options
         cli.progress cli.jobs cli.image
         protocols.criu.survey protocols.criu.plot protocols.criu.strip

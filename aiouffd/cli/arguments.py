@@ -10,6 +10,9 @@ import argparse
 import re
 from typing import Final
 
+#: Where the path of a server's control socket is taken from without ``--control``.
+CONTROL_VARIABLE: Final = "AIOUFFD_CONTROL"
+
 _BYTES: Final = re.compile(r"([0-9]+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _SECONDS: Final = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)s?")
 _WHOLE: Final = re.compile(r"[0-9]{1,18}")

@@ -17,10 +17,8 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any, Final, cast
 from urllib.parse import quote, urlencode
 
+from .arguments import CONTROL_VARIABLE
 from .statuses import NO_SERVER, NO_SESSION, REFUSED, USAGE, CommandError
-
-#: Where the socket's path is taken from without ``--control``.
-VARIABLE: Final = "AIOUFFD_CONTROL"
 
 _CONNECT_S: Final = 10.0
 _SAY_NO: Final = (errno.EACCES, errno.EPERM)
@@ -31,8 +29,8 @@ def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control",
         metavar="PATH",
-        default=os.environ.get(VARIABLE, ""),
-        help=f"the server's control socket (default: ${VARIABLE})",
+        default=os.environ.get(CONTROL_VARIABLE, ""),
+        help=f"the server's control socket (default: ${CONTROL_VARIABLE})",
     )
 
 
@@ -45,7 +43,7 @@ def path_from(args: argparse.Namespace) -> str:
     if not args.control:
         raise CommandError(
             USAGE,
-            f"which server?  Say --control PATH, or set {VARIABLE};"
+            f"which server?  Say --control PATH, or set {CONTROL_VARIABLE};"
             " aiouffd serve --control says its path when it starts",
         )
     return str(args.control)

@@ -28,13 +28,13 @@ from ..protection import PREFIX
 from ..protocols.criu.checkpoint import Checkpoint
 from ..protocols.criu.lazy_socket import NAME
 from ..protocols.criu.restore import Restores
-from ..recording import Recorder
 from ..reports import HandedOver, Refused, Report
 from ..sd_notify import take_listen_fds
 from ..server import LISTENER, Server
 from ..service import Service
 from ..service_manager import ServiceManager
-from ..sources.measured import Reads
+from ..sources import Source
+from ..sources.measured import MeasuredSource, Reads
 from ..sources.urls import shown
 from ..working_set import WorkingSet
 from . import operation, statuses
@@ -271,6 +271,8 @@ class _Daemon:
         policy = _POLICIES[args.policy]
         recorder = None
         if args.record is not None:
+            from ..recording import Recorder
+
             recorder = Recorder(args.record, window=args.record_window)
         return Service(
             failure=FailurePolicy(then=policy),
@@ -335,9 +337,7 @@ class _Measured:
         self._restores = restores
         self._reads = reads
 
-    async def open_part(self, part: str) -> Any:
-        from ..sources.measured import MeasuredSource
-
+    async def open_part(self, part: str) -> Source:
         return MeasuredSource(await self._restores.open_part(part), self._reads.name, self._reads)
 
 

@@ -23,13 +23,14 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final, TextIO, TypeAlias
 
 from ..errors import UffdError
-from ..protocols.criu.tls import TlsFiles, client_context, server_context
 from . import statuses
 from .diagnostics import logging_to
 from .output import Lines
 
 if TYPE_CHECKING:
     import ssl
+
+    from ..protocols.criu.tls import TlsFiles
 
 logger: Final = logging.getLogger("aiouffd.criu")
 
@@ -169,7 +170,11 @@ def tls_client_context(args: argparse.Namespace) -> ssl.SSLContext | None:
         UffdError: Files were named without ``--tls``.
     """
     files = _tls_files(args)
-    return client_context(files, check_name=not args.tls_no_cn_verify) if files else None
+    if files is None:
+        return None
+    from ..protocols.criu.tls import client_context
+
+    return client_context(files, check_name=not args.tls_no_cn_verify)
 
 
 def tls_server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
@@ -180,16 +185,21 @@ def tls_server_context(args: argparse.Namespace) -> ssl.SSLContext | None:
         UffdError: Files were named without ``--tls``.
     """
     files = _tls_files(args)
-    return server_context(files) if files else None
+    if files is None:
+        return None
+    from ..protocols.criu.tls import server_context
+
+    return server_context(files)
 
 
 def _tls_files(args: argparse.Namespace) -> TlsFiles | None:
-    files = TlsFiles(
-        cacert=args.tls_cacert, cacrl=args.tls_cacrl, cert=args.tls_cert, key=args.tls_key
-    )
+    named = (args.tls_cacert, args.tls_cacrl, args.tls_cert, args.tls_key)
     if args.tls:
-        return files
-    if files != TlsFiles():
+        from ..protocols.criu.tls import TlsFiles  # ssl is of no use to anybody else
+
+        cacert, cacrl, cert, key = named
+        return TlsFiles(cacert=cacert, cacrl=cacrl, cert=cert, key=key)
+    if any(one is not None for one in named):
         raise UffdError("--tls-cacert, --tls-cacrl, --tls-cert and --tls-key need --tls")
     return None
 

@@ -1,38 +1,28 @@
 """What an operator sees of a running ``aiouffd serve``: control socket, metrics, service manager.
 
-Knows: the options for these, and how to start and stop them around a server.
-Must not know: how to serve.
+Knows: the options for these.
+Must not know: how to serve, or to answer whoever asks (``operating`` does).
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import errno
 import os
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from .. import prometheus
-from ..control import METRICS_TYPE, Control
 from ..errors import UffdError
 from ..fds import OwnedFd
-from ..http_site import HttpSite, text_response
-from ..server import Server
 from ..source_opening import SourceOrOpener
 from ..sources.measured import MeasuredSource, Reads
-from ..sources.shared import SharedImage
-from ..status import Status
 from ..unix_socket import Listener
-from .arguments import host_and_port
-from .control_client import VARIABLE, ask
+from .arguments import CONTROL_VARIABLE, host_and_port
 from .diagnostics import LEVELS
-from .statuses import CommandError
 
 if TYPE_CHECKING:
-    from aiohttp import web
+    from ..server import Server
+    from ..sources.shared import SharedImage
 
 #: ``--socket fd:NAME``: a socket of this name came from the service manager.
 PASSED: Final = "fd:"
@@ -54,9 +44,9 @@ def add_control_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         nargs="?",
         const="",
-        default=os.environ.get(VARIABLE),
+        default=os.environ.get(CONTROL_VARIABLE),
         help="answer aiouffd sessions, top, complete and drain on this socket"
-        f" (default: ${VARIABLE}; without PATH: the serving socket's path and .control)",
+        f" (default: ${CONTROL_VARIABLE}; without PATH: the serving socket's path and .control)",
     )
     group.add_argument(
         "--metrics",
@@ -105,71 +95,13 @@ async def operating(
     Yields:
         Where what can be reached, for the line that says so.
     """
-    where = {}
-    async with contextlib.AsyncExitStack() as stack:
-        status = Status(server, reads=reads, image=name, shared=shared)
-        if args.control is not None:
-            path = args.control or f"{server.path}.control"
+    if not wanted(args):
+        yield {}
+        return
+    from .operating import around  # what it takes to answer is imported only where somebody asks
 
-            def control(*, replace: bool) -> Control:
-                return Control(
-                    status,
-                    path,
-                    drain=drain,
-                    metrics=_metrics_if_there(status),
-                    replace=replace,
-                    any_directory=args.any_directory,
-                )
-
-            try:
-                await stack.enter_async_context(control(replace=args.replace))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or not await _is_draining(path):
-                    raise
-                await stack.enter_async_context(control(replace=True))
-            where["control"] = path
-        if args.metrics is not None:
-            where["metrics"] = await stack.enter_async_context(_listening(status, *args.metrics))
+    async with around(args, server, name, reads, drain, shared) as where:
         yield where
-
-
-async def _is_draining(path: str) -> bool:
-    """Say whether the server that answers on a control socket takes nobody any more.
-
-    It has given up its serving socket to the next one, and so it does this.
-    """
-    try:
-        _, health = await asyncio.to_thread(ask, path, "GET", "health")
-    except CommandError:
-        return False
-    return bool(health["status"] == "draining")
-
-
-def _metrics_if_there(status: Status) -> Callable[[], Awaitable[bytes]] | None:
-    """Give the text of a scrape; None without prometheus-client, which ``/metrics`` then says."""
-    try:
-        return prometheus.text_of(status)
-    except ImportError:
-        return None
-
-
-@contextlib.asynccontextmanager
-async def _listening(status: Status, host: str, port: int) -> AsyncIterator[str]:
-    """Give metrics on a TCP address."""
-    give = prometheus.text_of(status)
-
-    async def answer(request: web.Request) -> web.Response:  # noqa: ARG001 - aiohttp's
-        return text_response(await give(), METRICS_TYPE)
-
-    site = HttpSite([("GET", "/metrics", answer)])
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as sock:
-        await site.start(sock.fileno())
-        try:
-            name = f"[{host}]" if family == socket.AF_INET6 else host
-            yield f"http://{name}:{sock.getsockname()[1]}/metrics"
-        finally:
-            await site.aclose()
 
 
 def passed_listener(name: str, passed: Sequence[tuple[str, OwnedFd]]) -> Listener:

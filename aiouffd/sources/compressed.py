@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Final, Self, TypeAlias
 from ..errors import ClosedError, SourceError
 from . import Source, check_read
 from .buffer_pool import BufferPool
-from .compressed_layout import Layout, is_compressed, read_layout
+from .compressed_layout import Layout, read_layout
 from .decompressing import in_thread
 from .reads import ReadsUnderWay
+from .zstd_marks import is_compressed
 
 __all__ = ["CompressedSource", "is_compressed"]
 

@@ -19,7 +19,6 @@ from .seek_table import (
     MAX_NOTE_BYTES,
     Note,
     SeekTable,
-    ends_seekable,
     parse,
     parse_note,
     table_length,
@@ -27,9 +26,6 @@ from .seek_table import (
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-#: What a zstd frame begins with.
-ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 
 _TAIL_BYTES: Final = 64 << 10  # read first: the whole table, more often than not
 _PARSE_INLINE: Final = 64 << 10  # more bytes of a table are parsed in a thread
@@ -52,28 +48,6 @@ class Layout:
     note: Note | None
     extents: Extents
     identity: str
-
-
-async def is_compressed(source: Source) -> bool:
-    """Say whether a source holds a seekable zstd image: its last bytes tell.
-
-    Raises:
-        SourceError: They cannot be read.
-    """
-    if source.size < FOOTER_BYTES:
-        return False
-    return ends_seekable(await source.read(source.size - FOOTER_BYTES, FOOTER_BYTES))
-
-
-async def is_without_table(source: Source) -> bool:
-    """Say whether a source that is not ``is_compressed`` begins as a zstd file all the same.
-
-    Raises:
-        SourceError: Its first bytes cannot be read.
-    """
-    if source.size < len(ZSTD_MAGIC):
-        return False
-    return bytes(memoryview(await source.read(0, len(ZSTD_MAGIC)))) == ZSTD_MAGIC
 
 
 async def read_layout(source: Source) -> Layout:

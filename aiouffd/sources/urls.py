@@ -3,7 +3,7 @@
 Knows: schemes, and which module opens each; that a seekable zstd image is told by its end.
 Must not know: what any scheme means; its module does.
 
-A module is imported when a URL asks for it, and so are the packages that it needs.
+A module is imported when an image asks for it, and so are the packages that it needs.
 
 Law of this file: whatever goes wrong half-way, everything opened until then is closed.
 """
@@ -17,17 +17,12 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from importlib import import_module
 from typing import Final
-from urllib.parse import unquote, urlsplit
 
 from ..errors import SourceError, UffdError
 from . import Source
-from .cached import BLOCK_BYTES, CachedSource
-from .compressed import CompressedSource, is_compressed
-from .compressed_layout import is_without_table
-from .fallback import FallbackSource
 from .file import FileSource
-from .layered import LayeredSource
 from .measured import MeasuredSource, Reads
+from .zstd_marks import is_compressed, is_without_table
 
 log: Final = logging.getLogger("aiouffd.sources")
 
@@ -89,6 +84,8 @@ def path_of(url: str) -> str | None:
 
 
 def _file_path(url: str) -> str:
+    from urllib.parse import unquote, urlsplit
+
     try:
         parts = urlsplit(url)
     except ValueError as error:
@@ -144,6 +141,8 @@ async def open_source(url: str) -> Source:
             raise SourceError(f"{shown(url)}: {error}") from error
     async with _closed_on_error([source]):
         if await is_compressed(source):
+            from .compressed import CompressedSource
+
             source = await CompressedSource.open(source)
         elif await is_without_table(source):
             raise SourceError(
@@ -195,8 +194,12 @@ async def open_image(
         for number, layer in enumerate(layers, 1):  # each counts as opened at once
             opened.append(_measured(await open_source(layer), f"layer {number}", accounts))
         if layers:
+            from .layered import LayeredSource
+
             image = LayeredSource(image, *opened[1:])
         if cache_bytes:
+            from .cached import BLOCK_BYTES, CachedSource
+
             block = min(BLOCK_BYTES, 1 << (cache_bytes.bit_length() - 1))
             image = CachedSource(image, cache_bytes, block=block)
     return image
@@ -225,6 +228,8 @@ async def _open_base(
     if fallback is None:
         return opened[0]
     opened.append(_measured(await open_source(fallback), "fallback", accounts))
+    from .fallback import FallbackSource
+
     image = FallbackSource(*opened, retries=0, timeout=_FALL_OVER_AFTER)
     opened[:] = [image]
     return image

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from aiouffd.cli import control_client, main
+from aiouffd.cli import arguments, main
 from aiouffd.cli.sessions import duration, size
 from aiouffd.testing.sources import image
 from tests.attached import Attached
@@ -275,7 +275,7 @@ def test_no_server_there(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_which_server(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Status 2 if neither the option nor the variable says."""
-    monkeypatch.delenv(control_client.VARIABLE, raising=False)
+    monkeypatch.delenv(arguments.CONTROL_VARIABLE, raising=False)
     assert main(["sessions"]) == 2
     assert "AIOUFFD_CONTROL" in capsys.readouterr().err
 
