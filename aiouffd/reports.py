@@ -123,13 +123,16 @@ class Refused:
     Attributes:
         peer: Who it was, as far as the kernel says.
         reason: Why.
+        part: Which of its hand-overs, where it has several and only that one is not served.
     """
 
     peer: str
     reason: str
+    part: str = ""
 
     def __str__(self) -> str:
-        return f"refused {self.peer}: {self.reason}"
+        who = f"task {self.part} of {self.peer}" if self.part else self.peer
+        return f"refused {who}: {self.reason}"
 
 
 Report: TypeAlias = (

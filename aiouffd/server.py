@@ -370,7 +370,9 @@ class Server:
         who = f"session {manifest.session}" if manifest is not None else group.name
         try:
             async with contextlib.AsyncExitStack() as stack:
-                await self._run_session(await self._resume(group, stack), taken_over=True)
+                session = await self._resume(group, stack)
+                self._announce(session, taken_over=True)
+                await self._run_session(session)
         except (UffdError, OSError) as error:
             group.trouble = group.trouble or str(error)
             self._refuse(who, f"is not served on: {group.trouble}")
@@ -510,6 +512,7 @@ class Server:
                             if session.handover.acknowledge:
                                 await connection.send(session.handover.acknowledge)
                         self._handshakes.pop(task, None)
+                        self._announce(session)
                         await self._run_session(session)
             except asyncio.CancelledError:
                 reason = self._ended_why.get(task)
@@ -518,20 +521,21 @@ class Server:
                 self._refuse(who, reason)
 
     @contextlib.contextmanager
-    def _refusing(self, who: str) -> Iterator[None]:
+    def _refusing(self, who: str, part: str = "") -> Iterator[None]:
         """Tell of a peer that cannot be served."""
         try:
             yield
         except TimeoutError:
-            self._refuse(who, f"no complete hand-over within {self._handshake_timeout:g} s")
+            reason = f"no complete hand-over within {self._handshake_timeout:g} s"
+            self._refuse(who, reason, part)
         except PeerError as error:
-            self._refuse(who, str(error.args[0]))
+            self._refuse(who, str(error.args[0]), part)
         except (UffdError, OSError) as error:
-            self._refuse(who, str(error))
+            self._refuse(who, str(error), part)
 
-    def _refuse(self, who: str, reason: str) -> None:
+    def _refuse(self, who: str, reason: str, part: str = "") -> None:
         self.refused += 1
-        self._report(Refused(who, reason))
+        self._report(Refused(who, reason, part))
 
     def _admit_peer(self, connection: Connection, stack: contextlib.AsyncExitStack) -> Peer:
         """Check who has connected, and pin it as long as the stack lasts.
@@ -551,7 +555,7 @@ class Server:
         try:
             async with contextlib.aclosing(received):
                 async for handover in received:
-                    with self._refusing(f"task {handover.part} of {who}"):
+                    with self._refusing(who, handover.part):
                         await self._begin_one(handover, together)
         except BaseException:
             self._spawn(together.give_up(_GRACE), "aiouffd give up")
@@ -568,6 +572,7 @@ class Server:
             try:
                 session = await self._begin_session(handover, peer, stack, held=True)
                 together.sessions.append(session)
+                self._announce(session)
                 self._spawn(self._run_to_the_end(session, stack.pop_all()), "aiouffd session")
             finally:
                 current_session.set(None)  # the next one is another's
@@ -644,12 +649,16 @@ class Server:
             case _:
                 assert_never(milestone)
 
-    async def _run_session(self, session: Session, *, taken_over: bool = False) -> None:
+    def _announce(self, session: Session, *, taken_over: bool = False) -> None:
+        """Count a session that has started, and tell of it."""
         self.sessions.add(session)
         self.served += 1
         self._report(TakenOver(session) if taken_over else Started(session))
         for milestone in tuple(session.milestones):
             self._on_milestone(session, milestone)
+
+    async def _run_session(self, session: Session) -> None:
+        """Take a session that was announced to its end."""
         try:
             await session.wait_closed()
         except (UffdError, OSError) as error:

@@ -468,7 +468,9 @@ def _check_name(place: str, path: str, *, replace: bool) -> None:
         raise FileExistsError(errno.EEXIST, "something that is no socket has this name", path)
     if replace:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+    # Of another type than ours: a living socket refuses it by that (EPROTOTYPE), and its server
+    # hears nothing of it; a dead one refuses everybody.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         if probe.connect_ex(place) in (errno.ECONNREFUSED, errno.ENOENT):
             return
     raise OSError(

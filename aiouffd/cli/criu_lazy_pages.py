@@ -22,17 +22,20 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from ..errors import UffdError
 from ..failure import Action, FailurePolicy
+from ..graduation import keep_trying
 from ..prefetch import Pace
 from ..protection import PREFIX
 from ..protocols.criu.checkpoint import Checkpoint
 from ..protocols.criu.lazy_socket import NAME
 from ..protocols.criu.restore import Restores
-from ..reports import HandedOver, Refused, Report
+from ..reports import HandedOver, Refused, Report, Started, TakenOver
 from ..sd_notify import take_listen_fds
 from ..server import LISTENER, Server
 from ..service import Service
 from ..service_manager import ServiceManager
+from ..session import Session
 from ..sources import Source
 from ..sources.measured import MeasuredSource, Reads
 from ..sources.urls import shown
@@ -40,9 +43,12 @@ from ..working_set import WorkingSet
 from . import operation, statuses
 from .arguments import chunk_bytes, count, seconds
 from .criu_options import (
+    add_address_options,
     add_folder_options,
     add_process_options,
+    add_tls_options,
     run_server,
+    tls_client_context,
     work_directory,
 )
 from .orders import Orders
@@ -51,6 +57,8 @@ from .store_options import add_store_options, not_stored, open_store
 
 if TYPE_CHECKING:
     from ..fd_store import FdStore
+    from ..protocols.criu.page_client import PageClient
+    from ..protocols.criu.task_memory import TaskMemory
     from .output import Lines
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -96,6 +104,22 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         " path or URL; where --images-dir has no images at all, the whole checkpoint",
     )
     what.add_argument(
+        "--page-server",
+        action="store_true",
+        help="bring pages from a page server: `criu page-server --lazy-pages`, a live `criu dump"
+        " --lazy-pages`, or `aiouffd criu page-server`",
+    )
+    add_address_options(
+        what, address="where the page server is (default: 127.0.0.1)", port="its port"
+    )
+    what.add_argument(
+        "--protocol",
+        type=int,
+        choices=(24, 32),
+        help="the bytes of its headers: 24 up to CRIU 4.1, 32 from 4.2 on (default: as of the CRIU"
+        " that has made the images)",
+    )
+    what.add_argument(
         "--restores",
         type=count,
         default=1,
@@ -105,6 +129,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     what.add_argument(
         "--keep-serving", action="store_true", help="serve any number of restores, until SIGTERM"
     )
+    add_tls_options(parser.add_argument_group("how to speak to the page server"))
     push = parser.add_argument_group("before it is asked for")
     push.add_argument(
         "--no-push", action="store_true", help="bring no page in the background, ever"
@@ -147,7 +172,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="what a fault may take before the policy acts (default: 30)",
     )
     how.add_argument(
-        "--policy", choices=_POLICIES, default="poison", help="see below (default: poison)"
+        "--policy",
+        choices=_POLICIES,
+        help="see below (default: poison; kill if the pages come from a live dump, whose processes"
+        " go on where they were when the line breaks)",
     )
     how.add_argument(
         "--chunk",
@@ -193,6 +221,9 @@ class _Daemon:
         self._manager = ServiceManager()
         self._finished = 0  # restores
         self._failed = 0
+        self._refused = 0
+        self._through = asyncio.Event()  # with its restores
+        self._completing: set[asyncio.Task[None]] = set()
         self._server: Server
 
     async def run(self) -> int:
@@ -201,9 +232,18 @@ class _Daemon:
         taken = take_listen_fds()
         for _, fd in not_stored(taken):
             fd.close()
-        with open_store(args, taken) or contextlib.nullcontext() as store:
-            async with await self._open_checkpoint() as checkpoint:
-                return await self._serve(checkpoint, store)
+        async with contextlib.AsyncExitStack() as stack:
+            store = open_store(args, taken)
+            if store is not None:
+                stack.enter_context(store)
+            checkpoint = await stack.enter_async_context(await self._open_checkpoint())
+            client = await self._connect(checkpoint)
+            if client is not None:
+                await stack.enter_async_context(client)
+            status = await self._serve(checkpoint, client, store)
+            if client is not None and status == statuses.DONE:
+                await client.finish()  # a live dump ends its processes then, not before
+            return status
 
     async def _open_checkpoint(self) -> Checkpoint:
         args = self._args
@@ -213,10 +253,31 @@ class _Daemon:
             return await Checkpoint.open(args.images_dir, pages=args.images)
         return await Checkpoint.open(args.images)
 
-    async def _serve(self, checkpoint: Checkpoint, store: FdStore | None) -> int:
+    async def _connect(self, checkpoint: Checkpoint) -> PageClient | None:
+        args = self._args
+        if not args.page_server:
+            if args.address or args.port:
+                raise UffdError("--address and --port are those of a --page-server")
+            return None
+        from ..protocols.criu.page_client import PageClient, header_bytes_of
+
+        if not args.port:
+            raise UffdError("--page-server needs its --port")
+        size = args.protocol or await header_bytes_of(checkpoint)
+        return await PageClient.connect(
+            args.address or "127.0.0.1",
+            args.port,
+            header_bytes=size,
+            ssl=tls_client_context(args),
+            guard=_first_page(checkpoint),
+        )
+
+    async def _serve(
+        self, checkpoint: Checkpoint, client: PageClient | None, store: FdStore | None
+    ) -> int:
         args, orders = self._args, self._orders
         accounts = [Reads("pages")] if operation.wanted(args) else []
-        restores = Restores(checkpoint)
+        restores = Restores(checkpoint, client)
         server = self._server = Server(
             self._path,
             restores.receive,
@@ -250,7 +311,10 @@ class _Daemon:
             with self._manager as manager:
                 manager.ready(f"serving {name}")
                 self._ready()
-                aborted = await self._run_until_told()
+                if client is None:
+                    aborted = await self._run_until_told()
+                else:
+                    aborted = await self._run_while_there(client)
         self._tell(
             {
                 "event": "stopped",
@@ -264,11 +328,11 @@ class _Daemon:
         )
         if aborted:
             return statuses.CUT_SHORT
-        return statuses.FAILED if self._failed or server.failed else statuses.DONE
+        return statuses.FAILED if self._refused or server.failed else statuses.DONE
 
     def _service(self, checkpoint: Checkpoint) -> Service:
         args = self._args
-        policy = _POLICIES[args.policy]
+        policy = _POLICIES[args.policy or _default_policy(checkpoint)]
         recorder = None
         if args.record is not None:
             from ..recording import Recorder
@@ -297,37 +361,78 @@ class _Daemon:
     def _report(self, what: Report) -> None:
         self._tell(fields_of(what), str(what))
         self._manager.status(f"{len(self._server.sessions)} processes are served")
-        if isinstance(what, HandedOver):
+        if isinstance(what, Started | TakenOver) and self._orders.draining.is_set():
+            self._complete(what.session)
+        elif isinstance(what, HandedOver):
             self._finished += 1
         elif isinstance(what, Refused):
-            self._failed += 1
-        else:
-            return
+            self._refused += 1
+            self._failed += not what.part
         if not self._args.keep_serving and self._finished + self._failed >= self._args.restores:
-            self._orders.drain()
+            self._through.set()
 
     async def _run_until_told(self) -> bool:
         """Serve to the end; give whether living processes were closed by a second signal."""
         server, orders = self._server, self._orders
-        if server.draining:
-            orders.drain()
-        await orders.draining.wait()
-        self._manager.stopping(f"{len(server.sessions)} processes live on")
+        if server.draining:  # a daemon before this one was through with its restores
+            self._through.set()
+        told = asyncio.ensure_future(orders.draining.wait())
+        through = asyncio.ensure_future(self._through.wait())
+        await asyncio.wait((told, through), return_when=asyncio.FIRST_COMPLETED)
+        through.cancel()
         draining = asyncio.ensure_future(server.drain())
-        second = asyncio.ensure_future(orders.stopping.wait())
-        await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
-        second.cancel()
-        if draining.done():
-            await draining
-            return False
-        living = len(server.sessions)
-        self._tell(
-            {"event": "aborting", "sessions": living},
-            f"aborting: {living} processes are closed by the policy",
-        )
-        await server.aclose()
+        await asyncio.wait((told, draining), return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if not draining.done():
+            self._complete_all()
+            second = asyncio.ensure_future(orders.stopping.wait())
+            await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
+            second.cancel()
+        living = 0 if draining.done() else len(server.sessions)
+        if living:
+            self._tell(
+                {"event": "aborting", "sessions": living},
+                f"aborting: {living} processes are closed by the policy",
+            )
+        if not draining.done():
+            await server.aclose()
         await draining
+        await asyncio.gather(*self._completing)
         return living > 0
+
+    async def _run_while_there(self, client: PageClient) -> bool:
+        """Serve as long as the page server is there: what it has, nobody else has."""
+        running = asyncio.ensure_future(self._run_until_told())
+        lost = asyncio.ensure_future(client.wait_lost())
+        await asyncio.wait((running, lost), return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            living = len(self._server.sessions)
+            self._failed += 1
+            self._refused += 1
+            self._tell(
+                {"event": "lost", "reason": lost.result(), "sessions": living},
+                f"{lost.result()}; {living} processes are closed by the policy",
+            )
+            self._through.set()
+            await self._server.aclose()
+        lost.cancel()
+        return await running
+
+    def _complete_all(self) -> None:
+        """Bring what is missing, and let all processes live on; those that come later, too."""
+        sessions = self._server.sessions
+        self._manager.stopping(f"{len(sessions)} processes get the rest of their memory")
+        self._tell(
+            {"event": "draining", "sessions": len(sessions)},
+            f"draining: {len(sessions)} processes get the rest of their memory",
+        )
+        for session in sessions:
+            self._complete(session)
+
+    def _complete(self, session: Session) -> None:
+        if not session.service.let_go:  # else it does so by itself
+            coro = keep_trying(session.complete, session.name)
+            self._completing.add(asyncio.create_task(coro, name="aiouffd complete"))
 
 
 class _Measured:
@@ -339,6 +444,23 @@ class _Measured:
 
     async def open_part(self, part: str) -> Source:
         return MeasuredSource(await self._restores.open_part(part), self._reads.name, self._reads)
+
+
+def _memories(checkpoint: Checkpoint) -> list[TaskMemory]:
+    return [checkpoint.memory(task.pid) for task in checkpoint.tasks if not task.dead]
+
+
+def _first_page(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Give a process and the address of a page of it that a page server has."""
+    for memory in _memories(checkpoint):
+        if memory.lazy_starts:
+            return memory.pid, memory.address_of(memory.lazy_starts[0])
+    return None
+
+
+def _default_policy(checkpoint: Checkpoint) -> str:
+    live = any(memory.live_bytes for memory in _memories(checkpoint))
+    return Action.KILL.value if live else Action.POISON.value
 
 
 def _replays(path: str | None, checkpoint: Checkpoint) -> dict[str, WorkingSet] | None:

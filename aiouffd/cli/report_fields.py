@@ -33,7 +33,8 @@ _EVENTS: Final[dict[type[Report], str]] = {
 def fields_of(report: Report) -> dict[str, Any]:
     """Give a report as what a program wants to read."""
     if isinstance(report, Refused):
-        return {"event": "refused", "peer": report.peer, "reason": report.reason}
+        refused = {"event": "refused", "peer": report.peer, "reason": report.reason}
+        return refused | ({"part": report.part} if report.part else {})
     if isinstance(report, HandedOver):
         return {"event": "handed_over", "peer": report.peer, "sessions": report.sessions}
     session = report.session

@@ -538,6 +538,14 @@ class PageClient:
         finally:
             await self.aclose()
 
+    async def wait_lost(self) -> str:
+        """Wait until the connection is over, and say why it was lost; "" if we have ended it.
+
+        Cancellation: nothing happens to the connection.
+        """
+        await asyncio.shield(self._link.lost)
+        return self._error
+
     async def aclose(self) -> None:
         """Cut the connection; a second call does nothing.
 

@@ -57,7 +57,7 @@ class Restores:
 
         Args:
             checkpoint: Stays the caller's to close, after the server.
-            reader: Who has the pages that lie in no file.
+            reader: A page server's: who has the pages.  Without it they are in files.
         """
         self.checkpoint: Final = checkpoint
         self._reader = reader
@@ -70,7 +70,10 @@ class Restores:
         """
         if not part.isdecimal():
             raise SourceError(f"{part!r} is no task of a checkpoint")
-        return await self.checkpoint.source(int(part), self._reader)
+        if self._reader is None:
+            return await self.checkpoint.source(int(part))
+        memory = self.checkpoint.memory(int(part))
+        return TaskSource(memory.left_to_a_server(), (), self._reader)
 
     async def receive(self, connection: Connection) -> AsyncGenerator[Handover, None]:
         """Receive the tasks of one restore, and end when it is finished; see Receive.

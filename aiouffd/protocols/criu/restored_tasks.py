@@ -11,9 +11,10 @@ Laws of this file:
 * What the kernel says of the sender of a message cannot name a stranger (SCM_PIDFD, Linux 6.5):
   each task sends its own.  It counts only if the process is called in its own namespace as the
   task is in the images.
-* On older kernels it is looked for among the descendants of who has connected: first it is held
-  by a pidfd, then it is looked at whether it is the one.  So no stranger is ever held, whatever
-  becomes of the number meanwhile.
+* On older kernels it is looked for among the descendants of who has connected, and held only if
+  one alone can be meant: first by a pidfd, then it is looked at again.  So no stranger is held,
+  whatever becomes of the number meanwhile.  Whoever is not found is served all the same; that it
+  has exited is noticed late.
 """
 
 from __future__ import annotations
@@ -50,22 +51,23 @@ def pin_task(pid: int, sender: OwnedFd | None, client: tuple[int, int, int]) -> 
 
 def _find(pid: int, ancestor: int) -> tuple[int, OwnedFd] | None:
     """Look for a process by its number in its own namespace, below another one."""
-    for number in _processes():
-        if _own_pid(number) != pid or not _descends(number, ancestor):
-            continue
-        try:
-            pidfd = OwnedFd(os.pidfd_open(number))
-        except ProcessLookupError:
-            continue
-        # It is held now: if the number means the same process still, it is this one.
-        if (
-            _own_pid(number) == pid
-            and _descends(number, ancestor)
-            and calls.pid_of(pidfd.fileno()) == number
-        ):
-            return number, pidfd
-        pidfd.close()
+    found = [number for number in _processes() if _is_it(number, pid, ancestor)]
+    if len(found) != 1:  # namespaces may number two processes alike: then it is not guessed
+        return None
+    (number,) = found
+    try:
+        pidfd = OwnedFd(os.pidfd_open(number))
+    except ProcessLookupError:
+        return None
+    # It is held now: if the number means such a process still, it is this one.
+    if _is_it(number, pid, ancestor) and calls.pid_of(pidfd.fileno()) == number:
+        return number, pidfd
+    pidfd.close()
     return None
+
+
+def _is_it(number: int, pid: int, ancestor: int) -> bool:
+    return _own_pid(number) == pid and _descends(number, ancestor)
 
 
 def _processes() -> Iterator[int]:

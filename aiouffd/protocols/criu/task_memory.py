@@ -314,6 +314,26 @@ class TaskMemory:
             if file == LIVE
         )
 
+    def left_to_a_server(self) -> TaskMemory:
+        """Give the same memory, all that is lazy of it with a page server and in no file."""
+        left = TaskMemory(
+            self.pid, self.vmas, (), digest=self.digest if self.unique else "", unique=self.unique
+        )
+        for run in self.runs:
+            left._add(run.address, run.length, run.lazy, LIVE if run.lazy else run.file, run.place)
+        regions = iter(self.regions)
+        region = next(regions, None)
+        for start, end in zip(self.lazy_starts, self.lazy_ends, strict=True):
+            at = start
+            while at < end and region is not None:
+                stop = min(end, region.offset + region.length)
+                if at < stop:
+                    left._add_lazy(at, stop - at, LIVE, region.start + at - region.offset)
+                    at = stop
+                else:
+                    region = next(regions, None)
+        return left
+
     def address_of(self, offset: int) -> int:
         """Say which address an offset in the regions is.
 

@@ -104,6 +104,24 @@ class TestWithAPageServer(TestOverMemory):
     live = True
 
 
+class TestFromAPageServerAlone(SourceContract):
+    """No files at all, though the checkpoint tells of some."""
+
+    @contextlib.asynccontextmanager
+    async def source_of(self, data: bytes) -> AsyncIterator[Source]:
+        """Give every page to the reader."""
+        memory, _, reader = memory_of(data, live=True)
+        left = memory.left_to_a_server()
+        reader.pages = {
+            left.address_of(at): data[at : at + PAGE].ljust(PAGE, b"\xdd")
+            for at in range(0, len(data), PAGE)
+        }
+        assert left.lazy_bytes == left.live_bytes == memory.lazy_bytes
+        source = TaskSource(left, (), reader)
+        yield source
+        await source.aclose()
+
+
 class TestOverSlowSources(TestOverMemory):
     """Two files that take their time."""
 
