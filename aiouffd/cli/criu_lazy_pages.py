@@ -238,7 +238,11 @@ class _Daemon:
                 stack.enter_context(store)
             checkpoint = await stack.enter_async_context(await self._open_checkpoint())
             client = await self._connect(checkpoint)
-            if client is not None:
+            if client is None:  # what cannot be opened is said now, not to a restore
+                for memory in _memories(checkpoint):
+                    for file in memory.files:
+                        await checkpoint.pages(file)
+            else:
                 await stack.enter_async_context(client)
             status = await self._serve(checkpoint, client, store)
             if client is not None and status == statuses.DONE:
@@ -255,9 +259,10 @@ class _Daemon:
 
     async def _connect(self, checkpoint: Checkpoint) -> PageClient | None:
         args = self._args
+        context = tls_client_context(args)
         if not args.page_server:
-            if args.address or args.port:
-                raise UffdError("--address and --port are those of a --page-server")
+            if args.address or args.port or context is not None:
+                raise UffdError("--address, --port and --tls are those of a --page-server")
             return None
         from ..protocols.criu.page_client import PageClient, header_bytes_of
 
@@ -268,7 +273,7 @@ class _Daemon:
             args.address or "127.0.0.1",
             args.port,
             header_bytes=size,
-            ssl=tls_client_context(args),
+            ssl=context,
             guard=_first_page(checkpoint),
         )
 
@@ -382,9 +387,10 @@ class _Daemon:
         through.cancel()
         draining = asyncio.ensure_future(server.drain())
         await asyncio.wait((told, draining), return_when=asyncio.FIRST_COMPLETED)
+        if told.done():
+            self._complete_all()
         told.cancel()
         if not draining.done():
-            self._complete_all()
             second = asyncio.ensure_future(orders.stopping.wait())
             await asyncio.wait((draining, second), return_when=asyncio.FIRST_COMPLETED)
             second.cancel()
