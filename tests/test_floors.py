@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent / "aiouffd"
 FLOORS = {
     "facts": """
         errors kernel kernel.abi kernel.buffers kernel.calls kernel.holding_gil kernel.history
-        kernel.gates kernel.handshake kernel.pagemap kernel.capabilities kernel.probe""",
+        kernel.gates kernel.handshake kernel.pagemap kernel.page_cache
+        kernel.capabilities kernel.probe""",
     "values": """
         fds ranges events resolutions failure address_space
         protocols protocols.pages

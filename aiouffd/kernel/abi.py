@@ -33,6 +33,9 @@ NR_USERFAULTFD: Final = SYSCALL_NUMBERS.get(_MACHINE, 282)
 
 UFFD_API: Final = 0xAA
 
+#: Number of the ``cachestat`` system call, the same on every machine; since Linux 6.5.
+NR_CACHESTAT: Final = 451
+
 # --- ioctl numbers ---------------------------------------------------------------------
 
 UFFDIO: Final = 0xAA  # the ioctl type; numbers 0x00 to 0x3F belong to userfaultfd

@@ -107,6 +107,28 @@ class ReadsInto(Protocol):
         """
 
 
+@runtime_checkable
+class SendsItself(Protocol):
+    """What a source may have besides: bytes that go to a socket without coming through here."""
+
+    def send_nowait(self, connection: int, offset: int, length: int) -> int | None:
+        """Send bytes to a socket, as many as it takes now, without waiting.
+
+        Args:
+            connection: The socket's descriptor; it does not block.
+            offset: As ``Source.read``.
+            length: As ``Source.read``.
+
+        Returns:
+            How many it took; None if they are not at hand, or cannot be sent so: read them.
+
+        Raises:
+            SourceError: As ``Source.read``.
+            ClosedError: As ``Source.read``.
+            OSError: The connection is broken.
+        """
+
+
 def identity_of(source: Source) -> str:
     """Say which generation of which bytes a source holds.
 

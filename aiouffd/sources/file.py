@@ -13,8 +13,9 @@ Laws of this file:
   change always shows in the mtime (multigrain timestamps on ext4, xfs, btrfs, tmpfs);
   before, one within the same clock tick (1 to 10 ms) as the opening does not.
 * What no look can see are stores through somebody's shared writable mapping of the file, and
-  an mtime that was set back.  Not writing to an image that is served stays the owner's duty;
-  the shared lock (flock) held meanwhile tells it to those who ask.
+  an mtime that was set back; and what was given to a socket (``send_nowait``) is the file's own
+  pages until the other side has it.  Not writing to an image that is served stays the owner's
+  duty; the shared lock (flock) held meanwhile tells it to those who ask.
 * The loop never waits for a disk: RWF_NOWAIT (Linux 4.14) gives only what is cached, and the
   rest goes to threads.
 * What a fault waits for does not stand in line behind megabytes: long reads have threads of
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from ..errors import ClosedError, SourceError
 from ..fds import OwnedFd
+from ..kernel import page_cache
 from . import Extents, check_read
 
 if TYPE_CHECKING:
@@ -169,6 +171,33 @@ class FileSource:
             return None
         # The pager is quickest with bytes; of what is large a copy costs more than that saves.
         return bytes(data) if length <= _COPIED else data
+
+    def send_nowait(self, connection: int, offset: int, length: int) -> int | None:
+        """Send what the page cache has straight from there: one copy less, or two.
+
+        Kernel: sendfile(2), and cachestat(2) since Linux 6.5, to be sure not to wait for a disk.
+
+        Raises:
+            SourceError: The file was changed since it was opened.
+            ClosedError: The source is closed.
+            OSError: The connection is broken.
+        """
+        if self._closing:
+            raise ClosedError(f"the source over {self.path} is closed")
+        check_read(offset, length, self._size)
+        fd = self._fd.fileno()
+        if not page_cache.holds(fd, offset, length):
+            return None
+        try:
+            sent = os.sendfile(connection, fd, offset, length)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOVERFLOW):
+                return None  # not from this file system, or not to this socket
+            raise
+        self._check_generation(_generation(fd))
+        return sent
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Read on the loop if the page cache has it, else in a thread.

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket
+import struct
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -16,7 +18,8 @@ import pytest
 
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.fds import OwnedFd
-from aiouffd.sources import ReadsInto, Source, file, identity_of
+from aiouffd.kernel import page_cache
+from aiouffd.sources import ReadsInto, SendsItself, Source, file, identity_of
 from aiouffd.sources.file import FileSource
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
 from tests.serving import within
@@ -424,4 +427,75 @@ async def test_long_reads_hold_up_no_loop(tmp_path: Path) -> None:
     assert as_bytes(at_hand) == data
     assert as_bytes(await source.read(0, 1 << 20)) == data
     assert source._threads
+    await source.aclose()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Two ends of a connection; the first does not block."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        first = socket.create_connection(listener.getsockname())
+        second, _ = listener.accept()
+    with first, second:
+        first.setblocking(False)
+        second.settimeout(10)
+        yield first, second
+
+
+def received(peer: socket.socket, length: int) -> bytes:
+    """Read so many bytes."""
+    data = b""
+    while len(data) < length:
+        data += peer.recv(length - len(data))
+    return data
+
+
+async def test_it_sends_itself(tmp_path: Path, pair: tuple[socket.socket, socket.socket]) -> None:
+    """As much as the socket takes; not what would have to be read from a disk."""
+    first, second = pair
+    path = tmp_path / "image"
+    data = image(4096 * PAGE)
+    path.write_bytes(data)
+    source = FileSource(path)
+    assert isinstance(source, SendsItself)
+    sent = source.send_nowait(first.fileno(), 3 * PAGE, 5 * PAGE)
+    if sent is None:
+        pytest.skip("no cachestat here: Linux 6.5 has it")
+    assert sent == 5 * PAGE
+    assert received(second, 5 * PAGE) == data[3 * PAGE : 8 * PAGE]
+    total = 0
+    while sent := source.send_nowait(first.fileno(), total, len(data) - total):
+        total += sent
+    assert 0 < total < len(data)  # what it does not take now it takes later
+    assert received(second, total) == data[:total]
+    os.fsync(source._fd.fileno())
+    os.posix_fadvise(source._fd.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if not page_cache.holds(source._fd.fileno(), 0, PAGE):  # else it lies in memory anyway
+        assert source.send_nowait(first.fileno(), 0, PAGE) is None
+    with pytest.raises(SourceError):
+        source.send_nowait(first.fileno(), len(data), 1)
+    await source.aclose()
+    with pytest.raises(ClosedError):
+        source.send_nowait(first.fileno(), 0, 1)
+
+
+async def test_what_was_changed_is_not_sent(
+    tmp_path: Path, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is not read; and a connection that is broken is the connection's error."""
+    first, second = pair
+    path = tmp_path / "image"
+    path.write_bytes(image(16 * PAGE))
+    source = FileSource(path)
+    monkeypatch.setattr(page_cache, "holds", lambda *_: True)
+    assert source.send_nowait(first.fileno(), 0, PAGE) == PAGE
+    second.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    second.close()
+    with pytest.raises(ConnectionError):
+        while source.send_nowait(first.fileno(), 0, PAGE):
+            pass
+    path.write_bytes(image(17 * PAGE))
+    here, there = socket.socketpair()
+    with here, there, pytest.raises(SourceError, match="was changed while it was served"):
+        source.send_nowait(here.fileno(), 0, PAGE)
     await source.aclose()

@@ -14,6 +14,8 @@ Laws of this file:
 * Answers go out in the order of the requests: a client knows them by nothing else.
 * A client costs a bounded amount of memory: what it has asked for and not taken yet stays below
   ``Limits.in_flight_bytes``; beyond that nothing more is read from it.
+* What a file's page cache has goes to the socket straight from there, where a source can do that
+  (``SendsItself``): a third of the work of reading and writing it.
 * No client holds the loop: answers are read and sent in steps of STEP_BYTES, and
   after TURN_BYTES it is the others' turn.
 * What the checkpoint does not have ends that connection, and the log says why: the protocol has
@@ -24,6 +26,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -31,7 +35,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from ...errors import PeerError, SourceError, UffdError
 from ...peers import Limits, Peer, Peers
 from ...ranges import PAGE_SIZE
-from ...sources import Source
+from ...sources import SendsItself, Source
 from . import page_wire
 from .checkpoint import Checkpoint
 from .task_memory import TaskMemory
@@ -45,6 +49,7 @@ log: Final = logging.getLogger("aiouffd.criu.page_server")
 
 STEP_BYTES: Final = 256 << 10  # read at once
 TURN_BYTES: Final = 1 << 20  # sent in one turn of the loop
+_WORTH_IT: Final = 64 << 10  # bytes that are let to the source to send
 _BACKLOG: Final = 1024  # requests that wait for the limits to let them in
 
 
@@ -66,10 +71,17 @@ class Left(NamedTuple):
     error: str
 
 
+class _File(NamedTuple):
+    """A file of pages; ``sender`` is the same, if it can send itself."""
+
+    source: Source
+    sender: SendsItself | None
+
+
 class _Rest(NamedTuple):
     """What of an answer is still to be cut into pieces."""
 
-    source: Source
+    file: _File
     offset: int
     length: int
 
@@ -78,7 +90,7 @@ class _Task(NamedTuple):
     """The memory of a process, ready to be read."""
 
     memory: TaskMemory
-    files: tuple[Source, ...]
+    files: tuple[_File, ...]
 
     def find(self, get: page_wire.Get) -> _Rest:
         """Say where pages are, and how many of those that are asked for are in one run.
@@ -100,12 +112,17 @@ class _Task(NamedTuple):
 class _Piece:
     """What is to be sent next: a header, or none, and bytes that may have to be read first."""
 
-    __slots__ = ("data", "error", "header", "last", "length", "read")
+    __slots__ = ("data", "error", "header", "last", "length", "offset", "read", "sender", "source")
 
-    def __init__(self, header: bytes, length: int, *, last: bool) -> None:
+    def __init__(
+        self, header: bytes, length: int, source: Source | None, offset: int, *, last: bool
+    ) -> None:
         self.header = header
         self.length = length
+        self.source = source  # None: there is nothing but the header
+        self.offset = offset
         self.last = last  # of its answer
+        self.sender: SendsItself | None = None  # who may send the bytes
         self.data: Buffer | None = None
         self.read: asyncio.Task[Buffer] | None = None
         self.error = ""  # why there are no bytes
@@ -124,6 +141,7 @@ class _Connection(Peer):
         self._pieces_bytes = 0
         self._answered = 0
         self._answered_bytes = 0
+        self._socket: socket.socket | None = None  # another descriptor of the connection
 
     @property
     def silent(self) -> bool:
@@ -168,6 +186,10 @@ class _Connection(Peer):
             why = self.error or (str(error) if error is not None and not ended else "")
             left = Left(self.peer, self._answered, self._answered_bytes, ended, why)
             self._server._on_left(left)
+        if self._socket is not None:
+            self._loop.remove_writer(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
         self._backlog.clear()
         self._rest = None
         pieces, self._pieces = self._pieces, deque()
@@ -194,16 +216,23 @@ class _Connection(Peer):
                 if not self._pieces and not self._add_piece(transport):
                     break
                 piece = self._pieces[0]
+                length = piece.length
                 if piece.error:
                     raise SourceError(piece.error)
-                if piece.data is None:
+                if piece.sender is not None and not self._send_itself(transport, piece):
+                    break
+                if piece.data is None and piece.length:
                     break
                 self._pieces.popleft()
                 self._pieces_bytes -= piece.length
-                self._send(transport, piece, piece.data)
-                sent += piece.length
+                if piece.data is not None:
+                    self._send(transport, piece, piece.data)
+                self._count(piece)
+                sent += length
             self._read_ahead(transport)
-        except UffdError as error:
+        except ConnectionError:
+            return  # the transport finds it out, too
+        except (UffdError, OSError) as error:
             self.drop(str(error))
             return
         if sent >= TURN_BYTES and not self._full:
@@ -237,18 +266,84 @@ class _Connection(Peer):
                 self._answer_shortly(transport, event)
                 if self._pieces:
                     return True
-        source, offset, rest = left
+        file, offset, rest = left
         length = min(rest, STEP_BYTES)
-        piece = _Piece(header, length, last=length == rest)
-        self._rest = None if piece.last else _Rest(source, offset + length, rest - length)
-        piece.data = source.read_nowait(offset, length)
-        if piece.data is None:
-            read = self._loop.create_task(_read(source, offset, length), name="aiouffd page server")
-            piece.read = read
-            read.add_done_callback(lambda _: self._end_read(piece, read))
+        piece = _Piece(header, length, file.source, offset, last=length == rest)
+        self._rest = None if piece.last else _Rest(file, offset + length, rest - length)
         self._pieces.append(piece)
         self._pieces_bytes += length
+        if length >= _WORTH_IT and self._server._ssl is None and file.sender is not None:
+            piece.sender = file.sender
+        else:
+            self._fetch(piece)
         return True
+
+    def _fetch(self, piece: _Piece) -> None:
+        """Read a piece, or begin to."""
+        source = piece.source
+        assert source is not None  # noqa: S101 - there is something to read
+        piece.data = source.read_nowait(piece.offset, piece.length)
+        if piece.data is None:
+            read = self._loop.create_task(
+                _read(source, piece.offset, piece.length), name="aiouffd page server"
+            )
+            piece.read = read
+            read.add_done_callback(lambda _: self._end_read(piece, read))
+
+    def _send_itself(self, transport: asyncio.Transport, piece: _Piece) -> bool:
+        """Let a source send as much of a piece as the socket takes.
+
+        Returns:
+            Whether it is sent, or is to be sent in the ordinary way; else the socket is full.
+        """
+        sender = piece.sender
+        assert sender is not None  # noqa: S101 - it has one
+        if self._socket is None:
+            # The transport does not let others wait on its own descriptor.
+            taken: socket.socket = transport.get_extra_info("socket")
+            self._socket = socket.socket(fileno=os.dup(taken.fileno()))
+            self._socket.setblocking(False)
+        fd = self._socket.fileno()
+        while piece.length and not transport.get_write_buffer_size():
+            if piece.header:
+                self._send_header(transport, piece)
+                continue
+            sent = sender.send_nowait(fd, piece.offset, piece.length)
+            if sent is None:
+                break
+            if not sent:
+                self._loop.add_writer(fd, self._writable)
+                self.pause_writing()
+                return False
+            self._account(piece, sent)
+        if piece.length:
+            piece.sender = None
+            self._fetch(piece)
+        return True
+
+    def _send_header(self, transport: asyncio.Transport, piece: _Piece) -> None:
+        """Send a header so that it waits for the bytes behind it."""
+        assert self._socket is not None  # noqa: S101 - made before
+        header, piece.header = piece.header, b""
+        try:
+            sent = self._socket.send(header, socket.MSG_MORE)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(header):
+            transport.write(header[sent:])  # rare; then what follows goes that way, too
+
+    def _account(self, piece: _Piece, sent: int) -> None:
+        piece.offset += sent
+        piece.length -= sent
+        self._pieces_bytes -= sent
+        self._written_bytes += sent
+        self._answered_bytes += sent
+        self._server.answered_bytes += sent
+
+    def _writable(self) -> None:
+        if self._socket is not None:
+            self._loop.remove_writer(self._socket.fileno())
+            self.resume_writing()
 
     def _answer_shortly(self, transport: asyncio.Transport, event: page_wire.Event) -> None:
         match event:
@@ -263,8 +358,8 @@ class _Connection(Peer):
         if not self._pieces:
             self._write(transport, [answer])
             return
-        piece = _Piece(b"", 0, last=False)
-        piece.data = answer
+        piece = _Piece(answer, 0, None, 0, last=False)
+        piece.data = b""
         self._pieces.append(piece)
 
     def _send(self, transport: asyncio.Transport, piece: _Piece, data: Buffer) -> None:
@@ -275,6 +370,8 @@ class _Connection(Peer):
             self._write(transport, [data])
         else:
             self._write(transport, [piece.header, data] if piece.header else [data])
+
+    def _count(self, piece: _Piece) -> None:
         self._answered += piece.last
         self._answered_bytes += piece.length
         self._server.answered += piece.last
@@ -380,7 +477,11 @@ class PageServer(Peers):
         for task in checkpoint.tasks:
             if not task.dead:
                 memory = checkpoint.memory(task.pid)
-                files = [await checkpoint.pages(file) for file in memory.files]
+                sources = [await checkpoint.pages(file) for file in memory.files]
+                files = (
+                    _File(source, source if isinstance(source, SendsItself) else None)
+                    for source in sources
+                )
                 self._tasks[task.pid] = _Task(memory, tuple(files))
         if self._tasks and not any(
             run.file >= 0 for task in self._tasks.values() for run in task.memory.runs

@@ -16,6 +16,7 @@ import pytest
 import trustme
 
 from aiouffd.errors import SourceError
+from aiouffd.kernel import page_cache
 from aiouffd.peers import Limits
 from aiouffd.protocols.criu import page_wire as wire
 from aiouffd.protocols.criu.checkpoint import Checkpoint
@@ -303,6 +304,32 @@ async def test_one_that_is_through_and_does_not_close(
         await other.end()
         assert await other.cut()
     assert "does not close" in caplog.text
+
+
+@pytest.mark.parametrize("cached", [True, False])
+async def test_a_client_that_reads_slowly_gets_everything(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """Long answers go from the page cache to the socket, or the ordinary way, as it comes."""
+    if not cached:
+        chance = random.Random(1)
+        monkeypatch.setattr(page_cache, "holds", lambda *_: chance.random() < 0.5)
+    async with PageServer(checkpoint) as server, client(server, LONG) as other:
+        peer: socket.socket = other.writer.get_extra_info("socket")
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        other.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        wanted = [(0, 1024), (5, 1), (100, 300), (1024, 1024), (7, 16), (3, 17), (64, 1000)] * 8
+        for at, count in wanted:
+            other.ask(START + at * PAGE, count)
+        (connection,) = server._connections
+        await until(lambda: connection._full, "the socket is full")
+        other.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert await other.answers(len(wanted)) == [
+            Pages(1000, START + at * PAGE, page(at, count)) for at, count in wanted
+        ]
+        await other.end()
+        assert server.answered == len(wanted)
+        assert server.answered_bytes == sum(count for _, count in wanted) * PAGE
 
 
 async def test_who_never_reads_holds_up_nobody_and_is_dropped(checkpoint: Checkpoint) -> None:
