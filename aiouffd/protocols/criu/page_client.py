@@ -145,7 +145,7 @@ class _Link(asyncio.BufferedProtocol):
 
 
 class PageClient:
-    """A page server's pages, by process and address: a PageReader.
+    """A page server's pages, by process and address: a PageReader, and ReadsPagesInto.
 
     ::
 
@@ -311,19 +311,29 @@ class PageClient:
             self._demand.append(ask)
             self._send_what_may_be()
             return await future
-        return await self._read_long(pid, address, pages)
-
-    async def _read_long(self, pid: int, address: int, pages: int) -> Buffer:
-        """Cut a read into pieces, and wait for them all."""
         whole = bytearray(pages * PAGE_SIZE)
-        view = memoryview(whole)
-        step = max(self._piece_bytes // PAGE_SIZE, 1)
+        await self._read_bulk(pid, address, memoryview(whole))
+        return whole
+
+    async def read_pages_into(self, pid: int, address: int, buffer: memoryview) -> None:
+        """Read pages into a buffer of the caller's, behind all that ``read_pages`` is asked for.
+
+        Raises:
+            SourceError: As ``read_pages``.
+            ClosedError: As ``read_pages``.
+
+        Cancellation: the buffer may be written to for a while; do not use it again.
+        """
+        self._check()
+        await self._read_bulk(pid, address, buffer)
+
+    async def _read_bulk(self, pid: int, address: int, view: memoryview) -> None:
+        """Cut a read into pieces, and wait for them all."""
+        step = max(self._piece_bytes // PAGE_SIZE, 1) * PAGE_SIZE
         pieces: list[asyncio.Future[Buffer]] = []
-        for first in range(0, pages, step):
-            count = min(step, pages - first)
-            start = first * PAGE_SIZE
-            into = view[start : start + count * PAGE_SIZE]
-            ask = _Ask(pid, address + start, count, into, bulk=True)
+        for start in range(0, len(view), step):
+            into = view[start : start + step]
+            ask = _Ask(pid, address + start, len(into) // PAGE_SIZE, into, bulk=True)
             piece: asyncio.Future[Buffer] = self._loop.create_future()
             ask.waiters.append((piece, None))
             pieces.append(piece)
@@ -337,7 +347,6 @@ class PageClient:
                 piece.cancel()
                 if piece.done() and not piece.cancelled():
                     piece.exception()  # one error is enough
-        return whole
 
     def _check(self) -> None:
         if self._error:

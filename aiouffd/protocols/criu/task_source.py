@@ -19,7 +19,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, runtime_checkable
 
 from ...errors import SourceError
 from ...ranges import PAGE_SIZE, align_down, align_up
@@ -52,6 +52,22 @@ class PageReader(Protocol):
             SourceError: They cannot be had.
 
         Cancellation: nothing is left behind.
+        """
+
+
+@runtime_checkable
+class ReadsPagesInto(Protocol):
+    """What a reader of pages may have besides: long reads into buffers of the caller's."""
+
+    async def read_pages_into(self, pid: int, address: int, buffer: memoryview) -> None:
+        """Read as ``PageReader.read_pages``, as many pages as the buffer has room for.
+
+        Nobody waits for them at a fault: what is asked for by ``read_pages`` goes before.
+
+        Raises:
+            SourceError: They cannot be had.
+
+        Cancellation: the buffer may be written to for a while; do not use it again.
         """
 
 
@@ -205,6 +221,9 @@ class TaskSource:
                 if isinstance(source, ReadsInto) and _only_moves_up(span, offset, length):
                     await _read_in_place(source, span, buffer, offset)
                     return
+            if isinstance(self._reader, ReadsPagesInto) and spans and all(map(_is_live, spans)):
+                await self._read_live(self._reader, spans, buffer, offset)
+                return
             buffer[:] = bytes(length)
             if spans:
                 await self._read_spans(spans, buffer, offset)
@@ -253,11 +272,31 @@ class TaskSource:
             )
         return data[span.place - start : span.end - start]
 
+    async def _read_live(
+        self, reader: ReadsPagesInto, spans: list[_Span], buffer: memoryview, offset: int
+    ) -> None:
+        """Let pages be put where they belong, and zeros between them."""
+        reads = []
+        behind = 0
+        for span in spans:
+            ((low, high, place),) = span.pieces
+            buffer[behind : low - offset] = bytes(low - offset - behind)
+            behind = high - offset
+            into = buffer[low - offset : behind]
+            reads.append(reader.read_pages_into(self.memory.pid, place, into))
+        buffer[behind:] = bytes(len(buffer) - behind)
+        await all_of(reads)
+
     async def _read_spans(self, spans: list[_Span], target: memoryview, offset: int) -> None:
         """Read everything at once; the first error ends the other reads."""
         answers = await all_of([self._read_span(span) for span in spans])
         for span, data in zip(spans, answers, strict=True):
             _scatter(span, memoryview(data).cast("B"), target, offset)
+
+
+def _is_live(span: _Span) -> bool:
+    """Say whether a span is whole pages that only a page server has."""
+    return span.file == LIVE and not span.place % PAGE_SIZE and not span.end % PAGE_SIZE
 
 
 def _scatter(span: _Span, data: memoryview, target: memoryview, offset: int) -> None:

@@ -21,7 +21,7 @@ from aiouffd.protocols.criu.images import PagemapEntry
 from aiouffd.protocols.criu.page_client import PageClient, header_bytes_of
 from aiouffd.protocols.criu.page_server import PageServer
 from aiouffd.protocols.criu.page_wire import LONG, SHORT, Acceptor, Ended, Get, pack_header
-from aiouffd.protocols.criu.task_source import PageReader
+from aiouffd.protocols.criu.task_source import PageReader, ReadsPagesInto
 from aiouffd.protocols.criu.tls import client_context, server_context
 from tests.protocols.criu.checkpoints import PAGE, Made, Memory, anonymous, lone_task
 from tests.protocols.criu.test_tls import files_of
@@ -268,6 +268,36 @@ async def test_demand_goes_before_bulk() -> None:
         pages = [ask.pages for ask in server.asked]
         assert pages == [32, 32, 1] + [32] * 30
         await client.finish()
+
+
+async def test_reads_into_a_buffer_are_bulk_however_short() -> None:
+    """Nobody waits for them; they go where they belong, clamped answers, too."""
+    async with (
+        stock(clamp=5) as server,
+        await PageClient.connect(
+            "127.0.0.1", server.port, header_bytes=SHORT, bulk_bytes=PAGE, piece_bytes=8 * PAGE
+        ) as client,
+    ):
+        assert isinstance(client, ReadsPagesInto)
+        server.open.clear()
+        buffers = [bytearray(count * PAGE) for count in (2, 3, 20)]
+        reads = [
+            asyncio.ensure_future(
+                client.read_pages_into(1000, START + 100 * number * PAGE, memoryview(buffer))
+            )
+            for number, buffer in enumerate(buffers)
+        ]
+        await until(lambda: server.asked, "the first is asked for")
+        short = asyncio.ensure_future(client.read_pages(1000, START + 2000 * PAGE, 1))
+        await asyncio.sleep(0)
+        server.open.set()
+        assert await within(short) == page(2000)
+        await within(asyncio.gather(*reads))
+        assert buffers == [page(0, 2), page(100, 3), page(200, 20)]
+        assert [ask.pages for ask in server.asked] == [2, 1, 3, 8, 3, 8, 3, 4]
+        await client.finish()
+        with pytest.raises(ClosedError):
+            await client.read_pages_into(1000, START, memoryview(bytearray(PAGE)))
 
 
 async def test_what_is_on_its_way_is_not_asked_for_again() -> None:

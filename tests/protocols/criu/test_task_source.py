@@ -42,6 +42,14 @@ class Reader:
         return b"".join(self.pages[address + PAGE * page] for page in range(pages))
 
 
+class ReaderInto(Reader):
+    """One that puts pages where they belong, too."""
+
+    async def read_pages_into(self, pid: int, address: int, buffer: memoryview) -> None:
+        """Put them there, after a turn of the loop."""
+        buffer[:] = await self.read_pages(pid, address, len(buffer) // PAGE)
+
+
 def memory_of(data: bytes, *, live: bool) -> tuple[TaskMemory, list[bytes], Reader]:
     """Cut bytes into mappings, two checkpoints and a page server, by turns.
 
@@ -107,19 +115,47 @@ class TestWithAPageServer(TestOverMemory):
 class TestFromAPageServerAlone(SourceContract):
     """No files at all, though the checkpoint tells of some."""
 
+    reader = Reader
+
     @contextlib.asynccontextmanager
     async def source_of(self, data: bytes) -> AsyncIterator[Source]:
         """Give every page to the reader."""
-        memory, _, reader = memory_of(data, live=True)
+        memory, _, _ = memory_of(data, live=True)
         left = memory.left_to_a_server()
-        reader.pages = {
+        pages = {
             left.address_of(at): data[at : at + PAGE].ljust(PAGE, b"\xdd")
             for at in range(0, len(data), PAGE)
         }
+        reader = self.reader(pages)
         assert left.lazy_bytes == left.live_bytes == memory.lazy_bytes
         source = TaskSource(left, (), reader)
         yield source
         await source.aclose()
+
+
+class TestFromAPageServerInPlace(TestFromAPageServerAlone):
+    """The same, and long reads go where they belong."""
+
+    reader = ReaderInto
+
+
+async def test_pages_of_a_reader_go_where_they_belong() -> None:
+    """Each run in one piece, and zeros between them, whatever the buffer held before."""
+    entries = (PagemapEntry(BASE + PAGE, 2, LIVE), PagemapEntry(BASE + 5 * PAGE, 1, LIVE))
+    level = Level("pagemap-7.img", Pagemap(1, entries), 0, None)
+    memory = TaskMemory(7, [anonymous(BASE, 8)], [level])
+    pages = {BASE + at * PAGE: image(8 * PAGE)[at * PAGE : (at + 1) * PAGE] for at in range(8)}
+    reader = ReaderInto(pages)
+    source = TaskSource(memory, [BufferSource(b"")], reader)
+    buffer = bytearray(b"\xee" * (8 * PAGE))
+    await source.readinto(0, memoryview(buffer))
+    expected = [pages[BASE + at * PAGE] if at in (1, 2, 5) else bytes(PAGE) for at in range(8)]
+    assert buffer == b"".join(expected)
+    assert reader.asked == [(7, BASE + PAGE, 2), (7, BASE + 5 * PAGE, 1)]
+    buffer = bytearray(PAGE)
+    await source.readinto(2 * PAGE + 100, memoryview(buffer))  # within a page: by a copy
+    assert buffer == b"".join(expected)[2 * PAGE + 100 : 3 * PAGE + 100]
+    await source.aclose()
 
 
 class TestOverSlowSources(TestOverMemory):
