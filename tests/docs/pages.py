@@ -1,0 +1,147 @@
+"""Run what a page shows, as its reader would.
+
+    python -m tests.docs.pages PAGE FOLDER      runs a page's commands in a folder
+
+Knows: the blocks of a page, and what each kind promises.
+Must not know: pytest, which pages there are.
+
+Laws of this file:
+
+* ``bash`` blocks are commands.  Those of a page run in order, in one new folder; each must end
+  with status 0 and say nothing on stderr.
+* An ``output`` block behind one is what it prints.  A ``sample`` block is what it has printed
+  once: numbers and the widths of columns differ from run to run, the words do not.
+* A page that speaks of ``s3://`` has an S3 with a bucket named ``images``, in its environment.
+* What a page leaves in the background ends with the page, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent.parent
+PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+BLOCK: Final = re.compile(
+    r"^```(?P<language>python|py|pycon|bash)\n(?P<code>.*?)^```$"
+    r"(?:\n+^```(?P<kind>output|sample)\n(?P<output>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+
+_NUMBER: Final = re.compile(r"0x[0-9a-f]+|\d+(?:[.,:]\d+)*")
+_SPACE: Final = re.compile(r"[ \t]+")
+
+
+def has_commands(page: Path) -> bool:
+    """Say whether a page has anything to run."""
+    return "\n```bash\n" in page.read_text(encoding="utf-8")
+
+
+def needs_criu(page: Path) -> bool:
+    """Say whether a page's commands start CRIU, which is not in every system."""
+    blocks = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return any(
+        re.search(r"^ *criu ", block["code"], re.MULTILINE)
+        for block in blocks
+        if block["language"] == "bash"
+    )
+
+
+def run_page(page: Path, folder: Path, seconds: float) -> None:
+    """Run the commands of a page.
+
+    Args:
+        page: Markdown.
+        folder: A new one; the commands run in ``folder/folder``.
+        seconds: What each block may take.
+
+    Raises:
+        AssertionError: They did not do what the page says.
+    """
+    programs, inside = folder / "programs", folder / "folder"
+    programs.mkdir()
+    inside.mkdir()
+    for name, module in (("aiouffd", "-m aiouffd"), ("python3", "")):
+        program = programs / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -W error {module} "$@"\n')
+        program.chmod(0o755)
+    text = page.read_text(encoding="utf-8")
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(_s3()) if "s3://" in text else {}
+        environment = {
+            **os.environ,
+            **found,
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{programs}:{os.environ['PATH']}",
+        }
+        for block in BLOCK.finditer(text):
+            if block["language"] == "bash":
+                line = text.count("\n", 0, block.start()) + 1
+                _run_block(f"{page.name}:{line}", block, inside, environment, seconds, stack)
+
+
+@contextlib.contextmanager
+def _s3() -> Iterator[dict[str, str]]:
+    """Run an S3; give the variables by which clients find it."""
+    command = [sys.executable, "-m", "tests.s3_server"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            lines = iter(server.stdout.readline, "\n")
+            words = [shlex.split(line)[1].partition("=") for line in lines]
+            yield {name: value for name, _, value in words}
+        finally:
+            server.terminate()
+
+
+def _run_block(
+    where: str,
+    block: re.Match[str],
+    folder: Path,
+    environment: dict[str, str],
+    seconds: float,
+    stack: contextlib.ExitStack,
+) -> None:
+    with subprocess.Popen(
+        ["bash", "-e", "-c", block["code"]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        env=environment,
+        text=True,
+        start_new_session=True,
+    ) as shell:
+        stack.callback(_end_group, shell.pid)
+        try:
+            printed, errors = shell.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            _end_group(shell.pid)
+            raise
+    assert (shell.returncode, errors) == (0, ""), f"{where}: {shell.returncode}\n{errors}{printed}"
+    if block["output"] is not None:
+        same = blurred if block["kind"] == "sample" else str
+        assert same(printed) == same(block["output"]), f"{where} printed\n{printed}"
+
+
+def blurred(text: str) -> str:
+    """Give what of a text is the same in each run: no numbers, no widths."""
+    return _SPACE.sub(" ", _NUMBER.sub("0", text))
+
+
+def _end_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    run_page(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))
