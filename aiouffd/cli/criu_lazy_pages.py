@@ -297,6 +297,7 @@ class _Daemon:
             report=self._report,
         )
         name = shown(checkpoint.location)
+        await restores.find_pages()
         orders.take()
         async with (
             server,

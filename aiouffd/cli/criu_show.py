@@ -121,7 +121,7 @@ async def _check_pages(checkpoint: Checkpoint) -> list[ImageError]:
     }
     for file in needed:
         try:
-            await checkpoint.pages(file)
+            await checkpoint.pages(file, stripped=True)
         except ImageError as error:
             problems.append(error)
     return problems

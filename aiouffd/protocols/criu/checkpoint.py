@@ -46,6 +46,10 @@ from .images import (
 from .task_memory import Level, PagesFile, TaskMemory
 from .task_source import PageReader, TaskSource
 
+#: A file that says that a folder is a copy without what comes lazily: its files of pages have
+#: holes there, which must never be taken for zeros.
+STRIPPED: Final = "stripped"
+
 _AT_ONCE: Final = 16  # images being read
 _MOST_BYTES: Final = 1 << 30  # of a small image
 _MOST_PARENTS: Final = 200
@@ -112,12 +116,23 @@ class Folder:
         except SourceError as error:
             raise ImageError(self.named(name), None, str(error)) from error
 
-    async def open_pages(self, file: PagesFile) -> Source:
+    async def open_pages(self, file: PagesFile, *, stripped: bool = False) -> Source:
         """Open a file of pages, the caller's to close.
 
+        Args:
+            file: Which.
+            stripped: A stripped copy will do.
+
         Raises:
-            ImageError: It is missing, or too short.
+            ImageError: It is missing, or too short, or a stripped copy.
         """
+        if not stripped and await in_thread(self._is_stripped):
+            raise ImageError(
+                str(file),
+                None,
+                f"{shown(self.location)} is a stripped copy, which lacks what is brought later;"
+                " name the folder or URL that has the whole files of pages (--images)",
+            )
         try:
             source = await open_source(name_in(self._own_pages, file.name))
         except OSError as error:
@@ -132,6 +147,11 @@ class Folder:
                 f"it is cut short: the pagemap beside it tells of {file.length} bytes",
             )
         return source
+
+    def _is_stripped(self) -> bool:
+        if self._pages is not None or self.path is None:
+            return False
+        return os.path.exists(os.path.join(self.path, STRIPPED))
 
     def parent(self) -> Folder:
         """Give the folder of the parent.
@@ -192,7 +212,7 @@ class Checkpoint:
         self.tasks = tasks
         self._memories = memories
         self.chain = chain
-        self._opened: dict[tuple[int, str], asyncio.Task[Source]] = {}
+        self._opened: dict[tuple[int, str, bool], asyncio.Task[Source]] = {}
         self._closed = False
 
     @classmethod
@@ -268,7 +288,7 @@ class Checkpoint:
             The source, the caller's to close; the checkpoint has to stay open meanwhile.
 
         Raises:
-            ImageError: A file of pages is missing, or too short.
+            ImageError: A file of pages is missing, too short, or stripped.
             SourceError: As ``memory``; or pages lie in no file, and there is no reader.
             ClosedError: The checkpoint is closed.
 
@@ -278,8 +298,12 @@ class Checkpoint:
         files = [await self.pages(file) for file in memory.files]
         return TaskSource(memory, files, reader)
 
-    async def pages(self, file: PagesFile) -> Source:
+    async def pages(self, file: PagesFile, *, stripped: bool = False) -> Source:
         """Open a file of pages, once for all; it stays the checkpoint's.
+
+        Args:
+            file: Of the memory of a process.
+            stripped: A stripped copy will do: nothing is read that is brought lazily.
 
         Raises:
             ImageError: As ``source``.
@@ -287,16 +311,30 @@ class Checkpoint:
         """
         if self._closed:
             raise ClosedError(f"the checkpoint {shown(self.location)} is closed")
-        key = file.level, file.name
+        key = file.level, file.name, stripped
         opening = self._opened.get(key)
         if opening is None:
-            opening = asyncio.ensure_future(self.chain.folders[file.level].open_pages(file))
+            folder = self.chain.folders[file.level]
+            opening = asyncio.ensure_future(folder.open_pages(file, stripped=stripped))
             self._opened[key] = opening
         try:
             return await asyncio.shield(opening)
         except (UffdError, ImportError):
             self._opened.pop(key, None)  # the next one may have more luck
             raise
+
+    async def find_pages(self) -> None:
+        """Open every file of pages that a process needs, to know now what is missing.
+
+        Raises:
+            ImageError: As ``source``.
+            ClosedError: As ``source``.
+
+        Cancellation: files that were opened stay the checkpoint's.
+        """
+        memories = self._memories.values()
+        files = {file: None for memory in memories for file in memory.files if file.length}
+        await all_of([self.pages(file) for file in files])
 
     async def aclose(self) -> None:
         """Close every file; sources that were opened here are to be closed before.

@@ -5,7 +5,8 @@ Must not know: command lines, terminals.
 
 What comes out has all that ``criu restore --lazy-pages`` itself reads: every small image, and
 files of pages of the same length as before, in which what may come lazily is a hole.  The whole
-checkpoint stays where it is, for whoever serves the rest.
+checkpoint stays where it is, for whoever serves the rest.  A file ``stripped`` marks the copy, so
+that nobody here serves its holes as pages.
 
 Laws of this file:
 
@@ -35,7 +36,7 @@ from ...image.sparse import SparseWriter
 from ...sources import Extents
 from ...sources.urls import shown
 from ...threads import in_thread
-from .checkpoint import Checkpoint, Folder
+from .checkpoint import STRIPPED, Checkpoint, Folder
 from .images import parse_pagemap
 from .task_memory import PagesFile
 
@@ -176,7 +177,7 @@ class _Copy:
             self._total += file.length
         async with SparseWriter(target, file.length) as writer:
             if len(kept):
-                source = await self._checkpoint.pages(file)
+                source = await self._checkpoint.pages(file, stripped=True)
                 async with aclosing(read_in_order(source, pieces(kept))) as reads:
                     async for offset, data in reads:
                         await writer.put(offset, data)
@@ -214,12 +215,14 @@ def _begin(folder: Folder, target: str) -> list[str]:
     """Make a folder, and say which files of another are to be looked at for it."""
     try:
         os.mkdir(target, 0o700)
+        with NewFile(os.path.join(target, STRIPPED)) as file:
+            file.commit()
     except OSError as error:
         raise OSError(error.errno, error.strerror, os.path.dirname(target)) from error
     return sorted(
         entry.name
         for entry in os.scandir(_path_of(folder, ""))
-        if entry.is_file() and not entry.name.endswith(".log")
+        if entry.is_file() and not entry.name.endswith(".log") and entry.name != STRIPPED
     )
 
 

@@ -396,7 +396,10 @@ async def test_files_of_pages_that_are_missing_or_cut_short(tmp_path: Path) -> N
         path.unlink()
         with pytest.raises(ImageError, match=r"^pages-1.img: No such file"):
             await checkpoint.source(1000)
+        with pytest.raises(ImageError, match=r"^pages-1.img: No such file"):
+            await checkpoint.find_pages()
         path.write_bytes(data)
+        await checkpoint.find_pages()
         assert data in await whole(checkpoint)
 
 

@@ -80,7 +80,7 @@ async def test_what_is_not_lazy_is_kept_where_it_was(tmp_path: Path) -> None:
         "pstree.img",
     ]
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*small, "pages-1.img", "pages-7.img"]
+        [*small, "pages-1.img", "pages-7.img", "stripped"]
     )
     for name in (*small, "pages-7.img"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
@@ -103,6 +103,19 @@ async def test_what_is_not_lazy_is_kept_where_it_was(tmp_path: Path) -> None:
             await source.aclose()
 
 
+async def test_holes_are_never_taken_for_pages(tmp_path: Path) -> None:
+    """A copy says that it has no pages of its own: it is not served without the whole ones."""
+    folder, out = mixed(tmp_path / "c"), tmp_path / "out"
+    await stripped(folder, out)
+    async with await Checkpoint.open(out) as copy:
+        with pytest.raises(ImageError, match=r"^pages-1\.img: .*out is a stripped copy.*--images"):
+            await copy.source(10)
+        with pytest.raises(ImageError, match="stripped copy"):
+            await copy.find_pages()
+    async with await Checkpoint.open(out, pages=str(folder)) as copy:
+        await copy.find_pages()
+
+
 async def test_parents_become_folders_within(tmp_path: Path) -> None:
     """Of a parent only what the restore reads is there: no lazy page, no other process."""
     vmas = [anonymous(BASE, 64)]
@@ -123,7 +136,7 @@ async def test_parents_become_folders_within(tmp_path: Path) -> None:
     assert held(out / "pages-1.img") == []
     assert held(out / "parent/pages-1.img") == [(2 * PAGE, 3 * PAGE)]
     assert held(out / "parent/parent/pages-1.img") == [(0, 5 * PAGE)]
-    parents = ["inventory.img", "pagemap-10.img", "pages-1.img"]
+    parents = ["inventory.img", "pagemap-10.img", "pages-1.img", "stripped"]
     assert sorted(path.name for path in (out / "parent/parent").iterdir()) == parents
     assert not (out / "parent").is_symlink()
     async with await Checkpoint.open(out) as copy, await Checkpoint.open(folder) as before:
@@ -149,6 +162,7 @@ async def test_shared_memory_of_parents(tmp_path: Path) -> None:
         "inventory.img",
         "pagemap-shmem-99.img",
         "pages-7.img",
+        "stripped",
     ]
     for name in ("pages-7.img", "parent/pages-7.img"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
