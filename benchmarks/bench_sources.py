@@ -20,15 +20,18 @@ from pathlib import Path
 
 from aiouffd.image.copying import copy
 from aiouffd.image.packed import FRAME_BYTES, PackedWriter
+from aiouffd.performer import PIECE_BYTES
 from aiouffd.sources.buffer import BufferSource
 
-from .build import HERE
-from .contest import RunFailed, loops
+from .build import HERE, compile_c
+from .contest import RunFailed, loops, python_command
+from .contest import run as run_both
 from .figures import Figure, Sample, Settings, bytes_per_second, interleave, main, microseconds
 
 LENGTH = 256 << 20
 PIECES = (1 << 20, 2 << 20)
 AT_LEAST = 0.85
+BROUGHT_AT_LEAST = 0.80
 #: How a piece is read: given, or put into a buffer of the caller's as hydration does.
 KINDS = {"order": "given", "into": "into a buffer"}
 
@@ -59,9 +62,14 @@ def measure(settings: Settings) -> list[Figure]:
             *(f"{kind} {loop} {piece}" for kind in KINDS for loop in loops() for piece in PIECES),
         ]
         names += ["one", "page", "kept"]
-        results = interleave(
-            {name: _reading(settings, path, name) for name in names}, settings.runs
-        )
+        contestants = {name: _reading(settings, path, name) for name in names}
+        copy_in_c = [str(compile_c()), "bulk", "SOCKET", str(settings.cpu), str(PIECE_BYTES)]
+        contestants["copy"] = _bringing(settings, length, copy_in_c)
+        for loop in loops():
+            options = [f"--loop={loop}", f"--image={path}", "--one-cpu"]
+            command = python_command(settings, "hydrate", *options)
+            contestants[f"brought {loop}"] = _bringing(settings, length, command)
+        results = interleave(contestants, settings.runs)
         stored = os.stat(path).st_size
     size = f"{length >> 20} MiB, {length / stored:.1f} times smaller, frames of"
     figures = [
@@ -79,6 +87,21 @@ def measure(settings: Settings) -> list[Figure]:
         for loop in loops()
         for piece in PIECES
     ]
+    frames, copied = results["frames"]["rate"], results["copy"]["rate"]
+    one_after_the_other = [1 / (1 / a + 1 / b) for a, b in zip(frames, copied, strict=True)]
+    bringing = {loop: results[f"brought {loop}"]["rate"] for loop in loops()}
+    for who, rates in {**bringing, "both in C, by arithmetic": one_after_the_other}.items():
+        figures.append(
+            Figure.compare(
+                f"brought into a target, on one processor, {who}, rate",
+                ours=rates,
+                floor=frames,
+                at_least=BROUGHT_AT_LEAST if who in bringing else None,
+                unit=bytes_per_second,
+                note="With the UFFDIO_COPY, which the other side does not have: no more than"
+                " the decompressor and UFFDIO_COPY one after the other can give.",
+            )
+        )
     for name, case in (
         ("page", "4 KiB from a frame not decompressed yet, p50"),
         ("kept", "4 KiB from a frame decompressed lately, p50"),
@@ -114,6 +137,16 @@ def _reading(settings: Settings, path: str, name: str) -> Callable[[], Sample]:
         return sample
 
     return run
+
+
+def _bringing(settings: Settings, length: int, command: list[str]) -> Callable[[], Sample]:
+    target = [str(compile_c()), "idle", "SOCKET", str(length)]
+
+    def rate() -> Sample:
+        sample = run_both(target, command, settings.seconds)[1]
+        return {"rate": sample["bytes"] / sample.get("cpu_seconds", sample["seconds"])}
+
+    return rate
 
 
 if __name__ == "__main__":
