@@ -314,7 +314,7 @@ class _Readiness:
         if self._status_fd is not None:
             with contextlib.suppress(BrokenPipeError):  # a keeper starts us again: it was told
                 os.write(self._status_fd, b"\0")
-            os.close(self._status_fd)
+            _let_go(self._status_fd)
             self._status_fd = None
         if self.background is not None:
             _leave_terminal()
@@ -338,7 +338,7 @@ def _remove_stale(pidfile: str) -> None:
         with open(pidfile, encoding="ascii") as file:
             pid = int(file.read())
         os.kill(pid, 0)
-    except (FileNotFoundError, ValueError, PermissionError):
+    except (FileNotFoundError, ValueError, OverflowError, PermissionError):
         return
     except ProcessLookupError:
         os.unlink(pidfile)
@@ -346,7 +346,20 @@ def _remove_stale(pidfile: str) -> None:
 
 def _leave_terminal() -> None:
     """Let nothing of ours come to a terminal, or hold one, any more."""
-    nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
+        _silence(number)
+
+
+def _let_go(fd: int) -> None:
+    """Close a descriptor; in the place of stdin, stdout and stderr no other may come."""
+    if fd > 2:
+        os.close(fd)
+    else:
+        _silence(fd)
+
+
+def _silence(number: int) -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    if nothing != number:
         os.dup2(nothing, number)
-    os.close(nothing)
+        os.close(nothing)

@@ -134,6 +134,30 @@ def test_who_asked_and_has_gone_is_no_obstacle(tmp_path: Path) -> None:
 
 
 @pytest.mark.child
+def test_stdout_may_be_what_is_told(tmp_path: Path) -> None:
+    """It ends there, and no connection or file gets its number, for lines to be written into."""
+    command = [sys.executable, "-c", SERVER, "-D", str(tmp_path), "--status-fd", "1"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        try:
+            assert server.stdout.read().endswith(b"\0")  # up to its end, while the server runs
+            assert os.readlink(f"/proc/{server.pid}/fd/1") == os.devnull
+        finally:
+            (tmp_path / "end").touch()
+        assert server.wait(30) == 7
+
+
+@pytest.mark.child
+@pytest.mark.parametrize("text", ["", "x", "9" * 30, "\xff"])
+def test_a_pid_file_that_holds_no_pid_stays(tmp_path: Path, text: str) -> None:
+    """It is not ours to remove."""
+    (tmp_path / "pid").write_text(text, encoding="latin-1")
+    done = run("-D", tmp_path, "--pidfile", "pid")
+    assert done.returncode == 1
+    assert "is there already: another server runs" in done.stderr
+
+
+@pytest.mark.child
 def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
     """Before anything is served."""
     (tmp_path / "pid").write_text("1")
