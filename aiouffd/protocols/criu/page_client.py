@@ -371,6 +371,8 @@ class PageClient:
             self._guard(ask.pid, ask.address)
         if ask.bulk:
             self._bulk_sent += ask.pages * PAGE_SIZE
+        if not self._sent:
+            self._heard = self._loop.time()  # before it was asked, it owed nothing
         self._sent.append(ask)
         transport.write(puller.get(ask.pid, ask.address, ask.pages, ask.into))
         self._keep_watch()
@@ -458,7 +460,6 @@ class PageClient:
 
     def _keep_watch(self) -> None:
         if self._watch is None:
-            self._heard = self._loop.time()
             self._watch = self._loop.call_later(self._timeout, self._look)
 
     def _look(self) -> None:
@@ -536,6 +537,7 @@ class PageClient:
                 self._idle = self._loop.create_future()
                 await self._idle
             self._closed = self._loop.create_future()
+            self._heard = self._loop.time()
             transport.write(puller.close())
             self._keep_watch()
             status = await self._closed

@@ -520,6 +520,28 @@ async def test_a_server_that_answers_slowly_is_not_given_up() -> None:
         assert await within(client.read_pages(1000, START, 1)) == page(0)
 
 
+async def test_a_server_is_not_given_up_for_a_silence_in_which_it_owed_nothing() -> None:
+    """Its time runs from the question on, however long nobody had asked anything before."""
+    timeout = 0.5
+    answer = pack_header(SHORT, 0x40006, 1, START, 1000) + page(0)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(24 + 1)
+        writer.write(answer)
+        await reader.readexactly(24)
+        await asyncio.sleep(0.5 * timeout)
+        writer.write(answer)
+        await reader.read(-1)
+
+    async with (
+        listening(serve) as port,
+        await PageClient.connect("127.0.0.1", port, header_bytes=SHORT, timeout=timeout) as client,
+    ):
+        assert await within(client.read_pages(1000, START, 1)) == page(0)
+        await asyncio.sleep(0.8 * timeout)
+        assert await within(client.read_pages(1000, START, 1)) == page(0)
+
+
 @pytest.mark.parametrize("cut", [0, 10, 24, 1000])
 @pytest.mark.parametrize("reset", [True, False])
 async def test_a_server_that_dies_ends_every_read(cut: int, reset: bool) -> None:
