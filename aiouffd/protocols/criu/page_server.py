@@ -112,7 +112,18 @@ class _Task(NamedTuple):
 class _Piece:
     """What is to be sent next: a header, or none, and bytes that may have to be read first."""
 
-    __slots__ = ("data", "error", "header", "last", "length", "offset", "read", "sender", "source")
+    __slots__ = (
+        "data",
+        "ends",
+        "error",
+        "header",
+        "last",
+        "length",
+        "offset",
+        "read",
+        "sender",
+        "source",
+    )
 
     def __init__(
         self, header: bytes, length: int, source: Source | None, offset: int, *, last: bool
@@ -122,6 +133,7 @@ class _Piece:
         self.source = source  # None: there is nothing but the header
         self.offset = offset
         self.last = last  # of its answer
+        self.ends = False  # the client closes, once it has this
         self.sender: SendsItself | None = None  # who may send the bytes
         self.data: Buffer | None = None
         self.read: asyncio.Task[Buffer] | None = None
@@ -349,18 +361,17 @@ class _Connection(Peer):
         match event:
             case page_wire.Ended():
                 answer = page_wire.END
-                # It closes, once it has this; if it does not, we do.
-                self._wait_for_it("does not close, though it is through,")
             case page_wire.ParentAsked():
                 answer = page_wire.parent_exists(answer=False)
             case _:
                 raise AssertionError(event)  # the rest is for who receives
-        if not self._pieces:
-            self._write(transport, [answer])
-            return
         piece = _Piece(answer, 0, None, 0, last=False)
         piece.data = b""
-        self._pieces.append(piece)
+        piece.ends = isinstance(event, page_wire.Ended)
+        if self._pieces:
+            self._pieces.append(piece)
+        else:
+            self._send(transport, piece, piece.data)
 
     def _send(self, transport: asyncio.Transport, piece: _Piece, data: Buffer) -> None:
         if self._server._ssl is not None and piece.header:
@@ -370,6 +381,9 @@ class _Connection(Peer):
             self._write(transport, [data])
         else:
             self._write(transport, [piece.header, data] if piece.header else [data])
+        if piece.ends:
+            # It closes, once it has this; if it does not, we do.
+            self._wait_for_it("does not close, though it is through,")
 
     def _count(self, piece: _Piece) -> None:
         self._answered += piece.last

@@ -332,6 +332,20 @@ async def test_a_client_that_reads_slowly_gets_everything(
         assert server.answered_bytes == sum(count for _, count in wanted) * PAGE
 
 
+async def test_the_end_may_be_said_before_all_has_come(checkpoint: Checkpoint) -> None:
+    """It is the client's turn to close when it has everything, not when it said that."""
+    limits = Limits(patience=0.2)
+    async with gated(checkpoint, limits) as (server, source), client(server) as good:
+        good.ask(START, 1)
+        good.writer.write(good.puller.close())
+        await until(lambda: source.in_flight == 1, "it is read")
+        passed = asyncio.get_running_loop().time() + 2 * limits.patience
+        await until(lambda: asyncio.get_running_loop().time() > passed, "that took longer")
+        source.open.set()
+        assert await good.answers(2) == [Pages(1000, START, page(0)), Closed(0)]
+        assert await good.cut()
+
+
 async def test_who_never_reads_holds_up_nobody_and_is_dropped(checkpoint: Checkpoint) -> None:
     """Answers wait up to a bound; then nothing is read for it; then it goes."""
     limits = Limits(patience=0.2, in_flight_bytes=1 << 20)
