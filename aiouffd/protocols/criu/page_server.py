@@ -12,6 +12,8 @@ where that is right.
 Laws of this file:
 
 * Answers go out in the order of the requests: a client knows them by nothing else.
+* A client may say nothing for as long as there is room for others, since a daemon connects long
+  before its restore; a first request that has begun has to end within ``Limits.patience``.
 * A client costs a bounded amount of memory: what it has asked for and not taken yet stays below
   ``Limits.in_flight_bytes``; beyond that nothing more is read from it.
 * What a file's page cache has goes to the socket straight from there, where a source can do that
@@ -162,6 +164,11 @@ class _Connection(Peer):
 
     # --- the transport's calls -----------------------------------------------------------
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Let it be silent: it may have come long before the restore that it is for."""
+        super().connection_made(transport)
+        self._stop_waiting()
+
     def data_received(self, data: bytes) -> None:
         """Take requests."""
         was_silent = self.silent
@@ -181,6 +188,8 @@ class _Connection(Peer):
             self._backlog += events
             if not self._goes_on:
                 self._go_on()
+        elif was_silent and not self._wire.at_rest:
+            self._wait_for_it("did not end its first request")
 
     def eof_received(self) -> bool:
         """Close: nothing more is asked."""

@@ -468,6 +468,11 @@ class Acceptor:
         """Whether the connection may end here without anything being lost."""
         return self.ended or (self.direction is not Direction.PUSH and not self._head)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the next request has not begun, but for the byte of ``Puller.guard``."""
+        return not self.ended and (not self._head or self._head == _FIRST_OF_GET)
+
     def answer(self, get: Get, pages: int) -> bytes:
         """Make the header of an answer; the pages follow it.
 

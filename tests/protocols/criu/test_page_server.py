@@ -292,6 +292,22 @@ async def test_half_a_header_costs_bounded_time(checkpoint: Checkpoint) -> None:
         assert server.refused == 1
 
 
+@pytest.mark.parametrize("said", [b"", pack_header(SHORT, wire.GET)[:1]], ids=["nothing", "guard"])
+async def test_a_client_may_wait_for_its_restore(checkpoint: Checkpoint, said: bytes) -> None:
+    """A daemon connects when it starts, and has nothing to ask for before a restore comes."""
+    limits = Limits(patience=0.05)
+    async with PageServer(checkpoint, limits=limits) as server:
+        async with client(server) as other:
+            other.writer.write(said)
+            await until(lambda: server.connections == 1, "it is there")
+            passed = asyncio.get_running_loop().time() + 4 * limits.patience
+            await until(lambda: asyncio.get_running_loop().time() > passed, "time passes")
+            other.writer.write(pack_header(SHORT, wire.GET, 1, START, 1000)[len(said) :])
+            other.puller.get(1000, START, 1)
+            assert await other.answers(1) == [Pages(1000, START, page(0))]
+        assert server.refused == 0
+
+
 async def test_one_that_is_through_and_does_not_close(
     checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
