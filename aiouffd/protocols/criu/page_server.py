@@ -156,6 +156,7 @@ class _Connection(Peer):
         self._answered = 0
         self._answered_bytes = 0
         self._socket: socket.socket | None = None  # another descriptor of the connection
+        self._broken = ""  # how the connection broke, if we were told first
 
     @property
     def silent(self) -> bool:
@@ -204,7 +205,8 @@ class _Connection(Peer):
     def _gone(self, error: Exception | None) -> None:
         if self._server._on_left is not None and (not self.silent or self._wire.ended):
             ended = self._wire.ended
-            why = self.error or (str(error) if error is not None and not ended else "")
+            broken = str(error) if error is not None else self._broken
+            why = self.error or ("" if ended else broken)
             left = Left(self.peer, self._answered, self._answered_bytes, ended, why)
             self._server._on_left(left)
         if self._socket is not None:
@@ -251,8 +253,11 @@ class _Connection(Peer):
                 self._count(piece)
                 sent += length
             self._read_ahead(transport)
-        except ConnectionError:
-            return  # the transport finds it out, too
+        except ConnectionError as error:
+            # The transport finds it out only if it is reading; that error is had once, and by us.
+            self._broken = str(error)
+            transport.abort()
+            return
         except (UffdError, OSError) as error:
             self.drop(str(error))
             return

@@ -8,6 +8,7 @@ import logging
 import random
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -437,6 +438,26 @@ async def test_reads_go_on_at_once_up_to_a_bound(checkpoint: Checkpoint) -> None
         assert answers == [Pages(1000, START + at * PAGE, page(at)) for at in range(64)]
         assert source.most == 16
         await good.end()
+
+
+async def test_one_that_dies_while_nothing_is_read_for_it(checkpoint: Checkpoint) -> None:
+    """It has asked for more than it takes, and is not read from: its end is noticed yet."""
+    told: list[Left] = []
+    async with PageServer(checkpoint, on_left=told.append) as server:
+        async with client(server) as other:
+            other.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            for _ in range(3000):
+                other.ask(START, 64)
+            await until(lambda: server._connections, "it is there")
+            (connection,) = server._connections
+            transport = connection._transport
+            assert transport is not None
+            await until(lambda: connection._full and not transport.is_reading(), "it is held up")
+            mine = other.writer.transport.get_extra_info("socket")
+            mine.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await until(lambda: server.connections == 0, "it has left")
+    assert [left.ended for left in told] == [False]
+    assert told[0].error
 
 
 async def test_reads_end_with_their_client(checkpoint: Checkpoint) -> None:
