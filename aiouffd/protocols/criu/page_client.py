@@ -104,7 +104,8 @@ class _Ask:
         """Give everybody what they wait for."""
         for future, part in self.waiters:
             if not future.done():
-                future.set_result(data if part is None else memoryview(data)[slice(*part)])
+                # A part is copied: the whole may be in a buffer of somebody else's.
+                future.set_result(data if part is None else bytes(memoryview(data)[slice(*part)]))
 
     def fail(self, error: Exception) -> None:
         """Tell everybody that it does not come."""

@@ -330,6 +330,27 @@ async def test_what_is_on_its_way_is_not_asked_for_again() -> None:
         await client.finish()
 
 
+async def test_who_joins_a_read_into_a_buffer_has_bytes_of_its_own() -> None:
+    """The buffer is used for other things as soon as it is full."""
+    async with (
+        stock() as server,
+        await PageClient.connect("127.0.0.1", server.port, header_bytes=SHORT) as client,
+    ):
+        server.open.clear()
+        buffer = memoryview(bytearray(64 * PAGE))
+        long = asyncio.ensure_future(client.read_pages_into(1000, START, buffer))
+        await until(lambda: server.asked, "it is asked for")
+        short = asyncio.ensure_future(client.read_pages(1000, START + 5 * PAGE, 2))
+        await asyncio.sleep(0)
+        server.open.set()
+        await within(long)
+        assert buffer == page(0, 64)
+        buffer[:] = bytes(len(buffer))
+        assert await within(short) == page(5, 2)
+        assert len(server.asked) == 1
+        await client.finish()
+
+
 async def test_a_read_that_is_cancelled_is_not_asked_for_any_more() -> None:
     """What was asked for is thrown away; others get theirs."""
     async with (
