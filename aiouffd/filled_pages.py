@@ -16,6 +16,7 @@ from typing import Final
 from .ranges import Range, align_down, align_up
 
 _BITS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+_WINDOW: Final = 1024  # pages that are looked at together
 
 
 class FilledPages:
@@ -53,6 +54,12 @@ class FilledPages:
         self._count = length >> self._shift
         self._first = 8 * at  # its bits, by number in the memory
         self._end = 8 * at + self._count
+
+    @classmethod
+    def none_yet(cls, offset: int, length: int, page_size: int) -> FilledPages:
+        """Give bits of their own to a region of which nothing was filled yet."""
+        memory = bytearray(cls.bytes_for(length, page_size))
+        return cls(memory, 0, offset, length, page_size)
 
     @staticmethod
     def bytes_for(length: int, page_size: int) -> int:
@@ -97,17 +104,51 @@ class FilledPages:
         return bytes(self._memory[at : at + self.bytes_for(self._count * size, size)])
 
     def gaps(self, where: Range) -> Iterator[Range]:
-        """Give the runs of pages in a range of offsets that were not filled, in order."""
-        start: int | None = None
-        for page in where.pages(self._page_size):
-            if page in self:
-                if start is not None:
-                    yield Range.between(start, page)
+        """Give the runs of pages in a range of offsets that were not filled, in order.
+
+        What is filled meanwhile may be left out.
+        """
+        shift = self._shift
+        first = (where.start - self._offset) >> shift
+        end = -((self._offset - where.end) >> shift)
+        start: int | None = None  # of a run that may go on
+        for low in range(first, end, _WINDOW):
+            high = min(low + _WINDOW, end)
+            missing = ~self._window(low, high) & ((1 << (high - low)) - 1)
+            at = low
+            while missing:
+                filled = (missing & -missing).bit_length() - 1
+                if start is not None and filled:
+                    yield self._pages(start, at)
                     start = None
-            elif start is None:
-                start = page
+                at += filled
+                if start is None:
+                    start = at
+                missing >>= filled
+                run = (~missing & (missing + 1)).bit_length() - 1
+                missing >>= run
+                at += run
+                if at < high:
+                    yield self._pages(start, at)
+                    start = None
+            if start is not None and at < high:
+                yield self._pages(start, at)
+                start = None
         if start is not None:
-            yield Range.between(start, where.end)
+            yield self._pages(start, end)
+
+    def _window(self, first: int, end: int) -> int:
+        """Give the bits of some pages as one number; what lies outside has none."""
+        low, high = max(first, 0), min(end, self._count)
+        if low >= high:
+            return 0
+        at = self._at
+        bits = int.from_bytes(self._memory[at + (low >> 3) : at + ((high + 7) >> 3)], "little")
+        return (bits >> (low & 7) & ((1 << (high - low)) - 1)) << (low - first)
+
+    def _pages(self, first: int, end: int) -> Range:
+        shift, offset = self._shift, self._offset
+        return Range.between(offset + (first << shift), offset + (end << shift))
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether all pages of a stretch of offsets were filled; in one look, however many."""

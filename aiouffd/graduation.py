@@ -263,10 +263,7 @@ def pages_with_data(region: Region, extents: Extents) -> Iterator[tuple[int, int
     """Give the (start, end) of whole pages of a region that hold data, each once."""
     first, last, size = region.offset, region.offset + region.length, region.page_size
     done = first
-    for offset, length in extents:
-        low, high = max(offset, first), min(offset + length, last)
-        if low >= high:
-            continue
+    for low, high in extents.within(first, last):
         # A region begins at any offset of small pages: its pages count from there.
         start = max(first + align_down(low - first, size), done)
         done = first + align_up(high - first, size)

@@ -37,6 +37,7 @@ class Manifest:
         others: (device, inode) of further descriptors that were handed over, in order.
         part: Which part of the image it is, where images have parts.
         zero_elsewhere: What is registered and lies in no region reads zero.
+        alone: The target has no copy of its own of the userfaultfd.
     """
 
     session: str
@@ -50,6 +51,7 @@ class Manifest:
     others: tuple[tuple[int, int], ...] = ()
     part: str = ""
     zero_elsewhere: bool = False
+    alone: bool = False
 
     def child(self, fork: int) -> Self:
         """Give the manifest of a forked child."""

@@ -34,11 +34,11 @@ from .errors import ClosedError, SourceError, TargetGone, UffdError, WorkingSetE
 from .pager import Pager
 from .performer import PIECE_BYTES
 from .prefetch_plan import Place, Plan, Stretch, stretches
-from .ranges import align_down
+from .ranges import Range, align_down
 from .readiness import between_pieces
 from .region import Region
 from .sources import Extents, ReadsInto, Source, identity_of
-from .uffd import Feature, Mode
+from .uffd import Mode
 from .working_set import GRANULE, Header, WorkingSet
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ MOST_BYTES: Final = 4 << 20  #: the longest step of hydration
 _QUIET_PIECE_BYTES: Final = 2 << 20  # the longest piece of a fill, after a long quiet
 _REPLAY_BYTES: Final = 512 << 10  # the longest read of a replay
 _AT_HAND_BYTES: Final = 256 << 10  # read at once on the loop: stays in the processor's cache
+_LOOKED_AT_TOGETHER: Final = 1024 * GRANULE  # for what was filled meanwhile
 _SLOW_SHARE: Final = 0.2  # of the time that SLOW works
 _SLOW_PAUSE: Final = 0.005  # seconds, at least, between its steps
 
@@ -131,7 +132,6 @@ class Prefetch:
         self._extents = extents
         self._into = source if isinstance(source, ReadsInto) else None
         self._brought: dict[Region, WorkingSet] = {}  # by granule of the region
-        self._removals_told = bool(pager.uffd.features & Feature.EVENT_REMOVE)
         self._filling = asyncio.Lock()
         self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
         self._step = 0
@@ -279,10 +279,19 @@ class Prefetch:
         return self._brought[region]
 
     def _missing(self, region: Region) -> Iterator[tuple[int, int]]:
-        """Give the (offset, length) of what was not brought yet, in order."""
-        brought = self._done(region)
+        """Give the (offset, length) of what was not brought yet, in order.
+
+        What demand has filled by the time that it is asked for is left out, too.
+        """
+        brought, filled = self._done(region), region.filled_for_good
         for first, count in brought.gaps():
-            yield region.offset + first * GRANULE, count * GRANULE
+            start, length = region.offset + first * GRANULE, count * GRANULE
+            if filled is None:
+                yield start, length
+                continue
+            for piece in Range(start, length).pieces(_LOOKED_AT_TOGETHER):
+                for gap in filled.gaps(piece):
+                    yield gap.start, gap.length
 
     def _plan(
         self, region: Region, runs: Iterable[tuple[int, int]], limit: Callable[[], int]
@@ -424,11 +433,11 @@ class Prefetch:
     def _is_wanted(self, region: Region, offset: int, length: int) -> bool:
         """Say whether a stretch is mapped somewhere, and not all of it removed or filled.
 
-        What was filled is known where a journal is kept: demand has brought it, or the process
-        before us.  By now it may have been removed, if that is told.
+        What was filled demand has brought, or the process before us.  By now it may have been
+        removed.
         """
-        filled = region.filled
-        if filled is not None and self._removals_told and filled.covers(offset, length):
+        filled = region.filled_for_good
+        if filled is not None and filled.covers(offset, length):
             return False
         space = self._pager.space
         hint = region.start - region.offset

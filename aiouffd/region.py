@@ -19,7 +19,7 @@ from .performer import PIECE_BYTES, Walk
 from .ranges import Range, align_down, is_aligned
 from .readiness import between_pieces
 from .resolutions import Handler
-from .uffd import Mode
+from .uffd import Feature, Mode
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -39,7 +39,7 @@ class Region:
         modes: Which faults are asked for.
         ioctls: The mask that UFFDIO_REGISTER gave; 0 if the peer registered.
         grows: The target may grow it with mremap; the new tail reads zero.
-        filled: Which pages were filled, if a journal keeps that.
+        filled: Which pages were filled, if anybody keeps that.
         filled_before: Those that were filled when the region was taken over from another
             process: what is missing of them was removed.
         name: For messages to people.
@@ -50,6 +50,7 @@ class Region:
 
     __slots__ = (
         "_pager",
+        "_removals_told",
         "filled",
         "filled_before",
         "grows",
@@ -78,6 +79,7 @@ class Region:
         ioctls: int,
     ) -> None:
         self._pager = pager
+        self._removals_told = bool(pager.uffd.features & Feature.EVENT_REMOVE)
         self.start = where.start
         self.length = where.length
         self.handler = handler
@@ -111,6 +113,11 @@ class Region:
         clone.number = self.number
         clone.filled_before = self.filled_before
         return clone
+
+    @property
+    def filled_for_good(self) -> FilledPages | None:
+        """Pages that need not be filled: they were, and what is removed since is told."""
+        return self.filled if self._removals_told else self.filled_before
 
     @property
     def ranges(self) -> list[tuple[Range, int]]:
@@ -256,14 +263,13 @@ class Region:
     def fillable(self, where: Range) -> Iterable[Range]:
         """Give the parts of a placed range that may be filled ahead of demand.
 
-        Pages that the target removed may not; nor may those that another process had filled:
-        they are there, or were removed.
+        Pages that the target removed may not; nor may those that were filled, where it is told
+        what is removed: they are there, or were removed.
         """
         space = self._pager.space
         runs = space.removed.gaps(where) if space.removed else (where,)
-        if self.filled_before is None:
+        filled = self.filled_for_good
+        if filled is None:
             return runs
         delta = space.delta(where.start)
-        return [
-            gap.moved(-delta) for run in runs for gap in self.filled_before.gaps(run.moved(delta))
-        ]
+        return [gap.moved(-delta) for run in runs for gap in filled.gaps(run.moved(delta))]

@@ -429,6 +429,7 @@ class Server:
             others=inodes_of(handover.others),
             part=handover.part,
             zero_elsewhere=handover.zero_elsewhere,
+            alone=handover.alone,
         )
         return Protection(self._store, manifest)
 

@@ -30,6 +30,7 @@ from .closing import action_on_close, fail_closed, let_go
 from .errors import ClosedError, PeerError, TargetGone
 from .events import Event, PageFault
 from .failure import Action
+from .filled_pages import FilledPages
 from .forked_children import ForkedChildren
 from .graduation import Graduation, keep_trying, pages_with_data
 from .handlers import from_source
@@ -402,6 +403,11 @@ class Session:
             )
             for number, region in enumerate(self.handover.regions)
         ]
+        service = self.service
+        if self._protection is None and (service.let_go or service.hydrate is not Pace.OFF):
+            # What demand has brought need not be brought again; with a journal it keeps that.
+            for region in self._regions:
+                region.filled = FilledPages.none_yet(region.offset, region.length, region.page_size)
         self._graduation = Graduation(
             self._serving_pagers,
             self.source,

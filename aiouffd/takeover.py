@@ -75,6 +75,7 @@ class Stored:
             dialect=manifest.dialect,
             part=manifest.part,
             zero_elsewhere=manifest.zero_elsewhere,
+            alone=manifest.alone,
         )
 
     def peer(self) -> Peer | None:

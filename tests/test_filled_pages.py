@@ -53,3 +53,26 @@ def test_frozen_bits_do_not_change() -> None:
     before = bits.frozen()
     bits.add(4 * PAGE)
     assert [page for page in range(9) if page * PAGE in before] == [3]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 1500)), max_size=12), st.integers(-9, 9)
+)
+def test_gaps_of_many_pages(filled: list[tuple[int, int]], shift: int) -> None:
+    """Runs are whole, however far they reach, and a range may begin and end outside."""
+    pages, base = 5000, 16
+    bits = FilledPages.none_yet(base * PAGE, pages * PAGE, PAGE)
+    model = set()
+    for first, count in filled:
+        bits.add_range((base + first) * PAGE, count * PAGE)
+        model |= set(range(first, first + count))
+    expected: list[tuple[int, int]] = []
+    for page in range(shift, pages + shift):
+        if page in model and page < pages:
+            continue
+        if expected and expected[-1][1] == page:
+            expected[-1] = expected[-1][0], page + 1
+        else:
+            expected.append((page, page + 1))
+    gaps = bits.gaps(Range((base + shift) * PAGE, pages * PAGE))
+    assert [(gap.start // PAGE - base, gap.end // PAGE - base) for gap in gaps] == expected

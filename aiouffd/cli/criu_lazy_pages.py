@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import time
@@ -67,6 +68,9 @@ _POLICIES: Final = {action.value: action for action in (Action.POISON, Action.KI
 
 #: Forked children served at once: a restored server may have any number, and none may be missing.
 _MAX_CHILDREN: Final = 4096
+
+_CHUNK_NEAR: Final = 256 << 10  # bytes around a fault, of images on this machine
+_CHUNK_FAR: Final = 64 << 10  # the same from elsewhere
 
 _EPILOG: Final = """\
 examples:
@@ -180,9 +184,9 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
     how.add_argument(
         "--chunk",
         type=chunk_bytes,
-        default=0,
         metavar="BYTES",
-        help="bring so much around each fault, such as 64K (default: one page)",
+        help="bring so much around each fault (default: 256K, or 64K from a page server; with"
+        " --no-push one page)",
     )
     how.add_argument(
         "--replace",
@@ -206,7 +210,11 @@ def run(args: argparse.Namespace) -> int:
     async def serve(out: Lines, ready: Callable[[], None]) -> int:
         return await _Daemon(args, out, ready).run()
 
-    return run_server(args, serve)
+    gc.freeze()  # what was imported lives to the end: to look at it again and again takes time
+    try:
+        return run_server(args, serve)
+    finally:
+        gc.freeze()  # at the end, too
 
 
 class _Daemon:
@@ -348,7 +356,7 @@ class _Daemon:
             failure=FailurePolicy(then=policy),
             on_close=policy,
             deadline=args.deadline,
-            chunk=args.chunk,
+            chunk=self._chunk(),
             max_children=_MAX_CHILDREN,
             replay=_replays(args.replay, checkpoint),
             any_image=args.any_image,
@@ -356,6 +364,13 @@ class _Daemon:
             recorder=recorder,
             let_go=not args.no_push,
         )
+
+    def _chunk(self) -> int:
+        """Say how much to bring around each fault: what comes anyway may as well come early."""
+        args = self._args
+        if args.chunk is not None or args.no_push:
+            return args.chunk or 0
+        return _CHUNK_FAR if args.page_server or args.images else _CHUNK_NEAR
 
     # --- what happens ------------------------------------------------------------------
 

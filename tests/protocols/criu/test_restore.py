@@ -114,7 +114,7 @@ async def test_nothing_is_brought_before_all_is_registered(tmp_path: Path) -> No
             await asyncio.gather(*completing)
             for target in (one, two):
                 assert await holds_all(target)
-            assert not running.server.sessions
+            await until(lambda: not running.server.sessions, "both sessions are over")
 
 
 async def test_what_is_not_lazy_reads_zero(tmp_path: Path) -> None:
