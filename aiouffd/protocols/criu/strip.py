@@ -28,7 +28,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Final
 
-from ...errors import SourceError
+from ...errors import ImageError, SourceError
 from ...image import Watcher, watch_nothing
 from ...image.copying import pieces, read_in_order
 from ...image.new_file import NewFile
@@ -154,6 +154,10 @@ class _Copy:
                 data = await folder.read(name)
                 pagemap = await in_thread(parse_pagemap, data, folder.named(name))
                 file = PagesFile(level, f"pages-{pagemap.pages_id}.img", pagemap.stored)
+                if file.name in pages:
+                    raise ImageError(
+                        folder.named(name), None, f"{file.name} is another pagemap's already"
+                    )
                 pages.add(file.name)
                 of_task = match["pid"] is not None
                 if pagemap.leans and not of_task:

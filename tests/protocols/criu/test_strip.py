@@ -116,6 +116,18 @@ async def test_holes_are_never_taken_for_pages(tmp_path: Path) -> None:
         await copy.find_pages()
 
 
+async def test_a_file_of_pages_is_one_pagemaps(tmp_path: Path) -> None:
+    """What the first of two needs would be lost in the copy of the second."""
+    folder = mixed(tmp_path / "c")
+    pagemap = images.parse_pagemap((folder / "pagemap-10.img").read_bytes(), "x")
+    shared = Pagemap(pagemap.pages_id, tuple(entries((0, 3, EAGER))))
+    (folder / "pagemap-shmem-99.img").write_bytes(images.write_pagemap(shared, wide=False))
+    async with await Checkpoint.open(folder) as checkpoint:
+        with pytest.raises(ImageError, match=r"pagemap-shmem-99.img: pages-\d+.img is another"):
+            await strip(checkpoint, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["c"]
+
+
 async def test_parents_become_folders_within(tmp_path: Path) -> None:
     """Of a parent only what the restore reads is there: no lazy page, no other process."""
     vmas = [anonymous(BASE, 64)]
