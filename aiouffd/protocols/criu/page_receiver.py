@@ -50,8 +50,8 @@ class _Connection(Peer):
 
     @property
     def silent(self) -> bool:
-        """Whether it has said nothing yet."""
-        return self._wire.header_bytes is None
+        """Whether it has sent nothing of a dump yet: a question for a parent is no dump."""
+        return not self._begun
 
     def data_received(self, data: bytes) -> None:
         """Take what is sent; it is written in a thread."""
@@ -64,12 +64,12 @@ class _Connection(Peer):
             return
         if not events:
             return
-        self._stop_waiting()
         if not self._begun and self._wire.direction is page_wire.Direction.PUSH:
             if not self._receiver._is_first(self):
                 self.drop("sends a dump while another one is received")
                 return
             self._begun = True
+            self._stop_waiting()
             log.info("%s sends a dump, headers of %s bytes", self.peer, self._wire.header_bytes)
         self._queue += events
         self._queued_bytes += len(data) + _EVENT_COST * len(events)

@@ -238,6 +238,24 @@ async def test_who_is_no_dumper_is_dropped_and_the_dump_waited_for(
     check(folder, LONG)
 
 
+async def test_who_only_asks_keeps_no_dump_out(folder: ImageFolder) -> None:
+    """Neither for longer than it may wait, nor when there is no room besides."""
+    async with PageReceiver(folder, limits=Limits(patience=0.2, connections=2)) as receiver:
+        async with dumper(receiver) as other:
+            other.say(wire.PARENT, image=TASK)
+            assert await other.hear(4) == bytes(4)
+            assert await other.cut()
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(2):
+                other = await stack.enter_async_context(dumper(receiver))
+                other.say(wire.PARENT, image=TASK)
+                assert await other.hear(4) == bytes(4)
+            one = await stack.enter_async_context(dumper(receiver))
+            await whole_dump(one)
+        await within(receiver.wait_received())
+    check(folder, LONG)
+
+
 async def test_others_do_not_get_into_a_dump(folder: ImageFolder) -> None:
     """Neither by sending one, nor by saying that it is through."""
     async with PageReceiver(folder) as receiver, dumper(receiver) as one:
