@@ -114,7 +114,6 @@ class Reader:
 
     def start(self) -> None:
         """Begin to read whenever there is something."""
-        self._pausing = False
         dispatcher = self._dispatcher
         readiness.add_reader(dispatcher.loop, dispatcher.fd, self.read_some)
         self._context = contextvars.copy_context()
@@ -125,6 +124,11 @@ class Reader:
         dispatcher = self._dispatcher
         readiness.remove_reader(dispatcher.loop, dispatcher.fd)
         self._reading = False
+
+    def _resume(self) -> None:
+        """Read again, after a pause."""
+        self._pausing = False
+        readiness.resume_reader(self._dispatcher.loop, self._dispatcher.fd)
 
     def read_on(self) -> None:
         """Read what came meanwhile, from within a task, in a context as the loop's.
@@ -196,9 +200,9 @@ class Reader:
             # No descriptor for a forked child: its event stays queued and the fd readable,
             # so that going on to listen would spin.
             log.exception("a fork event waits for a file descriptor")
-            self.stop()
             self._pausing = True
-            self._dispatcher.timers.set("fds", _FD_SHORTAGE_PAUSE, self.start)
+            readiness.pause_reader(self._dispatcher.loop, self._dispatcher.fd)
+            self._dispatcher.timers.set("fds", _FD_SHORTAGE_PAUSE, self._resume)
         except Exception as error:
             self._dispatcher.crash(error)
         return 1

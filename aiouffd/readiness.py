@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import select
 from collections.abc import Callable
 from typing import Final, TypeAlias
@@ -53,7 +54,9 @@ class _Readiness:
                 return
             for fd, _ in ready:
                 entry = turns.get(fd)
-                if entry is not None:  # one before it may have taken it out
+                if entry is None:  # one before it may have taken it out, or its owner closed it
+                    rounds -= 1
+                else:
                     context, turn = entry
                     # Alone, and again: it reads on by itself, which costs less than to ask.
                     alone = fd == last and len(ready) == 1
@@ -87,11 +90,29 @@ def remove_reader(loop: asyncio.AbstractEventLoop, fd: int) -> None:
     readiness = _find(loop)
     if readiness is None or readiness.turns.pop(fd, None) is None:
         return
-    readiness.epoll.unregister(fd)
+    try:
+        readiness.epoll.unregister(fd)
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.ENOENT):  # its owner has closed it before us
+            raise
     if not readiness.turns:
         del _of_loop[loop]
         loop.remove_reader(readiness.epoll.fileno())
         readiness.epoll.close()
+
+
+def pause_reader(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    """Call no more until ``resume_reader``, which takes no descriptor: its place is kept."""
+    readiness = _find(loop)
+    if readiness is not None and fd in readiness.turns:
+        readiness.epoll.modify(fd, 0)
+
+
+def resume_reader(loop: asyncio.AbstractEventLoop, fd: int) -> None:
+    """Call again whenever a paused descriptor is readable.  Nothing, if it was removed since."""
+    readiness = _find(loop)
+    if readiness is not None and fd in readiness.turns:
+        readiness.epoll.modify(fd, select.EPOLLIN)
 
 
 async def between_pieces() -> None:

@@ -583,3 +583,12 @@ async def test_waiting_is_for_the_whole_family() -> None:
         child.kill()
         child.reap()
         await asyncio.wait_for(waiting, 10)
+
+
+async def test_a_userfaultfd_that_its_owner_closed_before() -> None:
+    """The pager ends without it."""
+    async with serving() as served:
+        assert await served.target.start_peek(served.target.at(3)) == 4
+        served.pager.uffd.close()
+        await within(served.pager.aclose(Action.ZERO))
+        await within(served.pager.wait_closed())

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from aiouffd.readiness import add_reader, between_pieces, remove_reader
+from aiouffd.readiness import (
+    add_reader,
+    between_pieces,
+    pause_reader,
+    remove_reader,
+    resume_reader,
+)
 from tests.serving import within
 from tests.targets import until
 
@@ -191,6 +197,45 @@ async def test_between_two_pieces_who_is_ready_goes_first(counters: list[int]) -
         await between_pieces()
         assert len(log) == piece
     remove_reader(loop, fd)
+
+
+async def test_who_is_paused_has_no_turn_and_needs_no_descriptor_to_go_on(
+    counters: list[int],
+) -> None:
+    """The only one, too: its epoll stays."""
+    loop = asyncio.get_running_loop()
+    log: list[tuple[int, int]] = []
+    fd = counters[0]
+    add_reader(loop, fd, taking(fd, log))
+    pause_reader(loop, fd)
+    os.eventfd_write(fd, 1)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not log
+    resume_reader(loop, fd)
+    await until(lambda: log, "its turn")
+    assert len(os.listdir("/proc/self/fd")) == before
+    remove_reader(loop, fd)
+    pause_reader(loop, fd)  # nothing, by now
+    resume_reader(loop, fd)
+
+
+async def test_a_descriptor_that_its_owner_closed_holds_up_nobody(counters: list[int]) -> None:
+    """Not even if a duplicate keeps it in the epoll: others have their turns, the loop its own."""
+    loop = asyncio.get_running_loop()
+    log: list[tuple[int, int]] = []
+    one, two, _ = counters
+    closed = os.dup(one)
+    add_reader(loop, closed, taking(closed, log))
+    add_reader(loop, two, taking(two, log))
+    os.close(closed)
+    remove_reader(loop, closed)
+    os.eventfd_write(one, 1)
+    os.eventfd_write(two, 1)
+    await until(lambda: log, "the other's turn")
+    assert log == [(two, 1)]
+    remove_reader(loop, two)
 
 
 def test_a_loop_takes_along_whom_nobody_removed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 
@@ -143,3 +144,31 @@ async def test_a_fork_waits_for_a_descriptor_when_there_is_none() -> None:
         child = await fork
         await child.ready
         assert await child.start_peek(target.at(5)) == 6
+
+
+async def test_who_takes_the_last_descriptor_meanwhile_stops_no_reading() -> None:
+    """To listen again takes none: the fork and the faults behind it are read in the end."""
+    async with serving(features=Feature.EVENT_FORK) as served:
+        target = served.target
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        holes = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)]
+        while holes[-1] < highest:
+            holes.append(os.dup(holes[-1]))
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (holes[-1] + 1, hard))
+            fork = target.start_fork(0)
+            pausing_since = asyncio.get_running_loop().time()
+            while asyncio.get_running_loop().time() < pausing_since + 0.2:  # some pauses long
+                with contextlib.suppress(OSError):
+                    holes.append(os.dup(holes[0]))
+                await asyncio.sleep(0.001)
+            assert not fork.done
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in holes:
+                os.close(fd)
+        child = await fork
+        await child.ready
+        assert await child.start_peek(target.at(5)) == 6
+        assert await target.start_peek(target.at(6)) == 7
