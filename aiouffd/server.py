@@ -526,9 +526,10 @@ class Server:
         """Tell of a peer that cannot be served."""
         try:
             yield
-        except TimeoutError:
-            reason = f"no complete hand-over within {self._handshake_timeout:g} s"
-            self._refuse(who, reason, part)
+        except TimeoutError as error:  # ours, or what a system call has met
+            limit = self._handshake_timeout
+            within = "in time" if limit is None else f"within {limit:g} s"
+            self._refuse(who, str(error) or f"no complete hand-over {within}", part)
         except PeerError as error:
             self._refuse(who, str(error.args[0]), part)
         except (UffdError, OSError) as error:

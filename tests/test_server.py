@@ -22,6 +22,7 @@ import pytest
 from aiouffd.errors import SourceError
 from aiouffd.failure import Action, FailurePolicy
 from aiouffd.fds import OwnedFd
+from aiouffd.handover import Handover
 from aiouffd.protocols import firecracker
 from aiouffd.reports import Ended, FirstPage, Refused, Report, Resident, Started
 from aiouffd.server import Server
@@ -831,3 +832,21 @@ async def test_reused_descriptor_numbers_never_mix_sessions(serving: Serving) ->
         for turn in range(12):
             async with vmm(serving, size=4 * PAGE) as guest:
                 assert await guest.read(0, 4 * PAGE) == images[turn % 4]
+
+
+async def test_a_system_call_that_times_out_is_told(tmp_path: Path) -> None:
+    """In its own words, also where hand-overs have no time limit."""
+    reports: list[Report] = []
+
+    async def receive(_connection: Connection) -> Handover:
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    source = BufferSource(bytes(PAGE))
+    path = tmp_path / "s"
+    async with Server(path, receive, source, handshake_timeout=None, report=reports.append):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(os.fspath(path))
+            await eventually(lambda: reports, "it is refused")
+    (refused,) = reports
+    assert isinstance(refused, Refused)
+    assert refused.reason == f"[Errno {errno.ETIMEDOUT}] Connection timed out"
