@@ -61,7 +61,10 @@ class Together:
         for session in living:
             if not session.state.ended:
                 log.warning("%s outlives its failed hand-over", session.name)
-                await session.aclose()
+                try:
+                    await session.aclose()
+                except Exception:  # the others are closed all the same
+                    log.exception("%s could not be closed as asked", session.name)
 
 
 async def _end_of(session: Session) -> None:
