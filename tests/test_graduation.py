@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
 
 from aiouffd import Action, FailurePolicy
 from aiouffd.errors import ClosedError, NotSupported, SourceError, StuckPage, TargetGone
+from aiouffd.graduation import pages_with_data
 from aiouffd.session_states import Milestone, State
+from aiouffd.sources import Extents
 from aiouffd.sources.buffer import BufferSource
 from tests.serving import MADV_DONTNEED, check_books, image, unread, within
 from tests.session_serving import Moody, holds, is_registered, model, served
@@ -373,3 +376,22 @@ async def graduate_once(rng: random.Random) -> State:
         assert counters.ended == sum(session.metrics.outcomes.values())
         assert counters.events == sum(session.metrics.events.values())
         return state
+
+
+async def test_a_region_is_compared_with_its_own_extents_only() -> None:
+    """A process has hundreds of mappings and ten thousands of extents: not each with each."""
+
+    class Bisected(Extents):
+        __slots__ = ()
+
+        def __iter__(self) -> Iterator[tuple[int, int]]:
+            raise AssertionError("all of them are gone through")
+
+    data = Bisected([(0, 100), (PAGE * 3, PAGE), (PAGE * 5 + 1, 1), (PAGE * 9, PAGE)])
+    async with served(BufferSource(model(16)), pages=8) as (_, session):
+        (region,) = session.pager.regions
+        assert list(pages_with_data(region, data)) == [
+            (0, PAGE),
+            (PAGE * 3, PAGE * 4),
+            (PAGE * 5, PAGE * 6),
+        ]
