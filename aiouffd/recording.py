@@ -178,8 +178,8 @@ class Recorder:
     """Makes the recordings of a server's sessions.
 
     A path with ``{id}`` gives each session a file of its own, one with ``{part}`` each part of an
-    image that has parts; without, only the first session is recorded: each later one would
-    overwrite what the one before it has found.
+    image that has parts.  Of several sessions with one file only the first is recorded: each later
+    one would overwrite what the one before it has found.
 
     Sharing: one loop.
     """
@@ -193,7 +193,7 @@ class Recorder:
         """
         self.path: Final = path
         self.window: Final = window
-        self._used = False
+        self._used: set[str] = set()
 
     def begin(
         self,
@@ -216,10 +216,10 @@ class Recorder:
             page_size: Of its memory, in bytes.
         """
         path = self.path.replace("{id}", id).replace("{part}", part)
-        if path == self.path:
-            if self._used:
+        if "{id}" not in self.path:
+            if path in self._used:
                 return None
-            self._used = True
+            self._used.add(path)
         try:
             return Recording(
                 path,

@@ -192,6 +192,18 @@ async def test_one_file_per_session_or_the_first_session_only(
     assert sorted(os.listdir(tmp_path)) == ["folder", "set", "set-1", "set-2"]
 
 
+async def test_a_part_of_an_image_is_recorded_once(tmp_path: Path) -> None:
+    """Five restores of one checkpoint: the first that touches a page is not forgotten."""
+    about: dict[str, Any] = {"identity": "", "image_size": SIZE, "page_size": PAGE}
+    recorder = Recorder(str(tmp_path / "set-{part}"))
+    for number, part, recorded in (("1", "7", True), ("2", "8", True), ("3", "7", False)):
+        one = recorder.begin(number, part=part, **about)
+        assert (one is not None) == recorded
+        if one is not None:
+            await one.aclose()
+    assert sorted(os.listdir(tmp_path)) == ["set-7", "set-8"]
+
+
 async def test_a_fault_waits_for_no_disk(tmp_path: Path) -> None:
     """Nothing is written on a fault's way."""
     async with recording(tmp_path / "set") as one:
