@@ -83,9 +83,11 @@ class SourceOpening:
         """
         if isinstance(self._source, ImageParts):
             source = await self._source.open_part(part)
+            collecting = asyncio.ensure_future(asyncio.to_thread(_extents_of, source))
             try:
-                yield source, _extents_of(source)
+                yield source, await asyncio.shield(collecting)
             finally:
+                await asyncio.wait([collecting])  # a thread cannot be cancelled
                 await source.aclose()
             return
         if not callable(self._source):

@@ -13,6 +13,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Final
@@ -84,7 +85,8 @@ class Restores:
         if self._reader is None:
             return await self.checkpoint.source(int(part))
         memory = self.checkpoint.memory(int(part))
-        return TaskSource(memory.left_to_a_server(), (), self._reader)
+        left = await asyncio.to_thread(memory.left_to_a_server)  # runs of large memory are many
+        return TaskSource(left, (), self._reader)
 
     async def receive(self, connection: Connection) -> AsyncGenerator[Handover, None]:
         """Receive the tasks of one restore, and end when it is finished; see Receive.

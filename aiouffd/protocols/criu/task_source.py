@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, runtime_checkable
 
 from ...errors import SourceError
 from ...ranges import PAGE_SIZE, align_down, align_up
-from ...sources import Extents, ReadsInto, Source, check_read, identity_of
+from ...sources import ReadsInto, Source, check_read, identity_of
 from ...sources.reads import ReadsUnderWay, all_of
 from .task_memory import LIVE, TaskMemory
 
@@ -147,12 +147,16 @@ class TaskSource:
         return self._identity
 
     def extents(self) -> Iterator[tuple[int, int]]:
-        """Give what may be served lazily."""
-        return iter(
-            Extents(
-                (start, end - start) for start, end in zip(self._starts, self._ends, strict=True)
-            )
-        )
+        """Give what may be served lazily; neighbours that lie in different files are one."""
+        low = high = 0
+        for start, end in zip(self._starts, self._ends, strict=True):
+            if start != high:
+                if low < high:
+                    yield low, high - low
+                low = start
+            high = end
+        if low < high:
+            yield low, high - low
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
         """Read what the files concerned have at hand."""
