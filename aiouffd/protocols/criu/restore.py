@@ -103,9 +103,12 @@ class Restores:
         """
         client = peer_credentials(connection.socket)
         parser = Parser()
+        known = {task.pid for task in self.checkpoint.tasks}
         tasks = 0
         while parser.wanted:
             message, sender = await _next(connection, parser)
+            if sender is not None and not isinstance(message, Handed):
+                sender.close()
             match message:
                 case Handed(pid, fd):
                     tasks += 1
@@ -113,13 +116,15 @@ class Restores:
                     handover = await self._handover(pid, fd, peer)
                     if handover is not None:
                         yield handover
-                    continue
                 case Zombie(pid):
+                    if pid not in known:
+                        raise PeerError(
+                            f"dead task {pid} is restored, but there is none in the checkpoint;"
+                            " is it a restore of other images?"
+                        )
                     log.debug("task %d is dead, and has no memory", pid)
                 case Finished():
                     log.debug("the restore is finished: %d tasks", tasks)
-            if sender is not None:
-                sender.close()
 
     async def _handover(self, pid: int, fd: OwnedFd, peer: Peer | None) -> Handover | None:
         """Find out what a task has handed over.

@@ -180,7 +180,7 @@ async def test_events_of_restored_tasks(tmp_path: Path) -> None:
 async def test_restores_at_once_and_after_each_other(tmp_path: Path) -> None:
     """One checkpoint, any number of times."""
     with task() as first:
-        images = checkpoint_of(tmp_path / "c", first)
+        images = checkpoint_of(tmp_path / "c", first, dead=[7])
         async with daemon(images, tmp_path / "s", service=PUSH) as running:
             with (
                 task(align=1 << 40) as other,  # memory elsewhere: only its bytes count
@@ -265,6 +265,20 @@ async def test_hostile_tasks_leave_nothing(tmp_path: Path, count: int | None, re
                 restore.hand_over(target)
                 assert await words(target) == expected(target)
                 target.kill()
+
+
+async def test_dead_tasks_without_end_are_refused_at_once(tmp_path: Path) -> None:
+    """Whoever sends one number after the other would hold the loop as long as it can count."""
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target, dead=[2])
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            before = len(os.listdir("/proc/self/fd"))
+            with Restorer(running.path) as restore:
+                for pid in (2, 3, 4, 5):
+                    restore.send(-pid)
+                await until(running.refusals, "it is refused")
+            assert "dead task 3 is restored, but there is none" in running.refusals()[0]
+            assert len(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("known", [True, False])
