@@ -435,10 +435,15 @@ class Prefetch:
 
         What was filled demand has brought, or the process before us.  By now it may have been
         removed.
+
+        Raises:
+            ClosedError: The pager was closed.
         """
         filled = region.filled_for_good
-        if filled is not None and filled.covers(offset, length):
-            return False
+        if filled is not None:
+            self._pager.uffd.fileno()  # raises if it was closed: the journal is then closed as well
+            if filled.covers(offset, length):
+                return False
         space = self._pager.space
         hint = region.start - region.offset
         places = space.addresses(region, offset, length, hint)

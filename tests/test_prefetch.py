@@ -566,6 +566,24 @@ async def test_it_ends_with_the_target_the_pager_or_its_task() -> None:
         assert source.open == 0
 
 
+async def test_a_journal_that_has_ended_is_not_asked() -> None:
+    """A forked child exits while its memory is brought: its pager ends, and the journal with it."""
+    pages = 64 * STEP_BYTES // PAGE
+    source = Held(pages, at_hand=True)
+    async with serving(features=LAYOUT, pages=pages) as served:
+        (region,) = served.pager.regions
+        with mmap.mmap(-1, FilledPages.bytes_for(region.length, PAGE)) as journal:
+            journal[:] = b"\xff" * len(journal)  # so there is nothing to read, and much to look at
+            region.filled = FilledPages(journal, 0, 0, region.length, PAGE)
+            filling = asyncio.create_task(Prefetch(served.pager, source).fill_all())
+            await asyncio.sleep(0)
+            closing = asyncio.create_task(served.pager.aclose())
+            await until(lambda: served.pager.uffd.closed, "it is closed")
+        await closing
+        with pytest.raises(ClosedError):
+            await within(filling)
+
+
 # --- kinds of memory and layouts -------------------------------------------------------
 
 
