@@ -21,6 +21,7 @@ MANIFEST = Manifest(
     on_close="poison",
     peer=(1, 2, 3),
     others=((4, 5),),
+    alone=True,
 )
 
 
