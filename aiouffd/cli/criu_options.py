@@ -36,6 +36,7 @@ logger: Final = logging.getLogger("aiouffd.criu")
 
 _LEVELS: Final = ("error", "error", "warning", "info", "debug")
 _DEFAULT_LEVEL: Final = 2
+_LISTEN_FDS_START: Final = 3  # sd_listen_fds(3)
 
 #: Runs until the server ends and gives the exit status.  It is told where lines for people go,
 #: and what to call when it is ready to serve.
@@ -277,11 +278,12 @@ class _Readiness:
         """
         self.background: int | None = None
         self.told = False
-        self._status_fd: int | None = args.status_fd
+        self._status_fd: int | None = None
         self._pidfile: str | None = None
-        if args.status_fd is not None:
+        if args.status_fd is not None and args.status_fd not in _listen_fds():
             try:
                 os.fstat(args.status_fd)
+                self._status_fd = args.status_fd
             except OSError as error:
                 raise OSError(
                     error.errno,
@@ -330,6 +332,19 @@ class _Readiness:
         if self.background is not None:
             os.close(self.background)
             self.background = None
+
+
+def _listen_fds() -> range:
+    """Give the numbers of descriptors that a keeper, or systemd, has given back.
+
+    When it starts a server again they take the place of what was open under these numbers; what
+    was told once need not be told again.
+    """
+    try:
+        count = int(os.environ.get("LISTEN_FDS", "0"))
+    except ValueError:
+        count = 0
+    return range(_LISTEN_FDS_START, _LISTEN_FDS_START + count)
 
 
 def _remove_stale(pidfile: str) -> None:

@@ -158,6 +158,23 @@ def test_a_pid_file_that_holds_no_pid_stays(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.child
+def test_a_descriptor_that_a_keeper_gave_back_is_not_written_to(tmp_path: Path) -> None:
+    """Under the number of --status-fd there is something else by then."""
+    (tmp_path / "end").touch()
+    script = 'export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@" 3>"$0"'
+    command = ("sh", "-c", script, tmp_path / "3", sys.executable, "-c", SERVER)
+    done = subprocess.run(
+        [*command, "-D", tmp_path, "--status-fd", "3"],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 7, done.stderr
+    assert (tmp_path / "3").read_bytes() == b""
+
+
+@pytest.mark.child
 def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
     """Before anything is served."""
     (tmp_path / "pid").write_text("1")
