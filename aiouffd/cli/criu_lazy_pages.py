@@ -290,6 +290,8 @@ class _Daemon:
     ) -> int:
         args, orders = self._args, self._orders
         accounts = [Reads("pages")] if operation.wanted(args) else []
+        if _has_sessions(store) and args.restores == 1 and not args.keep_serving:
+            orders.drain()  # they are of the one restore; what is left of it has lost its daemon
         restores = Restores(checkpoint, client)
         server = self._server = Server(
             self._path,
@@ -497,10 +499,15 @@ def _replays(path: str | None, checkpoint: Checkpoint) -> dict[str, WorkingSet] 
     }
 
 
+def _has_sessions(store: FdStore | None) -> bool:
+    """Say whether a daemon before this one has left processes to serve on."""
+    return store is not None and any(name.startswith(PREFIX) for name in store.taken)
+
+
 def _is_draining(store: FdStore | None) -> bool:
     """Say whether a daemon before this one was through with its restores, and died."""
     return (
         store is not None
-        and any(name.startswith(PREFIX) for name in store.taken)
+        and _has_sessions(store)
         and not any(name.startswith(LISTENER) for name in store.taken)
     )
