@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import hashlib
 import json
 import mmap
@@ -281,6 +282,9 @@ def act(memory: Memory, folder: Path, operations: int, depth: int) -> list[int]:
 
 def be_child(memory: Memory, folder: Path, seed: int, operations: int, depth: int) -> None:
     """Go on as a forked child: the memory is the parent's, what happens to it is its own."""
+
+    crashed = open(folder / f"failed-{os.getpid()}", "w")  # noqa: SIM115
+    faulthandler.enable(crashed)
 
     def work() -> dict[str, object]:
         own = Memory(random.Random(seed), memory.regions, Counter(), [])

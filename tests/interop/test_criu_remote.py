@@ -13,11 +13,10 @@ from tests.interop.cut_line import CutLine
 
 pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.usefixtures("big_pipes")]
 
-#: Who asks and who answers; that stock works with stock shows that the stage is right.
+#: Who asks, and who answers; stock with stock shows that the stage is right.
 PAIRS = pytest.mark.parametrize(
     ("daemon", "server"),
-    [("stock", "stock")],
-    ids=lambda name: name,
+    [("stock", "stock"), ("stock", "ours")],
 )
 
 
