@@ -95,6 +95,15 @@ class Stage(Crew):
         """Start the threaded program that checks its memory (criu_pages.c)."""
         return self._target("pages", compile_c("criu_pages.c", HERE), self.run, mib, threads, seed)
 
+    def changes(self, daemon: str, operations: int, depth: int) -> str:
+        """Say how often a tree may change its memory, and how deep it may fork.
+
+        Under the stock daemon not at all.  It unregisters what is discarded, so that mremap fails
+        across the cut; a zero page that meets EAGAIN it does not try again, and a fault of a
+        forked child it can lose, so that threads hang for good; now and then it just ends.
+        """
+        return f"{operations} {depth}" if daemon == "ours" else "0 0"
+
     def tree(self, *, processes: int = 3, mib: int = 4, seed: int = 1) -> Target:
         """Start the tree of Python processes (criu_tree.py)."""
         program = (sys.executable, "-I", "-S", HERE / "criu_tree.py")

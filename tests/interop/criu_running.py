@@ -32,7 +32,7 @@ from typing import Any, Final, Self
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 
 #: How long anything may take, in seconds.
-LIMIT: Final = 20.0 * float(os.environ.get("AIOUFFD_TIME_SCALE", "1"))
+LIMIT: Final = 40.0 * float(os.environ.get("AIOUFFD_TIME_SCALE", "1"))
 
 _ENDS_WITH_US: Final = ("setpriv", "--pdeathsig", "KILL", "--")  # if the tests are killed
 _PR_SET_CHILD_SUBREAPER: Final = 36

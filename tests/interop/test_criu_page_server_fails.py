@@ -9,7 +9,7 @@ import pytest
 
 from tests.interop.criu import Stage
 
-pytestmark = [pytest.mark.child, pytest.mark.root]
+pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.limit(110)]
 
 
 def test_a_page_server_that_dies_does_not_leave_zeros(stage: Stage, seed: int) -> None:

@@ -11,7 +11,12 @@ from tests.interop.criu import Stage
 from tests.interop.criu_certificates import Certificates
 from tests.interop.criu_running import Target, free_port
 
-pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.usefixtures("big_pipes")]
+pytestmark = [
+    pytest.mark.child,
+    pytest.mark.root,
+    pytest.mark.limit(110),
+    pytest.mark.usefixtures("big_pipes"),
+]
 
 
 def push(stage: Stage, target: Target, *options: object) -> Path:

@@ -11,12 +11,17 @@ from tests.interop.criu_certificates import Certificates
 from tests.interop.criu_running import free_port
 from tests.interop.cut_line import CutLine
 
-pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.usefixtures("big_pipes")]
+pytestmark = [
+    pytest.mark.child,
+    pytest.mark.root,
+    pytest.mark.limit(110),
+    pytest.mark.usefixtures("big_pipes"),
+]
 
 #: Who asks, and who answers; stock with stock shows that the stage is right.
 PAIRS = pytest.mark.parametrize(
     ("daemon", "server"),
-    [("stock", "stock"), ("stock", "ours")],
+    [("stock", "stock"), ("stock", "ours"), ("ours", "stock"), ("ours", "ours")],
 )
 
 
@@ -44,7 +49,7 @@ def test_tree_from_a_page_server(stage: Stage, daemon: str, server: str, seed: i
     _, port = stage.server(server, images)
     address = ("--page-server", "--address", "127.0.0.1", "--port", port)
     running = stage.daemon(daemon, images, *address)
-    result = stage.restore(images, go=f"{seed} 40 1").wait().result()
+    result = stage.restore(images, go=f"{seed} {stage.changes(daemon, 40, 1)}").wait().result()
     assert result["right"], result
     running.wait()
 
@@ -62,7 +67,7 @@ def test_pages_over_tls(stage: Stage, daemon: str, server: str, seed: int) -> No
     running.wait()
 
 
-@pytest.mark.parametrize("daemon", ["stock"])
+@pytest.mark.parametrize("daemon", ["stock", "ours"])
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_post_copy_from_a_live_dump(stage: Stage, daemon: str, tls: bool, seed: int) -> None:
     """The frozen program's own memory follows it; the source ends with 0 and is gone."""
@@ -82,7 +87,7 @@ def test_post_copy_from_a_live_dump(stage: Stage, daemon: str, tls: bool, seed: 
     stage.running(target).wait(-signal.SIGKILL)
 
 
-@pytest.mark.parametrize("daemon", ["stock"])
+@pytest.mark.parametrize("daemon", ["stock", "ours"])
 def test_a_cut_post_copy_leaves_the_source_alive(stage: Stage, daemon: str, seed: int) -> None:
     """The line breaks in the middle; the dump ends with 1, and the program goes on there.
 

@@ -19,7 +19,7 @@ from tests.interop.criu_relay import LazyRelay
 from tests.interop.criu_running import Restored, Running
 from tests.interop.nginx import Nginx
 
-pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.limit(90)]
+pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.limit(110)]
 
 
 # --- one checkpoint, many restores -----------------------------------------------------
