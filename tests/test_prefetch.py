@@ -573,10 +573,10 @@ async def test_a_journal_that_has_ended_is_not_asked() -> None:
     async with serving(features=LAYOUT, pages=pages) as served:
         (region,) = served.pager.regions
         with mmap.mmap(-1, FilledPages.bytes_for(region.length, PAGE)) as journal:
-            journal[:] = b"\xff" * len(journal)  # so there is nothing to read, and much to look at
             region.filled = FilledPages(journal, 0, 0, region.length, PAGE)
             filling = asyncio.create_task(Prefetch(served.pager, source).fill_all())
-            await asyncio.sleep(0)
+            await until(lambda: source.reads, "it knows what to bring")
+            journal[:] = b"\xff" * len(journal)  # now there is nothing to read, and much to look at
             closing = asyncio.create_task(served.pager.aclose())
             await until(lambda: served.pager.uffd.closed, "it is closed")
         await closing
