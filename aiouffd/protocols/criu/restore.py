@@ -14,6 +14,7 @@ Laws of this file:
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Final
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger("aiouffd.criu")
 
 DIALECT: Final = "criu"
+
+_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_SHORTAGE_PAUSE: Final = 0.1  # seconds until a task is looked at again
 
 
 class Restores:
@@ -112,7 +116,7 @@ class Restores:
             match message:
                 case Handed(pid, fd):
                     tasks += 1
-                    peer = pin_task(pid, sender, client)
+                    peer = await _look_at(pid, fd, sender, client)
                     handover = await self._handover(pid, fd, peer)
                     if handover is not None:
                         yield handover
@@ -133,7 +137,7 @@ class Restores:
             None if nothing of it is to be served.
 
         Raises:
-            PeerError: It is none of ours, or what it sent is no userfaultfd.
+            PeerError: It is none of ours.
         """
         try:
             memory = await self._memory(pid, fd, peer)
@@ -160,9 +164,6 @@ class Restores:
         return None
 
     async def _memory(self, pid: int, fd: OwnedFd, peer: Peer | None) -> TaskMemory:
-        if not calls.is_userfaultfd(fd.fileno()):
-            fd.close()
-            raise PeerError(f"what task {pid} handed over is no userfaultfd")
         try:
             return self.checkpoint.memory(pid)
         except SourceError as error:
@@ -179,6 +180,40 @@ class Restores:
         if not uffd.closed:
             uffd.close()
         raise refusal
+
+
+async def _look_at(
+    pid: int, fd: OwnedFd, sender: OwnedFd | None, client: tuple[int, int, int]
+) -> Peer | None:
+    """See that a task has handed a userfaultfd over, and which process it is.
+
+    To look takes descriptors.  Where there are none left the task waits: to close what it has
+    handed over would make zeros of its memory.
+
+    Raises:
+        PeerError: It is none.
+    """
+    try:
+        while True:
+            try:
+                if not calls.is_userfaultfd(fd.fileno()):
+                    fd.close()
+                    raise PeerError(f"what task {pid} handed over is no userfaultfd")
+                return pin_task(pid, sender, client)
+            except OSError as error:
+                if error.errno not in _SHORTAGES:
+                    raise
+                log.warning("task %d waits: %s", pid, error)
+                await asyncio.sleep(_SHORTAGE_PAUSE)
+    except BaseException as error:
+        if sender is not None and not sender.closed:
+            sender.close()
+        if not fd.closed:
+            log.critical(
+                "task %d cannot be served: %s; descriptor %d stays open, or it would read zeros",
+                *(pid, error, fd.detach()),
+            )
+        raise
 
 
 async def _next(connection: Connection, parser: Parser) -> tuple[Message, OwnedFd | None]:

@@ -98,6 +98,6 @@ def _status(number: int, field: str) -> list[str]:
             for line in file:
                 if line.startswith(field):
                     return line.split()[1:]
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # gone, or not to be seen
         pass
     return []

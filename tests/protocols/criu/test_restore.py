@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import resource
 import signal
 import zlib
 from pathlib import Path
@@ -265,6 +266,36 @@ async def test_hostile_tasks_leave_nothing(tmp_path: Path, count: int | None, re
                 restore.hand_over(target)
                 assert await words(target) == expected(target)
                 target.kill()
+
+
+async def test_a_task_waits_for_descriptors_to_look_at_it(tmp_path: Path) -> None:
+    """Enough for what it sends and no more: it is served later, and nothing reads zero."""
+    free = 2
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target)
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            with Restorer(running.path) as restore:
+                await until(lambda: running.server.handshakes, "it is connected")
+                restore.hand_over(target)
+                restore.finish()  # and lives on, whatever becomes of the connection
+                holes = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)]
+                highest = max(map(int, os.listdir("/proc/self/fd")))
+                while len(holes) < free or holes[-1] < highest:
+                    holes.append(os.dup(holes[0]))
+                soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+                try:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (max(holes) + 1, hard))
+                    for _ in range(free):
+                        os.close(holes.pop())
+                    for _ in range(20):
+                        await asyncio.sleep(0.001)
+                    assert not running.reports
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                    for fd in holes:
+                        os.close(fd)
+            await until(running.finished, "the restore is finished")
+            assert await words(target) == expected(target)
 
 
 async def test_dead_tasks_without_end_are_refused_at_once(tmp_path: Path) -> None:
