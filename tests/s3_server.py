@@ -5,7 +5,8 @@
 
     python -m tests.s3_server       prints the environment as shell lines, and runs until SIGTERM
 
-Knows: path-style requests, ranges, conditions, AWS signatures (version 4, in headers).
+Knows: path-style requests, ranges, conditions, objects put in parts, AWS signatures (version 4,
+    in headers).
 Must not know: aiouffd, obstore.
 
 Signatures are really checked: a wrong secret is refused as S3 refuses it.
@@ -52,6 +53,7 @@ class S3Server:
         self.requests: list[str] = []
         self.troubles: list[int] = []
         self.endpoint = ""
+        self._parts: dict[str, dict[int, bytes]] = {}  # by upload, those that have come
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
@@ -98,13 +100,34 @@ class S3Server:
             return _refusal(404, "NoSuchBucket")
         if request.method == "PUT":
             data = await request.read()
-            self.objects[name] = data
+            if "uploadId" in request.query:
+                number = int(request.query["partNumber"])
+                self._parts[request.query["uploadId"]][number] = data
+            else:
+                self.objects[name] = data
             return web.Response(headers={"ETag": _etag(data)})
+        if request.method == "POST" and key:
+            return self._put_in_parts(request, name)
         if request.method not in ("GET", "HEAD") or not key:
             return _refusal(501, "NotImplemented")
         if name not in self.objects:
             return _refusal(404, "NoSuchKey")
         return self._give(request, self.objects[name])
+
+    def _put_in_parts(self, request: web.Request, name: str) -> web.Response:
+        """Begin an object that comes in parts, or end it."""
+        bucket, _, key = name.partition("/")
+        where = f"<Bucket>{bucket}</Bucket><Key>{key}</Key>"
+        if "uploads" in request.query:
+            upload = f"upload-{len(self.requests)}"
+            self._parts[upload] = {}
+            kind, text = "Initiate", f"{where}<UploadId>{upload}</UploadId>"
+        else:
+            parts = self._parts.pop(request.query["uploadId"])
+            self.objects[name] = data = b"".join(parts[number] for number in sorted(parts))
+            kind, text = "Complete", f"{where}<ETag>{_etag(data)}</ETag>"
+        text = f"<{kind}MultipartUploadResult>{text}</{kind}MultipartUploadResult>"
+        return web.Response(text=text, content_type="application/xml")
 
     def _give(self, request: web.Request, data: bytes) -> web.Response:
         headers = {
