@@ -43,7 +43,8 @@ class HandedOver:
     sessions: int
 
     def __str__(self) -> str:
-        return f"{self.peer} has handed everything over: {self.sessions} sessions"
+        sessions = "1 session" if self.sessions == 1 else f"{self.sessions} sessions"
+        return f"{self.peer} has handed everything over: {sessions}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,11 +48,13 @@ from .criu_options import (
     add_folder_options,
     add_process_options,
     add_tls_options,
+    open_checkpoint,
     run_server,
     tls_client_context,
     work_directory,
 )
 from .orders import Orders
+from .progress import counted
 from .report_fields import fields_of
 from .store_options import add_store_options, not_stored, open_store
 
@@ -244,7 +246,7 @@ class _Daemon:
             store = open_store(args, taken)
             if store is not None:
                 stack.enter_context(store)
-            checkpoint = await stack.enter_async_context(await self._open_checkpoint())
+            checkpoint = await stack.enter_async_context(await open_checkpoint(self._args))
             client = await self._connect(checkpoint)
             if client is None:  # what cannot be opened is said now, not to a restore
                 for memory in _memories(checkpoint):
@@ -256,14 +258,6 @@ class _Daemon:
             if client is not None and status == statuses.DONE:
                 await client.finish()  # a live dump ends its processes then, not before
             return status
-
-    async def _open_checkpoint(self) -> Checkpoint:
-        args = self._args
-        if args.images is None:
-            return await Checkpoint.open(args.images_dir)
-        if os.path.exists(os.path.join(args.images_dir, "inventory.img")):
-            return await Checkpoint.open(args.images_dir, pages=args.images)
-        return await Checkpoint.open(args.images)
 
     async def _connect(self, checkpoint: Checkpoint) -> PageClient | None:
         args = self._args
@@ -319,7 +313,7 @@ class _Daemon:
                 | where,
                 "; ".join(
                     [
-                        f"serving {tasks} processes of {name} on {server.path}",
+                        f"serving {_processes(tasks)} of {name} on {server.path}",
                         *(f"{what} on {place}" for what, place in where.items()),
                     ]
                 ),
@@ -339,7 +333,8 @@ class _Daemon:
                 "served": server.served,
                 "failed": server.failed,
             },
-            f"stopped: {self._finished} restores, {server.served} processes served,"
+            f"stopped: {counted(self._finished, 'restore', 'restores')},"
+            f" {_processes(server.served)} served,"
             f" {server.failed} of them with failures",
         )
         if aborted:
@@ -383,7 +378,7 @@ class _Daemon:
 
     def _report(self, what: Report) -> None:
         self._tell(fields_of(what), str(what))
-        self._manager.status(f"{len(self._server.sessions)} processes are served")
+        self._manager.status(f"serving {_processes(len(self._server.sessions))}")
         if isinstance(what, Started | TakenOver) and self._orders.draining.is_set():
             self._complete(what.session)
         elif isinstance(what, HandedOver):
@@ -416,7 +411,7 @@ class _Daemon:
         if living:
             self._tell(
                 {"event": "aborting", "sessions": living},
-                f"aborting: {living} processes are closed by the policy",
+                f"aborting, closing {_processes(living)} by the policy",
             )
         if not draining.done():
             await server.aclose()
@@ -435,7 +430,7 @@ class _Daemon:
             self._refused += 1
             self._tell(
                 {"event": "lost", "reason": lost.result(), "sessions": living},
-                f"{lost.result()}; {living} processes are closed by the policy",
+                f"{lost.result()}; closing {_processes(living)} by the policy",
             )
             self._through.set()
             await self._server.aclose()
@@ -445,10 +440,10 @@ class _Daemon:
     def _complete_all(self) -> None:
         """Bring what is missing, and let all processes live on; those that come later, too."""
         sessions = self._server.sessions
-        self._manager.stopping(f"{len(sessions)} processes get the rest of their memory")
+        self._manager.stopping(f"bringing the rest of {_processes(len(sessions))}")
         self._tell(
             {"event": "draining", "sessions": len(sessions)},
-            f"draining: {len(sessions)} processes get the rest of their memory",
+            f"draining: bringing the rest of {_processes(len(sessions))}",
         )
         for session in sessions:
             self._complete(session)
@@ -457,6 +452,10 @@ class _Daemon:
         if not session.service.let_go:  # else it does so by itself
             coro = keep_trying(session.complete, session.name)
             self._completing.add(asyncio.create_task(coro, name="aiouffd complete"))
+
+
+def _processes(number: int) -> str:
+    return counted(number, "process", "processes")
 
 
 class _Measured:

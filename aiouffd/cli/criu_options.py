@@ -1,6 +1,6 @@
 """Options that CRIU's own servers have, under CRIU's names: folders, TLS, daemon, log.
 
-Knows: what they mean, and how to run a server as they ask.
+Knows: what they mean, which checkpoint they name, and how to run a server as they ask.
 Must not know: what the server does.
 
 Laws of this file:
@@ -30,6 +30,7 @@ from .output import Lines
 if TYPE_CHECKING:
     import ssl
 
+    from ..protocols.criu.checkpoint import Checkpoint
     from ..protocols.criu.tls import TlsFiles
 
 logger: Final = logging.getLogger("aiouffd.criu")
@@ -61,6 +62,24 @@ def add_folder_options(parser: argparse._ActionsContainer) -> None:
         metavar="DIR",
         help="where logs, pid files and sockets go (default: the same as --images-dir)",
     )
+
+
+async def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """Open the checkpoint that ``-D`` and ``--images`` name together.
+
+    Where ``-D`` has images, ``--images`` says where the pages are; else it has all.
+
+    Raises:
+        OSError: As ``Checkpoint.open``.
+        UffdError: As ``Checkpoint.open``.
+    """
+    from ..protocols.criu.checkpoint import Checkpoint  # who receives a dump has none
+
+    if args.images is None:
+        return await Checkpoint.open(args.images_dir)
+    if os.path.exists(os.path.join(args.images_dir, "inventory.img")):
+        return await Checkpoint.open(args.images_dir, pages=args.images)
+    return await Checkpoint.open(args.images)
 
 
 def add_address_options(parser: argparse._ActionsContainer, *, address: str, port: str) -> None:

@@ -21,7 +21,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..errors import ClosedError, UffdError
-from ..protocols.criu.checkpoint import Checkpoint
 from ..protocols.criu.image_folder import ImageFolder
 from ..protocols.criu.page_receiver import PageReceiver
 from ..protocols.criu.page_server import Left, PageServer
@@ -30,6 +29,7 @@ from ..threads import in_thread
 from . import criu_options, statuses
 from .orders import Orders
 from .output import Lines
+from .progress import counted
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -75,8 +75,9 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--images",
         metavar="URL",
-        help="with --lazy-pages: the checkpoint, instead of --images-dir: a path, http(s)://,"
-        " s3://, gs://, az://, redis(s)://, valkey(s):// or aiouffd(s)://",
+        help="with --lazy-pages: where the checkpoint's files of pages are, if not in --images-dir:"
+        " a folder by its path or URL; where --images-dir has no images at all, the whole"
+        " checkpoint",
     )
     parser.add_argument(
         "--lazy-pages", action="store_true", help="give pages; without it a dump is received"
@@ -173,13 +174,14 @@ async def _obeying(
 
 
 async def _give(args: argparse.Namespace, tell: Tell, ready: Callable[[], None]) -> int:
-    location = args.images or args.images_dir
     served: asyncio.Queue[Left] = asyncio.Queue()
     async with (
-        await Checkpoint.open(location) as checkpoint,
+        await criu_options.open_checkpoint(args) as checkpoint,
         PageServer(checkpoint, on_left=served.put_nowait, **_settings(args)) as server,
         _obeying(server.drain, server.aclose),
     ):
+        await checkpoint.find_pages()
+        location = checkpoint.location
         alive = [task for task in checkpoint.tasks if not task.dead]
         size = sum(checkpoint.memory(task.pid).lazy_bytes for task in alive)
         where, text = _where(args, server.port)
@@ -187,7 +189,7 @@ async def _give(args: argparse.Namespace, tell: Tell, ready: Callable[[], None])
         tell(
             {"event": "listening", "images": shown(location), "processes": len(alive)}
             | {"lazy_bytes": size, **where},
-            f"giving {_mib(size)} of {_count(len(alive), 'process', 'processes')} of"
+            f"giving {_mib(size)} of {counted(len(alive), 'process', 'processes')} of"
             f" {shown(location)} on {text}",
         )
         status = await _until_over(args, tell, server, served)
@@ -198,7 +200,7 @@ async def _give(args: argparse.Namespace, tell: Tell, ready: Callable[[], None])
             {"event": "stopped", "answered": server.answered}
             | {"answered_bytes": server.answered_bytes, "refused": server.refused},
             f"stopped: {server.answered} requests answered, {_mib(server.answered_bytes)},"
-            f" {_count(server.refused, 'client', 'clients')} dropped",
+            f" {counted(server.refused, 'client', 'clients')} dropped",
         )
     return status
 
@@ -268,8 +270,8 @@ async def _receive(args: argparse.Namespace, tell: Tell, ready: Callable[[], Non
             tell(
                 {"event": "received", "images": folder.path, **figures},
                 f"received {_mib(folder.stored_bytes)} of"
-                f" {_count(folder.tasks, 'process', 'processes')}"
-                f" and {_count(folder.shmems, 'piece', 'pieces')} of shared memory,"
+                f" {counted(folder.tasks, 'process', 'processes')}"
+                f" and {counted(folder.shmems, 'piece', 'pieces')} of shared memory,"
                 f" {_mib(folder.sparse_bytes)} of it zeros;"
                 f" {_mib(folder.parent_bytes)} are in the parent",
             )
@@ -281,7 +283,3 @@ async def _receive(args: argparse.Namespace, tell: Tell, ready: Callable[[], Non
 
 def _mib(size: int) -> str:
     return f"{size / (1 << 20):.1f} MiB"
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"

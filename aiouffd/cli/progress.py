@@ -29,6 +29,11 @@ def amount(count: float) -> str:
     return f"{count:.0f} {_UNITS[at]}" if at == 0 else f"{count:.1f} {_UNITS[at]}"
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """Write how many there are: ``1 process``, ``2 processes``."""
+    return f"{number} {one if number == 1 else many}"
+
+
 class Progress:
     """Says how far something has come."""
 

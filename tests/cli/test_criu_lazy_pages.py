@@ -125,6 +125,22 @@ async def test_one_restore_and_its_end(tmp_path: Path) -> None:
         assert await holds_all(target)
 
 
+async def test_pages_that_are_not_there_are_missed_at_once(tmp_path: Path) -> None:
+    """Before a process has been restored that would wait for them."""
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target)
+        (images / "pages-1.img").rename(tmp_path / "pages-1.img")
+        async with lazy_pages(images, listens=False) as daemon:
+            assert await daemon.errors() == "aiouffd: pages-1.img: No such file or directory\n"
+            assert await daemon.end() == 1
+        assert not daemon.path.exists()
+        async with lazy_pages(images, "--images", tmp_path) as daemon:
+            daemon.process.terminate()
+            await daemon.event("draining")
+            await daemon.event("stopped")
+            assert await daemon.end() == 0
+
+
 async def test_no_push_until_it_is_told_to_end(tmp_path: Path) -> None:
     """Nothing comes that nobody touches; SIGTERM brings the rest, and ends with 0."""
     with task() as target:

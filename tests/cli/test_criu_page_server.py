@@ -19,9 +19,11 @@ import trustme
 from aiouffd.cli.main import main
 from aiouffd.errors import SourceError
 from aiouffd.protocols.criu import page_wire as wire
+from aiouffd.protocols.criu.checkpoint import Checkpoint
 from aiouffd.protocols.criu.images import PagemapEntry
 from aiouffd.protocols.criu.page_client import PageClient
 from aiouffd.protocols.criu.page_wire import LONG, SHORT, pack_header
+from aiouffd.protocols.criu.strip import strip
 from aiouffd.protocols.criu.tls import client_context
 from tests.protocols.criu.checkpoints import PAGE, Made, Memory, anonymous
 from tests.protocols.criu.test_tls import files_of
@@ -158,6 +160,26 @@ async def test_in_words(images: Path) -> None:
         status, out, err = await server.end(signal.SIGTERM)
         assert (status, err) == (0, "")
         assert out == "stopped: 0 requests answered, 0.0 MiB, 0 clients dropped\n"
+
+
+@pytest.mark.child
+async def test_pages_that_lie_elsewhere(images: Path, tmp_path: Path) -> None:
+    """The small images here, the pages there; a stripped copy alone is refused."""
+    stripped = tmp_path / "stripped"
+    async with await Checkpoint.open(images) as checkpoint:
+        await strip(checkpoint, stripped)
+    async with command("--lazy-pages", "-D", stripped) as server:
+        status, out, err = await server.end()
+        assert (status, out) == (1, "")
+        assert err.startswith("aiouffd: pages-1.img: ")
+        assert "is a stripped copy" in err
+    both = ("--lazy-pages", "-D", stripped, "--images", images, "--json")
+    async with command(*both) as server:
+        listening = await server.line()
+        async with await PageClient.connect("127.0.0.1", listening["port"]) as client:
+            assert await within(client.read_pages(1000, START, 64)) == DATA
+            await client.finish()
+        assert (await server.end(signal.SIGTERM))[0] == 0
 
 
 @pytest.mark.child

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from aiouffd.cli.progress import Progress, amount
+from aiouffd.cli.progress import Progress, amount, counted
 
 
 class _Terminal(io.StringIO):
@@ -69,3 +69,9 @@ def test_elsewhere_there_are_lines_if_they_are_wanted(wanted: bool) -> None:
     lines = stream.getvalue().splitlines()
     assert len(lines) == (2 if wanted else 0)
     assert all(line.startswith("reading: 7.0 KiB of 14.1 KiB, 50%") for line in lines)
+
+
+def test_one_is_no_plural() -> None:
+    """Whether they are many or none."""
+    words = [counted(number, "process", "processes") for number in range(3)]
+    assert words == ["0 processes", "1 process", "2 processes"]

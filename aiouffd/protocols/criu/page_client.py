@@ -485,7 +485,10 @@ class PageClient:
             hint = ""
             if self._puller is not None and not self.answered and self._sent:
                 other = SHORT + LONG - self._puller.header_bytes
-                hint = f" (nothing was answered: --protocol {other} if its CRIU is of that kind)"
+                hint = (
+                    " (nothing was answered; what its own log does not explain, the other size of"
+                    f" headers may: --protocol {other})"
+                )
             self._error = f"{self.where}: {why}{hint}"
         self._cut()
 
