@@ -140,7 +140,8 @@ def test_stdout_may_be_what_is_told(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
         try:
-            assert server.stdout.read().endswith(b"\0")  # up to its end, while the server runs
+            told = server.stdout.read()  # up to its end, while the server runs
+            assert b"\0" in told  # before or behind a line, which a thread writes
             assert os.readlink(f"/proc/{server.pid}/fd/1") == os.devnull
         finally:
             (tmp_path / "end").touch()
