@@ -179,6 +179,10 @@ class Restored(Target):
         self.crew.until(ended, f"{self.name}: criu restore ends", limit=limit)
         return int(self._status.read_text())
 
+    def has_ended(self) -> bool:
+        """Say whether ``criu restore`` has ended, one way or the other."""
+        return self._status.exists()
+
     def wait(self, *, limit: float = LIMIT) -> Self:
         """Wait until ``criu restore`` has ended well."""
         status = self.status(limit)
