@@ -8,7 +8,8 @@ Laws of this file:
 * The accept loop never waits for a peer: each has a task of its own, with a time limit until
   it is served.
 * A hostile or silent peer costs a bounded time and no descriptor; there are never more than
-  ``max_handshakes`` of them, since the oldest goes when one more comes.
+  ``max_handshakes`` of them, since the oldest goes when one more comes.  Who has handed over a
+  part of what it has is none of them: others cannot push it out.
 * A peer is admitted by the uid that the kernel names, and pinned before its message is read.
 * Serving begins before the peer's hand-over is acknowledged.
 * A peer may hand over piece by piece: each piece is served as soon as it is there.
@@ -68,6 +69,7 @@ log: Final = logging.getLogger("aiouffd.server")
 _ACCEPT_BATCH: Final = 16  # connections per wake-up: other work of the loop must run too
 _QUEUE: Final = 128  # connections that the kernel holds until they are accepted
 _SHORTAGE_PAUSE: Final = 0.1  # seconds without accepting while descriptors are short
+_LAST_CALL: Final = 10.0  # seconds that a drain gives those who have handed nothing over
 _GRACE: Final = 5.0  # seconds that targets may outlive a connection that failed
 _SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -186,6 +188,7 @@ class Server:
         self._listener: Listener | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handshakes: dict[asyncio.Task[None], Handshake] = {}  # oldest first
+        self._in_part: set[asyncio.Task[None]] = set()  # of these: have handed something over
         self._ended_why: dict[asyncio.Task[None], str] = {}  # handshakes that we have ended
         self._tasks: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
@@ -273,14 +276,26 @@ class Server:
         """Refuse new peers, serve the living to their end, then close.
 
         The socket's name is free from the start on: a newer server may take it.  Peers that
-        have connected before may still hand over, within the time limit.
+        have connected before may still hand over, within the time limit; where there is none,
+        they have ten seconds to begin.
 
         Cancellation: new peers stay refused; call again, or ``aclose``.
         """
         self._stop_listening()
-        while self._tasks:
-            await asyncio.wait(tuple(self._tasks))
+        last_call = None
+        if self._loop is not None and self._handshake_timeout is None:
+            last_call = self._loop.call_later(_LAST_CALL, self._end_silent)
+        try:
+            while self._tasks:
+                await asyncio.wait(tuple(self._tasks))
+        finally:
+            if last_call is not None:
+                last_call.cancel()
         self._over.set()
+
+    def _end_silent(self) -> None:
+        for task in [one for one in self._handshakes if one not in self._in_part]:
+            self._end_handshake(task, "the server is draining, and nothing was handed over")
 
     async def aclose(self, action: Action | None = None) -> None:
         """Refuse new peers and close every session; a second call does nothing more.
@@ -464,12 +479,13 @@ class Server:
         handshake = Handshake(_who(connection), time.monotonic(), connection)
         task = self._spawn(self._serve_peer(handshake), "aiouffd peer")
         self._handshakes[task] = handshake
-        if len(self._handshakes) > self._max_handshakes:
-            slowest = next(iter(self._handshakes))
+        if len(self._handshakes) - len(self._in_part) > self._max_handshakes:
+            slowest = next(one for one in self._handshakes if one not in self._in_part)
             self._end_handshake(slowest, "too many peers are connecting; it was the slowest")
 
     def _end_handshake(self, task: asyncio.Task[None], reason: str) -> None:
         handshake = self._handshakes.pop(task)
+        self._in_part.discard(task)
         self._ended_why[task] = reason
         task.cancel()
         # A task that is cancelled before its first step never runs at all.
@@ -486,6 +502,7 @@ class Server:
     def _forget_task(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._handshakes.pop(task, None)
+        self._in_part.discard(task)
         reason = self._ended_why.pop(task, None)
         if task.cancelled():
             if reason is not None:
@@ -506,7 +523,7 @@ class Server:
                             peer = self._admit_peer(connection, stack)
                             received = self._receive(connection)
                             if isinstance(received, AsyncGenerator):
-                                await self._serve_together(received, who)
+                                await self._serve_together(received, who, task)
                                 return
                             session = await self._begin_session(await received, peer, stack)
                             # Only now, being served, does the peer hear of it.
@@ -551,12 +568,16 @@ class Server:
             raise PeerError(f"uid {uid} may not connect; allowed: {allowed}")
         return stack.enter_context(pin_peer(connection.socket, allow_pid_race=self._allow_pid_race))
 
-    async def _serve_together(self, received: AsyncGenerator[Handover, None], who: str) -> None:
+    async def _serve_together(
+        self, received: AsyncGenerator[Handover, None], who: str, task: asyncio.Task[None]
+    ) -> None:
         """Serve what one peer hands over piece by piece; return when that was all."""
         together = Together()
         try:
             async with contextlib.aclosing(received):
                 async for handover in received:
+                    if task in self._handshakes:
+                        self._in_part.add(task)
                     with self._refusing(who, handover.part):
                         await self._begin_one(handover, together)
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import mmap
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from aiouffd import server
 from aiouffd.errors import SourceError
 from aiouffd.failure import Action, FailurePolicy
 from aiouffd.prefetch import Pace
@@ -223,6 +225,52 @@ async def test_a_restore_that_fails_midway(tmp_path: Path) -> None:
             touched = await one.start_peek(one.base)
             assert isinstance(touched, Signal)
             assert touched.number == signal.SIGBUS
+
+
+async def test_silent_peers_push_out_no_restore_that_has_begun(tmp_path: Path) -> None:
+    """However many connect and say nothing: whose first task is served goes on."""
+    with task() as one, task() as two, contextlib.ExitStack() as silent:
+        images = checkpoint_of(tmp_path / "c", one, two)
+        async with daemon(images, tmp_path / "s", service=QUIET, max_handshakes=2) as running:
+            with Restorer(running.path) as restore:
+                restore.hand_over(one)
+                await until(lambda: len(running.sessions()) == 1, "the first is served")
+                for _ in range(5):
+                    silent.enter_context(Restorer(running.path))
+                await until(lambda: len(running.refusals()) == 3, "two may be silent, not more")
+                assert all("too many peers" in reason for reason in running.refusals())
+                restore.hand_over(two)
+                restore.finish()
+            await until(running.finished, "the restore is finished")
+            assert await holds_all(one)
+            assert await holds_all(two)
+            one.kill()
+            two.kill()
+
+
+async def test_a_silent_peer_does_not_hold_up_a_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ended after a last call; a restore that has begun has all the time it needs."""
+    monkeypatch.setattr(server, "_LAST_CALL", 0.05)
+    with task() as one, task() as two:
+        images = checkpoint_of(tmp_path / "c", one, two)
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            with Restorer(running.path), Restorer(running.path) as restore:
+                restore.hand_over(one)
+                await until(lambda: len(running.server.handshakes) == 2, "both are there")
+                await until(lambda: len(running.sessions()) == 1, "the first is served")
+                draining = asyncio.ensure_future(running.server.drain())
+                await until(running.refusals, "the silent one is ended")
+                assert "nothing was handed over" in running.refusals()[0]
+                restore.hand_over(two)
+                restore.finish()
+                await until(running.finished, "the restore is finished")
+                assert len(running.refusals()) == 1
+                assert await holds_all(two)
+                one.kill()
+                two.kill()
+                await draining
 
 
 async def test_a_task_of_other_images_is_killed(tmp_path: Path) -> None:
