@@ -47,6 +47,7 @@ BENCHMARKS = {
     "bench_remote": "Reads of remote images",
     "bench_network": "Reads from a peer and from Redis",
     "bench_lazy_memory": "Lazy memory inside one's own process",
+    "bench_criu": "Processes restored lazily by CRIU",
 }
 
 Measure = Callable[[Settings], Sequence[Figure]]

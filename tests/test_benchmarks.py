@@ -12,14 +12,18 @@ import pytest
 
 from benchmarks import report
 from benchmarks.figures import Figure, Settings, microseconds, table, verdict
+from tests.suites import CRIU
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.root
+@pytest.mark.limit(150)
 @pytest.mark.parametrize("name", report.BENCHMARKS)
 def test_it_runs(name: str) -> None:
     """Each benchmark runs through, with every case, and prints what programs can read."""
+    if name == "bench_criu" and not any(foreign.is_there() for foreign in CRIU):
+        pytest.skip("needs CRIU in build/suites: sudo make interop")
     command = [sys.executable, "-m", f"benchmarks.{name}", "--runs=1", "--faults=64", "--json"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

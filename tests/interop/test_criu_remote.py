@@ -26,7 +26,7 @@ PAIRS = pytest.mark.parametrize(
 
 
 @PAIRS
-@pytest.mark.parametrize("mode", ["sequential", "random", "writing"])
+@pytest.mark.parametrize("mode", ["random", "writing"])
 def test_pages_come_from_a_page_server(
     stage: Stage, daemon: str, server: str, mode: str, seed: int
 ) -> None:
