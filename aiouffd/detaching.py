@@ -17,7 +17,9 @@ Laws of this file:
   mapping in two until the rest follows, and mremap across the cut fails meanwhile, or moves
   one half (seen on Linux 6.18).
 * A fault that was read before, or that lies in such memory, is let go, never answered: its
-  thread tries again, and finds the kernel's own memory.
+  thread tries again, and finds the kernel's own memory.  Where nothing is unregistered it would
+  only come again until the close, and after so many times count as stuck: there it gets zeros,
+  which is what the kernel would make.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import TYPE_CHECKING, Final
 from .errors import ResolutionRefused, TargetGone
 from .events import PageFault
 from .ranges import Range
+from .resolutions import Handler, Zero
 
 if TYPE_CHECKING:
     from .dispatcher import Dispatcher
@@ -41,6 +44,11 @@ _CALLS_AT_ONCE: Final = 4096  # unregistrations of one stretch, when it has to b
 
 async def let_go(fault: PageFault) -> None:
     """Wake whoever faults."""
+
+
+async def give_zeros(fault: PageFault) -> Zero:  # noqa: ARG001 - as every handler
+    """Give the zeros that the kernel would: what has bytes was brought before."""
+    return Zero()
 
 
 class Detaching:
@@ -67,13 +75,14 @@ class Detaching:
         self._dispatcher = dispatcher
         self._tails = tails
         self._alone = alone
+        self._handler: Handler = give_zeros if alone else let_go
         self._epoch = -1
 
     def begin(self) -> None:
         """Let every waiting thread go, and unregister everything; no way back from here."""
         dispatcher = self._dispatcher
         for _, placement in dispatcher.space.placements:
-            placement.region.handler = let_go
+            placement.region.handler = self._handler
         self._unregister_all()
         for task in tuple(dispatcher.tasks):
             if not task.cancelling():
@@ -97,7 +106,7 @@ class Detaching:
             return True
         if self._epoch != dispatcher.space.epoch:
             for _, placement in dispatcher.space.placements:
-                placement.region.handler = let_go  # a child that was forked before
+                placement.region.handler = self._handler  # a child that was forked before
             self._unregister_all()
             return False
         return self._alone or not dispatcher.uffd.is_changing()

@@ -15,6 +15,8 @@ from aiouffd.graduation import pages_with_data
 from aiouffd.session_states import Milestone, State
 from aiouffd.sources import Extents
 from aiouffd.sources.buffer import BufferSource
+from aiouffd.sources.layered import Layer, LayeredSource
+from aiouffd.sources.zero import ZeroSource
 from tests.serving import MADV_DONTNEED, check_books, image, unread, within
 from tests.session_serving import Moody, holds, is_registered, model, served
 from tests.targets import HUGE, PAGE, Target, until
@@ -150,6 +152,22 @@ async def test_memory_that_grew_and_moved_is_given_back(alone: bool) -> None:
             assert not is_registered(target, address), hex(address)
         assert await target.start_peek(to + 47 * PAGE) == 0
         assert await target.start_words(to, PAGE, 34) == [*range(33, 65), 0, 0]
+
+
+async def test_holes_read_zero_at_once_though_they_are_registered_still() -> None:
+    """Between the point of no return and the close: let go, a fault would only come again."""
+    data = BufferSource(image(0, 64 * PAGE))
+    source = LayeredSource(ZeroSource(64 * PAGE), Layer(data, [(0, 60 * PAGE)]))
+    async with served(source, pages=64, alone=True) as (target, session):
+        await session.fill()
+        session._graduation.detach()
+        for page in range(60, 64):
+            before = session.counters().faults
+            assert await target.start_read(page) == 0
+            assert session.counters().faults == before + 1
+        await session._graduation.settle()
+        await session.aclose(Action.ZERO)
+        assert await target.start_words(target.base, PAGE, 64) == [*range(1, 61), *[0] * 4]
 
 
 async def test_memory_is_moved_as_a_whole_while_it_is_given_back() -> None:
