@@ -248,10 +248,8 @@ class _Daemon:
                 stack.enter_context(store)
             checkpoint = await stack.enter_async_context(await open_checkpoint(self._args))
             client = await self._connect(checkpoint)
-            if client is None:  # what cannot be opened is said now, not to a restore
-                for memory in _memories(checkpoint):
-                    for file in memory.files:
-                        await checkpoint.pages(file)
+            if client is None:
+                await checkpoint.find_pages()
             else:
                 await stack.enter_async_context(client)
             status = await self._serve(checkpoint, client, store)
@@ -301,7 +299,6 @@ class _Daemon:
             report=self._report,
         )
         name = shown(checkpoint.location)
-        await restores.find_pages()
         orders.take()
         async with (
             server,

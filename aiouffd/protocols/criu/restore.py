@@ -67,17 +67,6 @@ class Restores:
         self.checkpoint: Final = checkpoint
         self._reader = reader
 
-    async def find_pages(self) -> None:
-        """See that the pages are where they should be, before anybody waits for them.
-
-        Raises:
-            ImageError: A file of pages is missing, too short, or stripped.
-
-        Cancellation: files that were opened stay the checkpoint's.
-        """
-        if self._reader is None:
-            await self.checkpoint.find_pages()
-
     async def open_part(self, part: str) -> TaskSource:
         """Open the memory of a task; see ImageParts.
 
