@@ -14,18 +14,18 @@ bytes fields                                                 spoken by
 
 The upper half of the command are flags of the pages.  Who connects either pulls or pushes:
 
-================= ===== ========================== ===========================================
-command           value id                         answer
-================= ===== ========================== ===========================================
-GET               7     pid                        ADD_F of at most as many pages, then they
-OPEN2             4     image                      one byte: is there a parent image?
-OPEN              3     image                      none (older)
-PARENT            5     image                      i32: is there a parent image?
-ADD_F             6     image                      none; the pages follow if they are PRESENT
-ADD, HOLE         1, 2  image                      as ADD_F with PRESENT, with PARENT (older)
-CLOSE,            0x1023                           i32: 0
-FORCE_CLOSE       0x1024                           i32: 0
-================= ===== ========================== ===========================================
+================= ====== ========================== ===========================================
+command           value  id                         answer
+================= ====== ========================== ===========================================
+GET               7      pid                        ADD_F of at most as many pages, then they
+OPEN2             4      image                      one byte: is there a parent image?
+OPEN              3      image                      none (older)
+PARENT            5      image                      i32: is there a parent image?
+ADD_F             6      image                      none; the pages follow if they are PRESENT
+ADD, HOLE         1, 2   image                      as ADD_F with PRESENT, with PARENT (older)
+CLOSE,            0x1023                            i32: 0
+FORCE_CLOSE       0x1024                            i32: 0
+================= ====== ========================== ===========================================
 
 An image is a number and, in the lowest byte, what it is of: a task (1) or shared memory (2).
 
