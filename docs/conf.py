@@ -1,5 +1,8 @@
 """Settings of the documentation: Sphinx, MyST, Furo.  A warning fails the build."""
 
+from pygments.lexers.special import OutputLexer
+from sphinx.highlighting import lexers
+
 from aiouffd import __version__
 
 project = "aiouffd"
@@ -14,6 +17,8 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+
+lexers["sample"] = OutputLexer()  # what a run has printed, of which only the words are checked
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
