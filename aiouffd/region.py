@@ -117,7 +117,8 @@ class Region:
     @property
     def filled_for_good(self) -> FilledPages | None:
         """Pages that need not be filled: they were, and what is removed since is told."""
-        return self.filled if self._removals_told else self.filled_before
+        told = self.filled is not None and self._removals_told
+        return self.filled if told else self.filled_before
 
     @property
     def ranges(self) -> list[tuple[Range, int]]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -33,6 +32,9 @@ from ...ranges import PAGE_SIZE
 from . import images
 from .images import PageFlag, PagemapEntry
 from .page_wire import LONG, ImageId, ImageKind
+
+with contextlib.suppress(ImportError):  # not a Unix: importing works, receiving does not
+    import fcntl
 
 _PREFIX: Final = ".aiouffd-receiving-"
 #: The N of the first pages-N.img: as CRIU's page server counts, since the dumper may write files
