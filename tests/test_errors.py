@@ -127,3 +127,12 @@ def test_a_peers_error_names_the_peer() -> None:
     assert str(PeerError("no descriptor came")) == "no descriptor came"
     error = PeerError("no descriptor came", peer="pid 4242")
     assert (str(error), error.peer) == ("pid 4242: no descriptor came", "pid 4242")
+
+
+def test_an_images_error_names_file_and_offset() -> None:
+    """What is wrong stands behind the place where it is, if it has one; all are attributes."""
+    error = errors.ImageError("pagemap-7.img", 40, "it is cut short")
+    assert isinstance(error, errors.SourceError)
+    assert str(error) == "pagemap-7.img at offset 40: it is cut short"
+    assert (error.file, error.offset, error.problem) == ("pagemap-7.img", 40, "it is cut short")
+    assert str(errors.ImageError("mm-7.img", None, "there is none")) == "mm-7.img: there is none"
