@@ -269,7 +269,7 @@ class Process:
 def act(memory: Memory, folder: Path, operations: int, depth: int) -> list[int]:
     """Do random things; give the processes that were forked meanwhile."""
     children = []
-    forks = set(memory.choose.sample(range(operations), 2 if depth else 0))
+    forks = set(memory.choose.sample(range(operations), min(2, operations) if depth else 0))
     for number in range(operations):
         if number in forks:
             seed = memory.choose.randrange(2**32)
