@@ -21,6 +21,7 @@ import contextvars
 import errno
 import logging
 from collections.abc import Callable
+from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 from . import readiness
@@ -210,6 +211,7 @@ class Reader:
     def _drain(self, rounds: int) -> int:
         dispatcher = self._dispatcher
         counters = dispatcher.counters
+        end = perf_counter() + readiness.LONGEST_TURN
         for used in range(rounds):
             buffer, read = self._buffer, self._read  # others next time, if there is a journal
             ended = counters.ended
@@ -222,8 +224,8 @@ class Reader:
                 self._batch(self._take(count))
             else:
                 return used
-            if counters.ended == ended or dispatcher.target_gone:
-                return used + 1  # nobody was woken who could fault at once
+            if counters.ended == ended or dispatcher.target_gone or perf_counter() > end:
+                return used + 1  # nobody was woken who could fault at once; or enough for now
         return rounds
 
     def _batch(self, count: int) -> None:

@@ -10,7 +10,8 @@ another target's than the last, only this can.
 Laws of this file:
 
 * Whoever is ready has a turn before anybody has a second one, however busy that one is.
-* A wake-up hands out so many rounds at most: other work of the loop must run too.
+* A wake-up hands out so many rounds at most, and ends after so much time: other work of the loop
+  must run too.  Where faults bring long chunks, ten rounds take as long as a hundred elsewhere.
 * A descriptor leaves the epoll before it is closed: an epoll keeps the open file, not its number,
   and would tell of it as long as a duplicate lives anywhere.
 * With the last descriptor the epoll goes too, or with the loop: nothing here keeps them alive.
@@ -23,11 +24,13 @@ import contextvars
 import errno
 import select
 from collections.abc import Callable
+from time import perf_counter
 from typing import Final, TypeAlias
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 _ROUNDS: Final = 64  # per wake-up, of all together
 _AT_ONCE: Final = 64  # descriptors that one question can answer for
+LONGEST_TURN: Final = 0.002  #: seconds; what is under way then is ended, nothing more is begun
 
 #: Takes how many rounds it may use, returns how many it has used; never raises.
 Turn: TypeAlias = Callable[[int], int]
@@ -48,7 +51,8 @@ class _Readiness:
     def wake_up(self) -> None:
         """Give turns to whoever is ready until nobody is, or so many rounds were used."""
         rounds, turns, last = _ROUNDS, self.turns, -1
-        while rounds > 0 and turns:
+        end = perf_counter() + LONGEST_TURN
+        while rounds > 0 and turns and perf_counter() < end:
             ready = self.epoll.poll(0, _AT_ONCE)
             if not ready:
                 return
