@@ -5,8 +5,9 @@ Must not know: who recorded a working set, sessions, how a page is installed (Re
 
 Laws of this file:
 
-* Demand first.  While a fault is in flight one read at most is on its way; nothing holds the
-  loop longer than one piece of a fill; one fill at a time, however many reads have arrived.
+* Demand first.  While a fault is in flight no more is on its way than comes within a moment
+  (``flow``), or one read; nothing holds the loop longer than one piece of a fill; one fill at a
+  time, however many reads have arrived.
 * Removal beats filling: Region.fill asks right before each ioctl.
 * What is refused is left out and counted; everything else still arrives.  Only ``fill_all``
   promises that nothing is left out, and raises if it cannot keep that.
@@ -26,11 +27,12 @@ import logging
 import mmap
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from .errors import ClosedError, SourceError, TargetGone, UffdError, WorkingSetError
+from .flow import Flow
 from .pager import Pager
 from .performer import PIECE_BYTES
 from .prefetch_plan import Place, Plan, Stretch, stretches
@@ -48,7 +50,7 @@ log: Final = logging.getLogger("aiouffd.prefetch")
 
 READS: Final = 8  #: at once, while no fault is in flight ...
 BYTES: Final = 12 << 20  #: ... and in these together, unless one is longer
-STEP_BYTES: Final = 64 << 10  #: a step of hydration after a fault; each quiet one is so much longer
+STEP_BYTES: Final = 64 << 10  #: the shortest step of hydration; each quiet one is so much longer
 MOST_BYTES: Final = 4 << 20  #: the longest step of hydration
 _QUIET_PIECE_BYTES: Final = 2 << 20  # the longest piece of a fill, after a long quiet
 _REPLAY_BYTES: Final = 512 << 10  # the longest read of a replay
@@ -134,8 +136,10 @@ class Prefetch:
         self._brought: dict[Region, WorkingSet] = {}  # by granule of the region
         self._filling = asyncio.Lock()
         self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
-        self._step = 0
-        self._faults = 0
+        self._flow = Flow()
+        self._step = 0  # bytes
+        self._quiet = 0  # steps since the last fault
+        self._faults = 0  # of the pager, by then
 
     async def run(
         self, pages: WorkingSet | None, pace: Pace, *, any_image: bool = False, name: str = ""
@@ -208,8 +212,8 @@ class Prefetch:
     async def hydrate(self, pace: Pace) -> None:
         """Bring everything that the source has, in the background.
 
-        Steps grow by 64 KiB as long as it is quiet, up to 4 MiB, and begin anew after each
-        fault.  Ends quietly when the target does.
+        Steps grow by 64 KiB as long as it is quiet, up to 4 MiB.  After each fault they begin
+        anew, with what the source gives in a moment.  Ends quietly when the target does.
 
         Args:
             pace: How fast; OFF does nothing.
@@ -303,28 +307,30 @@ class Prefetch:
         """Make the next step longer, or short again after a fault."""
         faults = self._pager.counters.faults
         if faults == self._faults:
-            self._step = min(self._step + STEP_BYTES, MOST_BYTES)
+            self._quiet += 1
+            length = self._step + STEP_BYTES
         else:
-            self._faults, self._step = faults, STEP_BYTES
+            self._faults, self._quiet = faults, 0
+            length = max(align_down(self._flow.step, STEP_BYTES), STEP_BYTES)
+        self._step = min(length, MOST_BYTES)
 
     def _piece(self, page_size: int) -> int:
-        """Say how much may be installed by one ioctl, which grows with the steps.
+        """Say how much may be installed by one ioctl, which grows while it is quiet.
 
         Long ones are fewer, and what lies between two runs slowly: they empty the caches.
         """
         piece = PIECE_BYTES
         if self._pager.counters.faults == self._faults:
-            piece = max(PIECE_BYTES, min(self._step // 2, _QUIET_PIECE_BYTES))
+            piece = max(PIECE_BYTES, min(self._quiet * STEP_BYTES // 2, _QUIET_PIECE_BYTES))
         return max(align_down(piece, page_size), page_size)
 
     # --- bringing ----------------------------------------------------------------------
 
     async def _bring(self, plan: Plan, count: _Count, *, strict: bool) -> None:
-        """Read several stretches at once, one while a fault is in flight, and install them.
+        """Read several stretches at once, few while a fault is in flight, and install them.
 
         The next read is under way while the last is installed.
         """
-        pager = self._pager
         reading: dict[asyncio.Task[_Bytes | None], Stretch] = {}
         ready: deque[tuple[Stretch, _Bytes]] = deque()
         stretch: Stretch | None = None
@@ -343,8 +349,7 @@ class Prefetch:
                     stretch = await self._next_to_read(plan, count, strict=strict)
                     planned = stretch is None
                     continue
-                room = len(reading) < (1 if pager.in_flight else READS)
-                if stretch is not None and room and (not held or held + stretch.length <= BYTES):
+                if stretch is not None and self._may_read(stretch, reading, held):
                     coro = self._read_stretch(stretch, strict=strict)
                     reading[asyncio.create_task(coro, name="aiouffd prefetch")] = stretch
                     held += stretch.length
@@ -363,6 +368,17 @@ class Prefetch:
             for task in reading:
                 task.cancel()
             await asyncio.gather(*reading, return_exceptions=True)
+
+    def _may_read(
+        self, stretch: Stretch, reading: Mapping[asyncio.Task[Any], Stretch], held: int
+    ) -> bool:
+        """Say whether one more read may begin: one may always, if there is room for its bytes."""
+        if held and held + stretch.length > BYTES:
+            return False
+        if not reading or not self._pager.in_flight:
+            return len(reading) < READS
+        on_way = sum(each.length for each in reading.values())
+        return len(reading) < READS and on_way < self._flow.window
 
     async def _next_to_read(self, plan: Plan, count: _Count, *, strict: bool) -> Stretch | None:
         """Take the next stretch that has to be read; bring what comes before and is at hand.
@@ -453,9 +469,11 @@ class Prefetch:
 
     def _read_at_hand(self, offset: int, length: int) -> Buffer | None:
         inside = min(length, self._source.size - offset)
+        began = time.monotonic()
         data = self._source.read_nowait(offset, inside)
         if data is None:
             return None
+        self._flow.note(inside, began, time.monotonic())
         self.figures.reads += 1
         self.figures.read_bytes += inside
         return data if inside == length else _padded(data, length)
@@ -469,9 +487,12 @@ class Prefetch:
         buffer: mmap.mmap | None = None
         if stretch.length > _AT_HAND_BYTES and self._into is not None:
             buffer = self._take_buffer(stretch.length)
+        began = time.monotonic()
         try:
             # A buffer whose read was cancelled or failed may still be written to: it is let go.
-            return _Bytes(await self._read(stretch.offset, stretch.length, buffer), buffer)
+            data = _Bytes(await self._read(stretch.offset, stretch.length, buffer), buffer)
+            self._flow.note(stretch.length, began, time.monotonic())
+            return data
         except Exception as error:
             self._refuse(error, strict=strict)
             return None

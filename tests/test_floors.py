@@ -19,7 +19,7 @@ FLOORS = {
         kernel.gates kernel.handshake kernel.pagemap kernel.page_cache
         kernel.capabilities kernel.probe""",
     "values": """
-        fds ranges events resolutions failure address_space
+        fds ranges events resolutions failure address_space flow
         protocols protocols.pages
         protocols.criu protocols.criu.protobuf protocols.criu.images protocols.criu.page_wire
         protocols.criu.lazy_socket""",

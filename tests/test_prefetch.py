@@ -372,15 +372,28 @@ async def test_hydration_off_does_nothing() -> None:
         assert not prefetch.resident
 
 
-async def test_steps_grow_while_it_is_quiet() -> None:
-    """By 64 KiB each, up to a limit; after a fault they begin anew."""
-    pages = 80 * MOST_BYTES // PAGE // 4
-    source = Held(pages, held=False)
+class Link(Held):
+    """A source behind a slow line: what is asked for comes one after the other."""
+
+    def __init__(self, pages: int, bytes_per_second: int) -> None:
+        super().__init__(pages, held=False)
+        self._line = asyncio.Lock()
+        self._bytes_per_second = bytes_per_second
+
+    async def read(self, offset: int, length: int) -> bytes:
+        async with self._line:
+            await asyncio.sleep(length / self._bytes_per_second)
+        return await super().read(offset, length)
+
+
+async def steps_around_a_fault(source: Held, quiet_reads: int) -> tuple[list[int], int]:
+    """Hydrate with one fault; give the steps, and which was the last to begin before it."""
+    pages = source.size // PAGE
     async with serving(pages=pages) as served:
         touched: list[Any] = []
 
         def touch(offset: int) -> None:
-            if len(source.reads) >= 30 and not touched:
+            if len(source.reads) >= quiet_reads and not touched:
                 touched.append(served.target.start_read(pages - 1))
                 wait_until(served.target.is_blocked, "the thread faults")
                 touched.append(len(source.reads))
@@ -388,11 +401,25 @@ async def test_steps_grow_while_it_is_quiet() -> None:
         source.before_return = touch
         await within(Prefetch(served.pager, source).hydrate(Pace.FULL))
         assert await touched[0] == pages & 0xFF
-        steps = [length // STEP_BYTES for _, length in source.reads]
-        assert steps[:20] == list(range(1, 21))
-        assert 1 in steps[touched[1] : touched[1] + READS]
-        assert max(steps) <= MOST_BYTES // STEP_BYTES
-        assert sum(length for _, length in source.reads) == source.size
+    assert sum(length for _, length in source.reads) == source.size
+    return [length // STEP_BYTES for _, length in source.reads], touched[1]
+
+
+async def test_steps_grow_while_it_is_quiet() -> None:
+    """By 64 KiB each, up to a limit; after a fault a quick source goes on with long ones."""
+    source = Held(20 * MOST_BYTES // PAGE, held=False)
+    steps, fault = await steps_around_a_fault(source, 30)
+    assert steps[:20] == list(range(1, 21))
+    assert max(steps) <= MOST_BYTES // STEP_BYTES
+    assert max(steps[fault : fault + READS]) > 1
+
+
+async def test_on_a_slow_line_steps_begin_anew() -> None:
+    """A fault would wait for what stands before it: after one, that is no more than it must be."""
+    source = Link(120 * STEP_BYTES // PAGE, 16 << 20)
+    steps, fault = await steps_around_a_fault(source, 5)
+    assert steps[:5] == [1, 2, 3, 4, 5]
+    assert 1 in steps[fault : fault + READS + 1]  # those that had begun, and the next
 
 
 async def test_pieces_grow_with_the_steps() -> None:

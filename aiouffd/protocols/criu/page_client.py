@@ -12,8 +12,8 @@ holds when this process is killed, too; see ``page_wire.Puller``.
 
 Laws of this file:
 
-* Demand first: a long read is cut into pieces, of which so much is asked for at a time that a
-  short read never waits behind more than ``bulk_bytes``.
+* Demand first: a long read is cut into pieces, of which no more are asked for at a time than come
+  within a moment (``flow``), so that a short read does not wait long behind them.
 * What is asked for twice travels once, if it is on its way already.
 * A server that says nothing for ``timeout`` seconds while it should is given up.
 * An end of any kind ends every read, with SourceError.
@@ -29,8 +29,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, Self, cast
 
 from ...errors import ClosedError, PeerError, SourceError, UffdError
+from ...flow import Flow
 from ...peers import keep_alive
-from ...ranges import PAGE_SIZE
+from ...ranges import PAGE_SIZE, align_down
 from .checkpoint import Checkpoint
 from .page_wire import LONG, SHORT, Closed, Pages, Puller
 
@@ -42,11 +43,12 @@ if TYPE_CHECKING:
 
 #: Pages of a read that somebody waits for at a fault; what is longer is bulk.
 DEMAND_PAGES: Final = 16
-#: Bytes of bulk that are asked for and have not come.
-BULK_BYTES: Final = 1 << 20
-#: Bytes of one request of a longer read.
-PIECE_BYTES: Final = 256 << 10
+#: Bytes of bulk that are asked for and have not come, at most.
+BULK_BYTES: Final = 4 << 20
+#: Bytes of one request of a longer read, at most.
+PIECE_BYTES: Final = 1 << 20
 
+_SLOWEST: Final = 256 << 10  # bytes of bulk in one request, and at once, however slowly they come
 _SCRATCH: Final = 64 << 10  # bytes that are read at once where no long answer is coming
 _WORTH_IT: Final = 8 << 10  # bytes that are read straight to where they belong
 #: Seconds that a server with short headers may take to answer a probe.  The stock one holds its
@@ -74,7 +76,7 @@ async def header_bytes_of(checkpoint: Checkpoint) -> int | None:
 class _Ask:
     """One request."""
 
-    __slots__ = ("address", "bulk", "into", "pages", "pid", "waiters")
+    __slots__ = ("address", "bulk", "into", "pages", "pid", "sent", "waiters")
 
     def __init__(
         self, pid: int, address: int, pages: int, into: memoryview | None, *, bulk: bool
@@ -84,6 +86,7 @@ class _Ask:
         self.pages = pages
         self.into = into
         self.bulk = bulk
+        self.sent = 0.0  # when, of bulk
         #: Who waits for it, and which of its bytes they want; None: for its end.
         self.waiters: list[tuple[asyncio.Future[Buffer], tuple[int, int] | None]] = []
 
@@ -190,6 +193,7 @@ class PageClient:
         self._demand: deque[_Ask] = deque()
         self._bulk: deque[_Ask] = deque()
         self._bulk_sent = 0  # bytes
+        self._flow = Flow()  # of bulk
         self._error = ""  # why nothing can be had any more
         self._closing = False
         self._over = False  # the connection was cut, whoever did it
@@ -224,9 +228,9 @@ class PageClient:
                 a live dump notices from the beginning if this process dies, and not just from
                 the first read on.
             timeout: Seconds that a server may say nothing when it should.
-            bulk_bytes: How much of long reads is asked for at a time, which is what a short read
-                may have to wait behind.
-            piece_bytes: Into what pieces long reads are cut.
+            bulk_bytes: How much of long reads is asked for at a time at most; on a slow link it is
+                less, since a short read has to wait behind it.
+            piece_bytes: How long the pieces of long reads are at most.
             demand_pages: Up to which length a read is short.
 
         Raises:
@@ -330,7 +334,7 @@ class PageClient:
 
     async def _read_bulk(self, pid: int, address: int, view: memoryview) -> None:
         """Cut a read into pieces, and wait for them all."""
-        step = max(self._piece_bytes // PAGE_SIZE, 1) * PAGE_SIZE
+        step = max(align_down(min(self._piece_bytes, max(self._flow.step, _SLOWEST))), PAGE_SIZE)
         pieces: list[asyncio.Future[Buffer]] = []
         for start in range(0, len(view), step):
             into = view[start : start + step]
@@ -359,10 +363,15 @@ class PageClient:
         """Ask for all that is demanded, and for as much of the rest as may be on its way."""
         while self._demand:
             self._send(self._demand.popleft())
-        while self._bulk and (not self._bulk_sent or self._bulk_sent < self._bulk_bytes):
+        while self._bulk and (not self._bulk_sent or self._bulk_sent < self._window):
             self._send(self._bulk.popleft())
         if self._idle is not None and not self._sent and not self._idle.done():
             self._idle.set_result(None)
+
+    @property
+    def _window(self) -> int:
+        """Bytes of bulk that may be on their way."""
+        return min(max(self._flow.window, _SLOWEST), self._bulk_bytes)
 
     def _send(self, ask: _Ask) -> None:
         transport, puller = self._link.transport, self._puller
@@ -372,6 +381,7 @@ class PageClient:
             self._guard(ask.pid, ask.address)
         if ask.bulk:
             self._bulk_sent += ask.pages * PAGE_SIZE
+            ask.sent = self._loop.time()
         if not self._sent:
             self._heard = self._loop.time()  # before it was asked, it owed nothing
         self._sent.append(ask)
@@ -425,6 +435,7 @@ class PageClient:
         self.answered_bytes += length
         if ask.bulk:
             self._bulk_sent -= ask.pages * PAGE_SIZE
+            self._flow.note(length, ask.sent, self._heard)
         if length == ask.pages * PAGE_SIZE:
             ask.succeed(answer.data if ask.into is None else ask.into)
             return
