@@ -11,6 +11,7 @@ Laws of this file:
   folder.  Pages get their names before pagemaps, and a restore without its pagemaps does not
   begin.
 * What ``commit`` has returned from is on the disk.
+* Without it a folder is left as it was, without a parent if it had none.
 * A pagemap comes out as CRIU reads it: runs in ascending order, none over another, and what is
   left to the parent is there.
 """
@@ -139,6 +140,7 @@ class ImageFolder:
         self._images: list[_Image] = []
         self._names: set[str] = set()
         self._temporary = ""
+        self._linked = ""  # to a parent, by us and not for good yet
         os.makedirs(self.path, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -169,6 +171,8 @@ class ImageFolder:
     def link_parent(self, target: str) -> None:
         """Make another checkpoint the parent, as ``criu dump --prev-images-dir`` does.
 
+        ``close`` takes that back unless a dump was committed.
+
         Args:
             target: Its path, relative to this folder.
 
@@ -182,6 +186,7 @@ class ImageFolder:
         if os.path.islink(link) and os.readlink(link) == target:
             return
         os.symlink(target, link)
+        self._linked = target
 
     def parent_has(self, image: ImageId) -> bool:
         """Say whether the parent holds such an image at all."""
@@ -327,6 +332,7 @@ class ImageFolder:
         if self._temporary:
             os.rmdir(self._temporary)
             self._temporary = ""
+        self._linked = ""
 
     def discard(self) -> None:
         """Take everything away that was not committed, for another dump to come."""
@@ -346,6 +352,12 @@ class ImageFolder:
             self.discard()
         for image in self._images:
             image.close()
+        if self._linked:
+            link = os.path.join(self.path, "parent")
+            with contextlib.suppress(OSError):  # it is no link, or gone
+                if os.readlink(link) == self._linked:
+                    os.unlink(link)
+            self._linked = ""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

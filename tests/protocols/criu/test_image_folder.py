@@ -192,6 +192,28 @@ def test_what_is_left_to_the_parent_is_there(tmp_path: Path) -> None:
     folder.close()
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_parent_is_one_for_good_with_the_dump(
+    tmp_path: Path, was_there: bool, committed: bool
+) -> None:
+    """What fails leaves the folder as it was."""
+    make_parent(tmp_path)
+    path = tmp_path / "second"
+    if was_there:
+        path.mkdir()
+        (path / "parent").symlink_to("../first")
+    folder = ImageFolder(str(path))
+    folder.link_parent("../first")
+    folder.open(TASK)
+    folder.add_run(0x2000, 1, 1, LONG)
+    if committed:
+        folder.commit()
+    folder.close()
+    assert ("parent" in os.listdir(path)) == (was_there or committed)
+    assert len(os.listdir(path)) == (3 if committed else was_there)
+
+
 def test_a_parent_that_is_not_there_or_damaged(tmp_path: Path) -> None:
     """It is named."""
     parent = make_parent(tmp_path)
