@@ -27,6 +27,7 @@ from ..protocols.criu.page_server import Left, PageServer
 from ..sources.urls import shown
 from ..threads import in_thread
 from . import criu_options, statuses
+from .arguments import seconds
 from .orders import Orders
 from .output import Lines
 from .progress import counted
@@ -88,6 +89,13 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         help="without --lazy-pages: the checkpoint that the dump builds on, relative to"
         " --images-dir",
     )
+    parser.add_argument(
+        "--silence",
+        type=seconds,
+        metavar="SECONDS",
+        help="without --lazy-pages: give a dump up whose dumper sends nothing for so long in the"
+        " middle of a run of pages, or ten times as long between two (default: 60)",
+    )
     criu_options.add_address_options(
         parser,
         address="where to listen (default: 127.0.0.1; CRIU's own listens everywhere)",
@@ -112,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve or receive; give the exit status."""
     if args.lazy_pages and args.prev_images_dir:
         raise UffdError("--prev-images-dir is for receiving a dump, which --lazy-pages is not")
+    if args.lazy_pages and args.silence:
+        raise UffdError("--silence is for receiving a dump, which --lazy-pages is not")
     for given, name in ((args.images, "--images"), (args.once, "--once")):
         if given and not args.lazy_pages:
             raise UffdError(f"{name} is for giving pages: add --lazy-pages")
@@ -246,7 +256,7 @@ async def _receive(args: argparse.Namespace, tell: Tell, ready: Callable[[], Non
         if args.prev_images_dir:
             await in_thread(folder.link_parent, args.prev_images_dir)
         async with (
-            PageReceiver(folder, **_settings(args)) as receiver,
+            PageReceiver(folder, silence=args.silence or 60.0, **_settings(args)) as receiver,
             _obeying(receiver.finish, receiver.aclose),
         ):
             where, text = _where(args, receiver.port)

@@ -259,6 +259,26 @@ async def test_a_dump_that_breaks_off_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.child
+async def test_a_dump_that_stalls_is_given_up(tmp_path: Path) -> None:
+    """Nothing is left behind, not even the link to its parent."""
+    (tmp_path / "first").mkdir()
+    folder = tmp_path / "second"
+    parent = ("--prev-images-dir", "../first")
+    async with command("-D", folder, *parent, "--silence", "0.1", "--json") as server:
+        port = (await server.line())["port"]
+        assert os.listdir(folder) == ["parent"]
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        image = 1000 << 8 | 1
+        writer.write(pack_header(LONG, wire.OPEN2, 0, 0, image))
+        writer.write(pack_header(LONG, 6 << 16 | wire.ADD_F, 64, START, image) + DATA[:-1])
+        status, _, err = await server.end()
+        writer.transport.abort()
+    assert status == 1
+    assert "the dump broke off: sent nothing for 0.1 s, and was not through" in err
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.child
 async def test_a_signal_before_a_dump_has_come(tmp_path: Path) -> None:
     """It says that there was none."""
     async with command("-D", tmp_path) as server:
@@ -273,6 +293,7 @@ async def test_a_signal_before_a_dump_has_come(tmp_path: Path) -> None:
     [
         (["--lazy-pages", "--prev-images-dir", "x"], "is for receiving a dump"),
         (["--images", "x"], "--images is for giving pages: add --lazy-pages"),
+        (["--lazy-pages", "--silence", "5"], "--silence is for receiving a dump"),
         (["--once"], "--once is for giving pages: add --lazy-pages"),
         (["--lazy-pages", "-D", "nothing"], "inventory.img"),
         (["--lazy-pages", "--images", "ftp://x/y"], "no image can be had from ftp://"),

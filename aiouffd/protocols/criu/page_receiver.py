@@ -11,6 +11,7 @@ Laws of this file:
 * A dump is received when the dumper has said that it was all and everything is on the disk; only
   then is it told so, and only then does a dumper that was to end the process end it.
 * A dump that breaks off leaves a named error and nothing that looks like a checkpoint.
+* A dumper that falls silent in the middle of a dump is waited for, but not for ever.
 * Who connects and is no dumper is dropped, and the dump is waited for.
 * A dumper that is quicker than the disk waits: no more than ``Limits.in_flight_bytes`` are held.
 """
@@ -24,9 +25,11 @@ from typing import TYPE_CHECKING, Final
 
 from ...errors import ClosedError, PeerError, UffdError
 from ...peers import Limits, Peer, Peers
+from ...ranges import PAGE_SIZE
 from ...threads import in_thread
 from . import page_wire
 from .image_folder import ImageFolder
+from .images import PageFlag
 
 if TYPE_CHECKING:
     import ssl
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger("aiouffd.criu.page_receiver")
 
 _EVENT_COST: Final = 512  # bytes that an event counts at least
+#: Between two runs a dumper may do much else, such as packing file systems in memory.
+_BETWEEN_RUNS: Final = 10  # times as long a silence as within one
 
 
 class _Connection(Peer):
@@ -47,6 +52,9 @@ class _Connection(Peer):
         self._queued_bytes = 0
         self._writing: asyncio.Task[None] | None = None
         self._begun = False  # it is the one that dumps
+        self._heard_at = 0.0
+        self._missing_bytes = 0  # of the run of pages that it is sending
+        self._listening: asyncio.TimerHandle | None = None  # for its silence
 
     @property
     def silent(self) -> bool:
@@ -55,6 +63,7 @@ class _Connection(Peer):
 
     def data_received(self, data: bytes) -> None:
         """Take what is sent; it is written in a thread."""
+        self._heard_at = self._loop.time()
         try:
             events = self._wire.feed(data)
             if self._wire.direction is page_wire.Direction.PULL:
@@ -64,12 +73,18 @@ class _Connection(Peer):
             return
         if not events:
             return
+        for event in events:
+            if isinstance(event, page_wire.Data):
+                self._missing_bytes -= len(event.data)
+            elif isinstance(event, page_wire.Run) and event.flags & PageFlag.PRESENT:
+                self._missing_bytes += event.pages * PAGE_SIZE
         if not self._begun and self._wire.direction is page_wire.Direction.PUSH:
             if not self._receiver._is_first(self):
                 self.drop("sends a dump while another one is received")
                 return
             self._begun = True
             self._stop_waiting()
+            self._listen_for_it()
             log.info("%s sends a dump, headers of %s bytes", self.peer, self._wire.header_bytes)
         self._queue += events
         self._queued_bytes += len(data) + _EVENT_COST * len(events)
@@ -83,10 +98,29 @@ class _Connection(Peer):
         if not self._begun:
             self.drop("")
 
+    def _listen_for_it(self) -> None:
+        """Drop it when it has sent nothing for too long, though we were ready to take more."""
+        self._listening = None
+        if self._wire.ended:
+            return
+        now, silence = self._loop.time(), self._receiver._silence
+        if self._writing is not None:  # perhaps it waits for us
+            self._heard_at = now
+        midway = self._missing_bytes > 0 or not self._wire.at_rest
+        limit = silence if midway else silence * _BETWEEN_RUNS
+        left = self._heard_at + limit - now
+        if left > 0:
+            self._listening = self._loop.call_later(min(left, silence), self._listen_for_it)
+        else:
+            self.drop(f"sent nothing for {limit:g} s, and was not through")
+
     def _go_on(self) -> None:
         self._goes_on = False  # answers are written at once: they are some bytes
 
     def _gone(self, error: Exception | None) -> None:
+        if self._listening is not None:
+            self._listening.cancel()
+            self._listening = None
         if self._begun and not self._wire.ended:
             why = self.error or (str(error) if error else "")
             self._receiver._fail(
@@ -195,6 +229,7 @@ class PageReceiver(Peers):
         client_name: str = "",
         header_bytes: int | None = None,
         limits: Limits | None = None,
+        silence: float = 60.0,
     ) -> None:
         """Prepare; nothing listens before ``async with``.
 
@@ -208,10 +243,13 @@ class PageReceiver(Peers):
                 any that the context lets in.
             header_bytes: See the attribute.
             limits: What peers may cost.
+            silence: Seconds that the dumper may send nothing in the middle of a run of pages; ten
+                times as many between two, while it does other things.
         """
         super().__init__(host, port, ssl=ssl, limits=limits, client_name=client_name)
         self.folder = folder
         self.header_bytes = header_bytes
+        self._silence = silence
         self._dumper: _Connection | None = None
         self._result: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 

@@ -9,6 +9,7 @@ import random
 import socket
 import ssl
 import struct
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -172,6 +173,49 @@ async def test_a_dump_that_breaks_off_leaves_nothing(
         with pytest.raises(PeerError, match=r"^127\.0\.0\.1:\d+: the dump broke off"):
             await within(receiver.wait_received())
     assert os.listdir(folder.path) == []
+
+
+@pytest.mark.parametrize("where", ["in a header", "in pages", "between"])
+async def test_a_dumper_that_falls_silent(folder: ImageFolder, where: str) -> None:
+    """It is given up, later where it may have other things to do; nothing is left."""
+    loop = asyncio.get_running_loop()
+    async with PageReceiver(folder, silence=0.05) as receiver, dumper(receiver) as one:
+        await one.open()
+        await one.run(0x10000, DATA[:PAGE])
+        if where == "in a header":
+            one.writer.write(pack_header(LONG, wire.OPEN2, 0, 0, SHMEM)[:20])
+        elif where == "in pages":
+            one.say(6 << 16 | wire.ADD_F, 2, 0x20000)
+            one.writer.write(DATA[: 2 * PAGE - 1])
+        begun = loop.time()
+        limit = 0.5 if where == "between" else 0.05
+        with pytest.raises(PeerError, match=rf"broke off: sent nothing for {limit:g} s"):
+            await within(receiver.wait_received())
+        assert loop.time() - begun >= 0.9 * limit
+        assert await one.cut()
+    assert os.listdir(folder.path) == []
+
+
+async def test_a_dumper_that_waits_for_the_disk_is_not_silent(
+    folder: ImageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes."""
+    write = ImageFolder.add_data
+
+    def slowly(self: ImageFolder, pieces: list[memoryview]) -> None:
+        time.sleep(0.3)
+        write(self, pieces)
+
+    monkeypatch.setattr(ImageFolder, "add_data", slowly)
+    limits = Limits(in_flight_bytes=64 << 10)
+    async with (
+        PageReceiver(folder, limits=limits, silence=0.1) as receiver,
+        dumper(receiver) as one,
+    ):
+        await one.open()
+        await one.run(0x10000, DATA[: 64 * PAGE])
+        await one.close()
+        await within(receiver.wait_received())
 
 
 @pytest.mark.parametrize(
