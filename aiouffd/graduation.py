@@ -150,7 +150,10 @@ class Graduation:
                 "Forked children on huge pages are served to their end.",
             )
         assert self._peer is not None  # noqa: S101 - as was just asked
-        fd = pagemap.open_pagemap(self._peer.pid)
+        try:
+            fd = pagemap.open_pagemap(self._peer.pid)
+        except FileNotFoundError:
+            raise TargetGone("looking for huge pages", errno.ESRCH, 0, 0) from None
         try:
             if self._peer.exited():
                 raise TargetGone("looking for huge pages", errno.ESRCH, 0, 0)
@@ -234,6 +237,8 @@ class Graduation:
 async def keep_trying(complete: Callable[[], Awaitable[None]], name: str) -> None:
     """Complete a target, however often its source fails meanwhile; errors are only logged.
 
+    What is short for a while, as descriptors are, is a failure like a source's.
+
     Args:
         complete: Completes it, and goes on where it has failed before.
         name: Whose memory it is, for the log.
@@ -248,7 +253,7 @@ async def keep_trying(complete: Callable[[], Awaitable[None]], name: str) -> Non
             pass
         except NotSupported as error:
             log.warning("%s is served on: %s", name, error)
-        except UffdError as error:
+        except (UffdError, OSError) as error:  # also for want of a descriptor to look with
             log.warning(
                 "%s cannot be completed yet, and is served on; again in %g s: %s",
                 *(name, delay, error),
@@ -256,6 +261,8 @@ async def keep_trying(complete: Callable[[], Awaitable[None]], name: str) -> Non
             await asyncio.sleep(delay)
             delay = min(2 * delay, _RETRY_MOST)
             continue
+        except Exception:  # a mistake, of a source's or ours, which another try only repeats
+            log.exception("%s cannot be completed, and is served on", name)
         return
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
 
-from aiouffd import Action, FailurePolicy
+from aiouffd import Action, FailurePolicy, graduation
 from aiouffd.errors import ClosedError, NotSupported, SourceError, StuckPage, TargetGone
-from aiouffd.graduation import pages_with_data
+from aiouffd.graduation import keep_trying, pages_with_data
 from aiouffd.session_states import Milestone, State
 from aiouffd.sources import Extents
 from aiouffd.sources.buffer import BufferSource
@@ -254,6 +255,33 @@ async def test_a_failing_source_leaves_everything_served() -> None:
         await asyncio.gather(*(session.complete() for _ in range(3)))
         assert session.milestones.count(Milestone.DETACHED) == 1
         assert await holds(target, model(pages))
+
+
+async def test_what_fails_for_a_while_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever was short or cut; a mistake is said once, and a target that is gone is no error."""
+    monkeypatch.setattr(graduation, "_RETRY_FIRST", 0.001)
+    shortage = OSError(errno.EMFILE, "Too many open files")
+    todo: list[BaseException | None] = []
+
+    async def complete() -> None:
+        if error := todo.pop(0):
+            raise error
+
+    for last in (None, TargetGone("filling", errno.ESRCH, 0, 0), ClosedError("closed")):
+        todo[:] = [shortage, SourceError("late"), ConnectionResetError("reset"), last]
+        await within(keep_trying(complete, "it"))
+        assert not todo
+    assert [one.levelname for one in caplog.records] == ["WARNING"] * 9
+    assert "it cannot be completed yet" in caplog.text
+    assert "Too many open files" in caplog.text
+    caplog.clear()
+    todo[:] = [shortage, ValueError("wrong"), None]
+    await within(keep_trying(complete, "it"))
+    assert len(todo) == 1
+    assert [one.levelname for one in caplog.records] == ["WARNING", "ERROR"]
+    assert "it cannot be completed, and is served on" in caplog.text
 
 
 async def test_filling_is_not_letting_go() -> None:
