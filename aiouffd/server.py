@@ -11,6 +11,8 @@ Laws of this file:
   ``max_handshakes`` of them, since the oldest goes when one more comes.  Who has handed over a
   part of what it has is none of them: others cannot push it out.
 * A peer is admitted by the uid that the kernel names, and pinned before its message is read.
+  Where others write to its connection (``senders``) it need not live: they have, or will have,
+  said all there is.
 * Serving begins before the peer's hand-over is acknowledged.
 * A peer may hand over piece by piece: each piece is served as soon as it is there.
 * Beyond ``max_sessions`` a peer is refused when it has handed over, never before: what it
@@ -35,7 +37,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeAlias, assert_never
 
 from .closing import settle
-from .errors import PeerError, StoreError, UffdError
+from .errors import NotSupported, PeerError, StoreError, UffdError
 from .failure import Action
 from .fd_store import FdStore
 from .handover import Handover, Peer, Receive, peer_credentials, pin_peer
@@ -153,7 +155,8 @@ class Server:
             mode: Rights of the socket.
             replace: Take the name over from a server that still listens there.
             any_directory: See Listener.bind.
-            senders: Let ``receive`` know which process sends what (Connection.receive_from).
+            senders: Let ``receive`` know which process sends what (Connection.receive_from).  Who
+                has connected may have exited by then, and is None where it cannot be held.
             listen: Set to False to serve only what the store gives back.
             store: Keeps what sessions need to outlive this process, and gives back those that
                 have; stays the caller's to close, after the server.
@@ -556,8 +559,11 @@ class Server:
         self.refused += 1
         self._report(Refused(who, reason, part))
 
-    def _admit_peer(self, connection: Connection, stack: contextlib.AsyncExitStack) -> Peer:
+    def _admit_peer(self, connection: Connection, stack: contextlib.AsyncExitStack) -> Peer | None:
         """Check who has connected, and pin it as long as the stack lasts.
+
+        Returns:
+            None if it cannot be pinned, and others speak for themselves.
 
         Raises:
             PeerError: It may not connect, or has exited.
@@ -566,7 +572,14 @@ class Server:
         if uid not in self._uids:
             allowed = ", ".join(map(str, sorted(self._uids)))
             raise PeerError(f"uid {uid} may not connect; allowed: {allowed}")
-        return stack.enter_context(pin_peer(connection.socket, allow_pid_race=self._allow_pid_race))
+        try:
+            peer = pin_peer(connection.socket, allow_pid_race=self._allow_pid_race)
+        except (PeerError, NotSupported) as error:
+            if not self._senders:
+                raise
+            log.debug("who has connected is not held: %s", error)
+            return None
+        return stack.enter_context(peer)
 
     async def _serve_together(
         self, received: AsyncGenerator[Handover, None], who: str, task: asyncio.Task[None]

@@ -158,13 +158,12 @@ class Parser:
         if self._finished:
             return
         if self._pid:
-            raise PeerError(f"the restore failed while it handed task {self._pid} over")
-        if self._text:
-            raise PeerError("the restore failed in the middle of a pid")
-        count = len(self._seen)
-        raise PeerError(
-            f"the restore failed: its connection ended after {count} tasks;"
-            " the log of `criu restore` says why"
-            if count
-            else "the restore ended before it handed any task over"
-        )
+            how = f"while it handed task {self._pid} over"
+        elif self._text:
+            how = "in the middle of a pid"
+        elif count := len(self._seen):
+            tasks = "1 task" if count == 1 else f"{count} tasks"
+            how = f"or was stopped: its connection ended after {tasks}"
+        else:
+            how = "or was stopped before it handed any task over"
+        raise PeerError(f"the restore failed {how}; the log of `criu restore` says why")

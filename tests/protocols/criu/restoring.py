@@ -14,9 +14,11 @@ import contextlib
 import os
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from aiouffd.kernel import calls
 from aiouffd.protocols.criu.checkpoint import Checkpoint
@@ -83,17 +85,44 @@ def checkpoint_of(
     return Made(memories, tasks).write(folder)
 
 
-class Restorer:
-    """One run of ``criu restore``, as the daemon sees it."""
+_RESTORER: Final = """
+import socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+print(connection.fileno(), flush=True)
+connection.send(sys.stdin.buffer.read())
+"""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+
+class Restorer:
+    """One run of ``criu restore``, as the daemon sees it.
+
+    Its calls do not let the loop run.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, by_itself: bool = False) -> None:
+        """Connect.
+
+        Args:
+            path: The daemon's socket.
+            by_itself: From a process of its own, which has exited after ``finish`` and ``close``.
+        """
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(os.fspath(path))
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pid, self.number = os.getpid(), self.sock.fileno()
+        if by_itself:
+            command = [sys.executable, "-c", _RESTORER, os.fspath(path)]
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+            assert self.process.stdout is not None
+            self.pid, self.number = self.process.pid, int(self.process.stdout.readline())
+        else:
+            self.sock.connect(os.fspath(path))
 
     def hand_over(self, target: Target, *, register: bool = True) -> None:
         """Let a task send its pid and its userfaultfd itself, then register its memory."""
-        pidfd = target.call("pidfd_open", os.getpid(), 0).result()
-        there = target.call("pidfd_getfd", pidfd, self.sock.fileno(), 0).result()
+        pidfd = target.call("pidfd_open", self.pid, 0).result()
+        there = target.call("pidfd_getfd", pidfd, self.number, 0).result()
         assert min(pidfd, there) > 0, (pidfd, there)
         handed = target.tell(0, "hand", there, target.pid, target.uffd_there, convert=int)
         assert handed.result() == 0
@@ -115,10 +144,17 @@ class Restorer:
 
     def finish(self) -> None:
         """Say the last word."""
-        self.sock.send(b"FTSR")
-        self.close()
+        self._end(b"FTSR")
 
     def close(self) -> None:
+        self._end(b"")
+
+    def _end(self, word: bytes) -> None:
+        if self.process is not None:
+            process, self.process = self.process, None
+            process.communicate(word, timeout=30)
+        elif word:
+            self.sock.send(word)
         self.sock.close()
 
     def __enter__(self) -> Restorer:

@@ -151,8 +151,8 @@ def test_nothing_follows_the_last_word() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "ended before it handed any task over"),
-        (pid(-5), "its connection ended after 1 tasks"),
+        (b"", "before it handed any task over; the log of"),
+        (pid(-5), "its connection ended after 1 task;"),
         (pid(-5) + pid(-6)[:2], "in the middle of a pid"),
         (FINISHED[:3], "in the middle of a pid"),
         (pid(5), "while it handed task 5 over"),

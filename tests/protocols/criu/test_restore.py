@@ -218,13 +218,49 @@ async def test_a_restore_that_fails_midway(tmp_path: Path) -> None:
                 restore.hand_over(two)
                 await until(lambda: len(running.sessions()) == 2, "both are served")
             await until(running.refusals, "the end is noticed")
-            assert "the restore failed: its connection ended after 2 tasks" in running.refusals()[0]
+            (reason,) = running.refusals()
+            assert reason.startswith("the restore failed or was stopped: its connection ended")
+            assert reason.endswith("after 2 tasks; the log of `criu restore` says why")
             two.kill()  # as criu does; one outlives it
             await until(lambda: running.ended() == 2, "both sessions end")
             assert not running.finished()
             touched = await one.start_peek(one.base)
             assert isinstance(touched, Signal)
             assert touched.number == signal.SIGBUS
+
+
+async def test_a_restore_that_is_over_before_it_is_heard(tmp_path: Path) -> None:
+    """It has said all there is: its tasks are served, though it has exited."""
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target)
+        async with daemon(images, tmp_path / "s", service=PUSH) as running:
+            with Restorer(running.path, by_itself=True) as restore:
+                restore.hand_over(target)
+                restore.finish()
+            await until(running.finished, "the restore is finished")
+            assert not running.refusals()
+            await until(running.detached, "it has all of its memory")
+            assert await holds_all(target)
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+async def test_a_restore_that_fails_before_it_is_heard(tmp_path: Path, handed_over: bool) -> None:
+    """It is said so, and where to look; its tasks, dead as it is, cost nothing."""
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target)
+        async with daemon(images, tmp_path / "s", service=QUIET) as running:
+            with Restorer(running.path, by_itself=True) as restore:
+                if handed_over:
+                    restore.hand_over(target)
+                    target.kill()
+                    target.reap()
+            await until(running.refusals, "the end is noticed")
+            (reason,) = running.refusals()
+            assert reason.startswith("the restore failed or was stopped")
+            assert ("after 1 task;" in reason) == handed_over
+            assert reason.endswith("; the log of `criu restore` says why")
+            await until(lambda: running.ended() == handed_over, "its session ends")
+            assert not running.server.failed
 
 
 async def test_silent_peers_push_out_no_restore_that_has_begun(tmp_path: Path) -> None:
