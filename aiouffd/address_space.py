@@ -148,22 +148,35 @@ class AddressSpace(Generic[R, F]):
             length: In bytes.
             hint: Address minus offset when the region was registered: the usual answer.
         """
+        if self.lies_at(region, offset, length, hint):
+            return [Range(offset + hint, length)]
         wanted = Range(offset, length)
-        found = self.placements.find(offset + hint)
-        if (
-            found is not None
-            and found[2].region is region
-            and found[2].delta == -hint
-            and not found[2].vacated
-            and wanted.end + hint <= found[1]
-        ):
-            return [wanted.moved(hint)]
         result = []
         for where, start in self.ranges_of(region):
             part = Range(start, where.length).intersection(wanted)
             if part is not None:
                 result.append(part.moved(where.start - start))
         return result
+
+    def lies_at(self, region: R, offset: int, length: int, hint: int) -> bool:
+        """Say whether a stretch of a region's source lies, whole, where it was registered.
+
+        Args:
+            region: As ``addresses``.
+            offset: As ``addresses``.
+            length: As ``addresses``.
+            hint: As ``addresses``.
+        """
+        found = self.placements.find(offset + hint)
+        if found is None:
+            return False
+        _, end, placement = found
+        return (
+            placement.region is region
+            and placement.delta == -hint
+            and not placement.vacated
+            and offset + length + hint <= end
+        )
 
     # --- events ------------------------------------------------------------------------
 

@@ -152,13 +152,22 @@ class FilledPages:
 
     def covers(self, offset: int, length: int) -> bool:
         """Whether all pages of a stretch of offsets were filled; in one look, however many."""
+        return self._look(offset, length) == 0
+
+    def has_none(self, offset: int, length: int) -> bool:
+        """Whether no page of a stretch of offsets was filled; in one look, however many."""
+        return self._look(offset, length) == 1
+
+    def _look(self, offset: int, length: int) -> int:
+        """Give 0 if all pages of a stretch were filled, 1 if none was, 2 if it is neither."""
         first = (offset - self._offset) >> self._shift
         end = -((self._offset - offset - length) >> self._shift)
         if not 0 <= first < end <= self._count:
-            return False
+            return 2
         at, mask = self._at, (1 << (end - first)) - 1
         window = int.from_bytes(self._memory[at + (first >> 3) : at + ((end + 7) >> 3)], "little")
-        return window >> (first & 7) & mask == mask
+        window = window >> (first & 7) & mask
+        return 0 if window == mask else 2 if window else 1
 
     def frozen(self) -> FilledPages:
         """Give the bits as they are now, which later fills do not change."""

@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 from .errors import ClosedError, SourceError, TargetGone, UffdError, WorkingSetError
 from .flow import Flow
+from .kernel.buffers import PinnedBuffer
 from .pager import Pager
 from .performer import PIECE_BYTES
-from .prefetch_plan import Place, Plan, Stretch, stretches
+from .prefetch_plan import READ_ACROSS, Place, Plan, Stretch, stretches, together
 from .ranges import Range, align_down
 from .readiness import between_pieces
 from .region import Region
@@ -54,8 +55,10 @@ STEP_BYTES: Final = 64 << 10  #: the shortest step of hydration; each quiet one 
 MOST_BYTES: Final = 4 << 20  #: the longest step of hydration
 _QUIET_PIECE_BYTES: Final = 2 << 20  # the longest piece of a fill, after a long quiet
 _REPLAY_BYTES: Final = 512 << 10  # the longest read of a replay
+_READ_SECONDS: Final = 0.0003  # that a read costs us, however short it is
 _AT_HAND_BYTES: Final = 256 << 10  # read at once on the loop: stays in the processor's cache
 _LOOKED_AT_TOGETHER: Final = 1024 * GRANULE  # for what was filled meanwhile
+_CALL_BYTES: Final = 16 << 10  # that could be installed in the time that one more call takes
 _SLOW_SHARE: Final = 0.2  # of the time that SLOW works
 _SLOW_PAUSE: Final = 0.005  # seconds, at least, between its steps
 
@@ -137,6 +140,7 @@ class Prefetch:
         self._filling = asyncio.Lock()
         self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
         self._flow = Flow()
+        self._unbroken = 0  # bytes, or as good as that, since the loop has turned
         self._step = 0  # bytes
         self._quiet = 0  # steps since the last fault
         self._faults = 0  # of the pager, by then
@@ -156,7 +160,7 @@ class Prefetch:
         """
         if pages is not None:
             try:
-                await self.replay(pages, any_image=any_image)
+                await self.replay(pages, any_image=any_image, along=pace is Pace.FULL)
             except WorkingSetError as error:
                 log.warning("%s: the working set is not replayed: %s", name, error)
             except Exception:
@@ -168,7 +172,9 @@ class Prefetch:
 
     # --- what there is to do -----------------------------------------------------------
 
-    async def replay(self, pages: WorkingSet, *, any_image: bool = False) -> None:
+    async def replay(
+        self, pages: WorkingSet, *, any_image: bool = False, along: bool = False
+    ) -> None:
         """Bring the pages of a working set, by offset, several reads at once.
 
         A page of a larger size than recorded is brought whole, once.  Ends quietly when the
@@ -177,6 +183,8 @@ class Prefetch:
         Args:
             pages: Recorded on this image.
             any_image: Replay though it is unknown whether it is this image.
+            along: Install what lies between neighbours as well, since it is read with them: for
+                who wants the rest anyway, as soon as it can be had.
 
         Raises:
             WorkingSetError: It was made for another image; nothing is brought.
@@ -195,8 +203,12 @@ class Prefetch:
 
         def plan() -> Plan:
             for region in self._regions():
-                runs = ((first * GRANULE, count * GRANULE) for first, count in pages.runs())
-                yield from self._plan(region, runs, lambda: _REPLAY_BYTES)
+                inside = pages.runs(region.offset // GRANULE)
+                runs = ((first * GRANULE, count * GRANULE) for first, count in inside)
+                if along:
+                    yield from self._plan(region, together(runs, self._across), self._longest)
+                else:
+                    yield from self._plan(region, runs, lambda: _REPLAY_BYTES)
 
         def count(done: int) -> None:
             figures.replayed_bytes += done
@@ -303,6 +315,14 @@ class Prefetch:
         memory = Place(region.offset, region.length, region.page_size)
         return stretches(region, memory, runs, self._data(), self._source.size, limit)
 
+    def _across(self) -> int:
+        """Say which gap is read sooner than one more read is made, in bytes."""
+        return max(READ_ACROSS, int(self._flow.rate * _READ_SECONDS))
+
+    def _longest(self) -> int:
+        """Say how long a read of a replay may be whose bytes are all wanted."""
+        return max(self._step, _REPLAY_BYTES)
+
     def _set_step(self) -> None:
         """Make the next step longer, or short again after a fault."""
         faults = self._pager.counters.faults
@@ -394,10 +414,10 @@ class Prefetch:
             longest = max(size for _, size in stretch.parts)
             if longest <= max(_AT_HAND_BYTES, stretch.region.page_size):
                 rest = await self._bring_at_hand(stretch, count, strict=strict)
-            if rest is not None and self._is_wanted(rest.region, rest.offset, rest.length):
-                return rest
             if rest is not None:
-                await between_pieces()
+                if self._is_wanted(rest.region, rest.offset, rest.length):
+                    return rest
+                await self._breathe(0)
             self._set_step()
         return None
 
@@ -431,20 +451,30 @@ class Prefetch:
         piece = max(_AT_HAND_BYTES, region.page_size)
         for number, (start, length) in enumerate(stretch.parts):
             for at in range(start, start + length, piece):
-                if not self._is_wanted(region, at, min(piece, start + length - at)):
-                    await between_pieces()
+                size = min(piece, start + length - at)
+                if not self._is_wanted(region, at, size):
+                    await self._breathe(0)
                     continue
                 async with self._filling:
                     try:
-                        data = self._read_at_hand(at, min(piece, start + length - at))
+                        data = self._read_at_hand(at, size)
                     except Exception as error:
                         self._refuse(error, strict=strict)
                         continue
                     if data is None:
                         left = [(at, start + length - at), *stretch.parts[number + 1 :]]
                         return Stretch(region, at, end - at, left)
-                    await self._install(region, at, data, count, strict=strict)
+                    with PinnedBuffer(data) as pinned:
+                        await self._install(region, at, size, pinned.address, count, strict=strict)
+                await self._breathe(size)
         return None
+
+    async def _breathe(self, done: int) -> None:
+        """Serve the faults that have come if so much was done since the last time."""
+        self._unbroken += done + _CALL_BYTES
+        if self._unbroken >= _AT_HAND_BYTES:
+            self._unbroken = 0
+            await between_pieces()
 
     def _is_wanted(self, region: Region, offset: int, length: int) -> bool:
         """Say whether a stretch is mapped somewhere, and not all of it removed or filled.
@@ -490,26 +520,28 @@ class Prefetch:
         began = time.monotonic()
         try:
             # A buffer whose read was cancelled or failed may still be written to: it is let go.
-            data = _Bytes(await self._read(stretch.offset, stretch.length, buffer), buffer)
-            self._flow.note(stretch.length, began, time.monotonic())
-            return data
+            view = await self._read(stretch.offset, stretch.length, buffer)
         except Exception as error:
             self._refuse(error, strict=strict)
             return None
+        self._flow.note(stretch.length, began, time.monotonic())
+        return _Bytes(view, buffer)
 
     async def _install_parts(
         self, stretch: Stretch, data: _Bytes, count: _Count, *, strict: bool
     ) -> None:
         """Install the parts of a stretch that has been read."""
         region = stretch.region
-        for offset, size in stretch.parts:
-            at, end = offset, offset + size
-            while at < end:
-                async with self._filling:
-                    stop = min(at + self._piece(region.page_size), end)
-                    piece = data.view[at - stretch.offset : stop - stretch.offset]
-                    await self._install(region, at, piece, count, strict=strict)
-                at = stop
+        with PinnedBuffer(data.view) as pinned:
+            address = pinned.address - stretch.offset
+            for offset, size in stretch.parts:
+                at, end = offset, offset + size
+                while at < end:
+                    async with self._filling:
+                        length = min(self._piece(region.page_size), end - at)
+                        await self._install(region, at, length, address + at, count, strict=strict)
+                    await self._breathe(length)
+                    at += length
         if data.buffer is not None:
             self._buffers.append(data.buffer)
 
@@ -535,12 +567,18 @@ class Prefetch:
         return mmap.mmap(-1, max(length, MOST_BYTES))
 
     async def _install(
-        self, region: Region, offset: int, data: Buffer, count: _Count, *, strict: bool
+        self,
+        region: Region,
+        offset: int,
+        length: int,
+        address: int,
+        count: _Count,
+        *,
+        strict: bool,
     ) -> None:
         """Install bytes that have been read, and note that they were."""
-        length = memoryview(data).nbytes
         try:
-            installed = await region.fill(offset, data, piece=length)
+            installed = await region.fill_piece(offset, length, address)
         except (UffdError, ValueError) as error:
             self._refuse(error, strict=strict)
             return

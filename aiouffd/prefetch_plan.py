@@ -19,9 +19,9 @@ from .ranges import align_down, align_up
 from .region import Region
 from .sources import Extents
 
-# A gap that is read along: cheaper than one more read.  It is not filled along: for scattered
-# pages gaps of 16 KiB would save a third of the time and take twice the memory (Linux 6.18).
-_READ_ACROSS: Final = 64 << 10
+#: A gap that is read along: cheaper than one more read.  It is not filled along: for scattered
+#: pages gaps of 16 KiB would save a third of the time and take twice the memory (Linux 6.18).
+READ_ACROSS: Final = 64 << 10
 _BREATH: Final = 16  # runs that are planned between two turns of the loop
 
 
@@ -72,7 +72,7 @@ def stretches(
             yield None
         while low < high:
             longest = max(align_down(limit(), size), size)
-            if parts and (low - end > _READ_ACROSS or low + size - start > longest):
+            if parts and (low - end > READ_ACROSS or low + size - start > longest):
                 yield Stretch(region, start, end - start, parts)
                 parts = []
                 continue  # by now a step may be shorter
@@ -86,6 +86,27 @@ def stretches(
             low = end = stop  # noqa: PLW2901 - what is left of the run
     if parts:
         yield Stretch(region, start, end - start, parts)
+
+
+def together(
+    runs: Iterable[tuple[int, int]], across: Callable[[], int]
+) -> Iterator[tuple[int, int]]:
+    """Make one of neighbouring runs and what lies between them.
+
+    Args:
+        runs: (offset, length) in the source, ascending.
+        across: Says how wide a gap may be by now, in bytes.
+    """
+    start = end = -1
+    for offset, length in runs:
+        if start >= 0 and offset - end <= across():
+            end = max(end, offset + length)
+            continue
+        if start >= 0:
+            yield start, end - start
+        start, end = offset, offset + length
+    if start >= 0:
+        yield start, end - start
 
 
 def _pages_with_data(

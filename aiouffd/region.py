@@ -201,7 +201,6 @@ class Region:
 
         Cancellation: pieces before the cancellation are installed.
         """
-        pager = self._pager
         mode = abi.UFFDIO_COPY_MODE_WP if protect else 0
         total = 0
         with PinnedBuffer(data) as pinned:
@@ -215,15 +214,39 @@ class Region:
             longest = max(align_down(piece, self.page_size), self.page_size)
             while at < end:
                 length = min(longest, end - at)
-                patience = pager.patience()
-                settled = False
-                while not settled:
-                    done, settled = self._fill_piece(at, length, pinned.address - offset, mode)
-                    total += done
-                    if not settled:
-                        await patience.wait()
+                total += await self.fill_piece(at, length, pinned.address + at - offset, mode)
                 at += length
                 await between_pieces()
+        return total
+
+    async def fill_piece(self, offset: int, length: int, address: int, mode: int = 0) -> int:
+        """Install one piece as ``fill`` does; the loop only turns if the layout is changing.
+
+        Args:
+            offset: In the source, in bytes; a whole page's.
+            length: In bytes; whole pages.
+            address: Where the bytes are, in this process; they stay there until it is done.
+            mode: UFFDIO_COPY_MODE_WP, or 0.
+
+        Returns:
+            Bytes installed.
+
+        Raises:
+            TargetGone: As ``fill``.
+            LayoutChanging: As ``fill``.
+            ResolutionRefused: As ``fill``.
+            ClosedError: As ``fill``.
+
+        Cancellation: it is done, or nothing was.
+        """
+        total, settled = self._fill_piece(offset, length, address - offset, mode)
+        if settled:
+            return total
+        patience = self._pager.patience()
+        while not settled:
+            await patience.wait()
+            done, settled = self._fill_piece(offset, length, address - offset, mode)
+            total += done
         return total
 
     def _fill_piece(self, offset: int, length: int, source: int, mode: int) -> tuple[int, bool]:
@@ -236,8 +259,11 @@ class Region:
         pager = self._pager
         pager.check_serving()
         space, fd = pager.space, pager.uffd.fileno()
-        total = 0
-        for where in space.addresses(self, offset, length, self.start - self.offset):
+        hint = self.start - self.offset
+        total = self._fill_untouched(offset, length, source, mode, hint)
+        if total == length:
+            return total, True
+        for where in space.addresses(self, offset, length, hint):
             delta = space.delta(where.start)
             to_source = source + delta
 
@@ -260,6 +286,28 @@ class Region:
                     elif done not in (-errno.EEXIST, -errno.ENOENT):
                         raise pager.refused("UFFDIO_COPY", done, at, run.end - at)
         return total, True
+
+    def _fill_untouched(self, offset: int, length: int, source: int, mode: int, hint: int) -> int:
+        """Install a piece with which nothing has happened yet, as nearly all are, in one call.
+
+        Returns:
+            Bytes installed; less than all is nobody's answer yet.
+        """
+        pager = self._pager
+        space, filled = pager.space, self.filled_for_good
+        if (
+            space.removed
+            or (filled is not None and not filled.has_none(offset, length))
+            or not space.lies_at(self, offset, length, hint)
+        ):
+            return 0
+        done = calls.copy(pager.uffd.fileno(), offset + hint, source + offset, length, mode)
+        if done <= 0:
+            return 0
+        pager.counters.filled_bytes += done
+        if self.filled is not None:
+            self.filled.add_range(offset, done)
+        return done
 
     def fillable(self, where: Range) -> Iterable[Range]:
         """Give the parts of a placed range that may be filled ahead of demand.

@@ -354,22 +354,28 @@ class WorkingSet:
         """Which part of the image is in the set, from 0 to 1."""
         return len(self) / self.granules
 
-    def runs(self) -> Iterator[tuple[int, int]]:
-        """Give (first, count) of each run of neighbouring granules, in order."""
-        return self._walk(inside=True)
+    def runs(self, first: int = 0) -> Iterator[tuple[int, int]]:
+        """Give (first, count) of each run of neighbouring granules, in order.
+
+        Args:
+            first: Leave out the granules before this one.
+        """
+        return self._walk(inside=True, first=first)
 
     def gaps(self) -> Iterator[tuple[int, int]]:
         """Give (first, count) of each run of granules that are not in the set, in order."""
         return self._walk(inside=False)
 
-    def _walk(self, *, inside: bool) -> Iterator[tuple[int, int]]:
+    def _walk(self, *, inside: bool, first: int = 0) -> Iterator[tuple[int, int]]:
         start = end = -1
         bits = self._bits
-        for at in range(0, len(bits), _WINDOW_BYTES):
+        for at in range(first // 8 // _WINDOW_BYTES * _WINDOW_BYTES, len(bits), _WINDOW_BYTES):
             window = int.from_bytes(bits[at : at + _WINDOW_BYTES], "little")
             base = at * 8
             if not inside:
                 window ^= (1 << min(_WINDOW_BYTES * 8, self.granules - base)) - 1
+            if base < first:
+                window = window >> (first - base) << (first - base)
             while window:
                 low = (window & -window).bit_length() - 1
                 shifted = window >> low

@@ -197,6 +197,8 @@ class Machine(RuleBasedStateMachine):
             hint = data.draw(st.integers(-8, SPACE)) * self.unit
             wanted = Range(offset * self.unit, length * self.unit)
             found = self.space.addresses(region, wanted.start, wanted.length, hint)
+            if self.space.lies_at(region, wanted.start, wanted.length, hint):
+                assert found == [wanted.moved(hint)]
             assert [a for where in found for a in self.parts(where)] == sorted(
                 address
                 for address, page in self.model.pages.items()
@@ -300,8 +302,10 @@ def test_what_was_moved_away_reads_zero(space: Space) -> None:
 def test_filling_follows_the_memory_to_where_it_was_moved(space: Space) -> None:
     """The address at registration is only a hint."""
     hint = 4 * PAGE_SIZE
+    assert space.lies_at(1, PAGE_SIZE, PAGE_SIZE, hint)
     assert space.addresses(1, PAGE_SIZE, PAGE_SIZE, hint) == [pages(5, 1)]
     space.remap(4 * PAGE_SIZE, 100 * PAGE_SIZE, 8 * PAGE_SIZE)
+    assert not space.lies_at(1, PAGE_SIZE, PAGE_SIZE, hint)
     assert space.addresses(1, PAGE_SIZE, PAGE_SIZE, hint) == [pages(101, 1)]
 
 

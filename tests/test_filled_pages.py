@@ -41,7 +41,10 @@ def test_like_a_set_of_pages(ranges: list[tuple[int, int]], single: list[int], s
     for first in range(-2, _PAGES):
         for count in (1, 3, 17):
             every = set(range(first, first + count)) <= model
+            none = not set(range(first, first + count)) & model
+            inside = first >= 0 and first + count <= _PAGES
             assert bits.covers(base + first * size, count * size) == every
+            assert bits.has_none(base + first * size, count * size) == (none and inside)
     memory = bits._memory
     assert memory[0] == memory[len(memory) - 1] == 0xAA
 

@@ -165,6 +165,29 @@ async def test_neighbours_come_in_one_read_by_offset() -> None:
         assert present == [0, 5, 16, 34]
 
 
+async def test_who_wants_all_installs_what_is_read_along() -> None:
+    """Before a hydration at full pace; holes stay holes, and wide gaps are left for later."""
+    holes = (range(40, 44),)
+    source = Held(2048, held=False, holes=holes)
+    async with serving(pages=2048) as served:
+        prefetch = Prefetch(served.pager, source)
+        pages = set_of(source, 0, 5, 16, 30, 38, 46, 1024)
+        await within(prefetch.replay(pages, along=True))
+        present = [page for page in range(2048) if served.target.is_present(page)]
+        assert present == [*range(40), *range(44, 47), 1024]
+        assert prefetch.figures.replayed_bytes == 44 * PAGE
+
+        later = Prefetch(served.pager, source)
+        await within(later.run(set_of(source, 1500, 1510), Pace.FULL))
+        assert later.figures.replayed_bytes == 11 * PAGE
+        assert later.resident
+    slow = Held(64, held=False)
+    async with serving() as served:
+        prefetch = Prefetch(served.pager, slow)
+        await within(prefetch.run(set_of(slow, 0, 5), Pace.OFF))
+        assert prefetch.figures.replayed_bytes == 2 * PAGE
+
+
 async def test_several_reads_are_in_flight() -> None:
     """As many as there may be, and each is installed as it comes."""
     source = Held(4096)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiouffd import Region
-from aiouffd.prefetch_plan import Place, stretches
+from aiouffd.prefetch_plan import Place, stretches, together
 from aiouffd.sources import Extents
 from aiouffd.working_set import GRANULE, Header, WorkingSet
 
@@ -72,3 +72,21 @@ def test_a_plan_brings_every_wanted_page_once(
     assert brought == sorted(set(brought))
     assert all(first <= granule < first + pages * size for granule in brought)
     assert set(brought) == must
+
+
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), max_size=20),
+    across=st.integers(0, 20),
+)
+def test_neighbours_are_put_together(runs: list[tuple[int, int]], across: int) -> None:
+    """All gaps up to a width are in, none that is wider, and nothing is lost."""
+    wanted = {byte for offset, length in runs for byte in range(offset, offset + length)}
+    found = list(together(sorted(runs), lambda: across))
+    brought = [byte for offset, length in found for byte in range(offset, offset + length)]
+    assert brought == sorted(set(brought))
+    assert wanted <= set(brought)
+    assert all(b - a - n > across for (a, n), (b, _) in pairwise(found))
+    for byte in set(brought) - wanted:
+        before = max(other for other in wanted if other < byte)
+        behind = min(other for other in wanted if other > byte)
+        assert behind - before - 1 <= across

@@ -67,6 +67,9 @@ def test_a_set_holds_what_was_added(added: list[tuple[int, int]]) -> None:
     assert one.length == len(expected) * GRANULE
     found = list(one.runs())
     assert all(a + m < b for (a, m), (b, _) in pairwise(found))
+    for first in (1, 4095, 4096, 5000, 10_499, 10_500):
+        later = set(chain.from_iterable(range(a, a + n) for a, n in one.runs(first)))
+        assert later == {granule for granule in expected if granule >= first}
     outside = set(chain.from_iterable(range(a, a + n) for a, n in one.gaps()))
     assert outside == set(range(10_500)) - expected
     for granule in (0, 4095, 4096, 10_499, 10_500, -1):

@@ -49,7 +49,7 @@ BULK_BYTES: Final = 4 << 20
 PIECE_BYTES: Final = 1 << 20
 
 _SLOWEST: Final = 256 << 10  # bytes of bulk in one request, and at once, however slowly they come
-_SCRATCH: Final = 64 << 10  # bytes that are read at once where no long answer is coming
+_SCRATCH: Final = 256 << 10  # bytes that are read at once where no long answer is coming
 _WORTH_IT: Final = 8 << 10  # bytes that are read straight to where they belong
 #: Seconds that a server with short headers may take to answer a probe.  The stock one holds its
 #: answer back for 0.2 s (TCP_CORK).
@@ -73,26 +73,43 @@ async def header_bytes_of(checkpoint: Checkpoint) -> int | None:
     return None if wide is None else LONG if wide else SHORT
 
 
+class _Read:
+    """A long read: ready when all that was asked for it has come."""
+
+    __slots__ = ("left", "whole")
+
+    def __init__(self, whole: asyncio.Future[None], left: int) -> None:
+        self.whole = whole
+        self.left = left  # requests
+
+
 class _Ask:
     """One request."""
 
-    __slots__ = ("address", "bulk", "into", "pages", "pid", "sent", "waiters")
+    __slots__ = ("address", "into", "pages", "pid", "read", "sent", "waiters")
 
     def __init__(
-        self, pid: int, address: int, pages: int, into: memoryview | None, *, bulk: bool
+        self,
+        pid: int,
+        address: int,
+        pages: int,
+        into: memoryview | None,
+        read: _Read | None = None,
     ) -> None:
         self.pid = pid
         self.address = address
         self.pages = pages
         self.into = into
-        self.bulk = bulk
-        self.sent = 0.0  # when, of bulk
-        #: Who waits for it, and which of its bytes they want; None: for its end.
+        self.read = read  # that it is a piece of; None: somebody waits for it at a fault
+        self.sent = 0.0  # when
+        #: Who waits for it besides, and which of its bytes they want; None: all.
         self.waiters: list[tuple[asyncio.Future[Buffer], tuple[int, int] | None]] = []
 
     @property
     def wanted(self) -> bool:
         """Whether anybody still waits for it."""
+        if self.read is not None and not self.read.whole.done():
+            return True
         return any(not future.done() for future, _ in self.waiters)
 
     def covers(self, pid: int, address: int, pages: int) -> bool:
@@ -105,6 +122,11 @@ class _Ask:
 
     def succeed(self, data: Buffer) -> None:
         """Give everybody what they wait for."""
+        read = self.read
+        if read is not None:
+            read.left -= 1
+            if not read.left and not read.whole.done():
+                read.whole.set_result(None)
         for future, part in self.waiters:
             if not future.done():
                 # A part is copied: the whole may be in a buffer of somebody else's.
@@ -112,6 +134,8 @@ class _Ask:
 
     def fail(self, error: Exception) -> None:
         """Tell everybody that it does not come."""
+        if self.read is not None and not self.read.whole.done():
+            self.read.whole.set_exception(error)
         for future, _ in self.waiters:
             if not future.done():
                 future.set_exception(error)
@@ -311,7 +335,7 @@ class PageClient:
                     sent.waiters.append((future, (start, start + pages * PAGE_SIZE)))
                     return await future
             into = None if pages == 1 else memoryview(bytearray(pages * PAGE_SIZE))
-            ask = _Ask(pid, address, pages, into, bulk=False)
+            ask = _Ask(pid, address, pages, into)
             ask.waiters.append((future, None))
             self._demand.append(ask)
             self._send_what_may_be()
@@ -334,24 +358,14 @@ class PageClient:
 
     async def _read_bulk(self, pid: int, address: int, view: memoryview) -> None:
         """Cut a read into pieces, and wait for them all."""
-        step = max(align_down(min(self._piece_bytes, max(self._flow.step, _SLOWEST))), PAGE_SIZE)
-        pieces: list[asyncio.Future[Buffer]] = []
+        step = align_down(min(self._piece_bytes, max(self._flow.step, _SLOWEST))) or PAGE_SIZE
+        read = _Read(self._loop.create_future(), 0)
         for start in range(0, len(view), step):
             into = view[start : start + step]
-            ask = _Ask(pid, address + start, len(into) // PAGE_SIZE, into, bulk=True)
-            piece: asyncio.Future[Buffer] = self._loop.create_future()
-            ask.waiters.append((piece, None))
-            pieces.append(piece)
-            self._bulk.append(ask)
+            self._bulk.append(_Ask(pid, address + start, len(into) // PAGE_SIZE, into, read))
+            read.left += 1
         self._send_what_may_be()
-        try:
-            for piece in pieces:
-                await piece
-        finally:
-            for piece in pieces:
-                piece.cancel()
-                if piece.done() and not piece.cancelled():
-                    piece.exception()  # one error is enough
+        await read.whole
 
     def _check(self) -> None:
         if self._error:
@@ -361,10 +375,16 @@ class PageClient:
 
     def _send_what_may_be(self) -> None:
         """Ask for all that is demanded, and for as much of the rest as may be on its way."""
+        requests: list[bytes] = []
         while self._demand:
-            self._send(self._demand.popleft())
-        while self._bulk and (not self._bulk_sent or self._bulk_sent < self._window):
-            self._send(self._bulk.popleft())
+            self._send(self._demand.popleft(), requests)
+        window = self._window
+        while self._bulk and (not self._bulk_sent or self._bulk_sent < window):
+            self._send(self._bulk.popleft(), requests)
+        if requests:
+            assert self._link.transport is not None  # noqa: S101 - connected
+            self._link.transport.write(b"".join(requests))
+            self._keep_watch()
         if self._idle is not None and not self._sent and not self._idle.done():
             self._idle.set_result(None)
 
@@ -373,20 +393,19 @@ class PageClient:
         """Bytes of bulk that may be on their way."""
         return min(max(self._flow.window, _SLOWEST), self._bulk_bytes)
 
-    def _send(self, ask: _Ask) -> None:
-        transport, puller = self._link.transport, self._puller
-        if not ask.wanted or transport is None or puller is None:
+    def _send(self, ask: _Ask, requests: list[bytes]) -> None:
+        puller = self._puller
+        if not ask.wanted or self._link.transport is None or puller is None:
             return
         if not self._tls and not puller.guarded:
             self._guard(ask.pid, ask.address)
-        if ask.bulk:
+        ask.sent = self._loop.time()
+        if ask.read is not None:
             self._bulk_sent += ask.pages * PAGE_SIZE
-            ask.sent = self._loop.time()
         if not self._sent:
-            self._heard = self._loop.time()  # before it was asked, it owed nothing
+            self._heard = ask.sent  # before it was asked, it owed nothing
         self._sent.append(ask)
-        transport.write(puller.get(ask.pid, ask.address, ask.pages, ask.into))
-        self._keep_watch()
+        requests.append(puller.get(ask.pid, ask.address, ask.pages, ask.into))
 
     def _guard(self, pid: int, address: int) -> None:
         assert self._link.transport is not None  # noqa: S101 - connected
@@ -433,7 +452,7 @@ class PageClient:
         length = memoryview(answer.data).nbytes
         self.answered += 1
         self.answered_bytes += length
-        if ask.bulk:
+        if ask.read is not None:
             self._bulk_sent -= ask.pages * PAGE_SIZE
             self._flow.note(length, ask.sent, self._heard)
         if length == ask.pages * PAGE_SIZE:
@@ -451,22 +470,29 @@ class PageClient:
             ask.address + length,
             ask.pages - length // PAGE_SIZE,
             ask.into[length:],
-            bulk=ask.bulk,
+            ask.read,
         )
-        whole = ask.into
+        if ask.waiters:
+            self._let_wait(ask, rest)
+        (self._bulk if ask.read is not None else self._demand).appendleft(rest)
+
+    def _let_wait(self, ask: _Ask, rest: _Ask) -> None:
+        """Let those who wait for a part of a request, or all of it, wait for its rest."""
         done: asyncio.Future[Buffer] = self._loop.create_future()
         rest.waiters.append((done, None))
+        waiting = _Ask(ask.pid, ask.address, ask.pages, ask.into)
+        waiting.waiters = ask.waiters
 
         def ended(_: asyncio.Future[Buffer]) -> None:
             error = None if done.cancelled() else done.exception()
             if error is None:
-                ask.succeed(whole)
+                assert waiting.into is not None  # noqa: S101 - as above
+                waiting.succeed(waiting.into)
             else:
                 assert isinstance(error, Exception)  # noqa: S101 - ours
-                ask.fail(error)
+                waiting.fail(error)
 
         done.add_done_callback(ended)
-        (self._bulk if ask.bulk else self._demand).appendleft(rest)
 
     # --- silence and the end -------------------------------------------------------------
 
