@@ -121,6 +121,13 @@ MUTATIONS: Final = (
     ),
     Mutation(
         6,
+        "a piece is filled at once although something was removed",
+        "region.py",
+        "            space.removed\n            or (filled",
+        "            (filled",
+    ),
+    Mutation(
+        6,
         "a long answer brings removed pages back",
         "resolver.py",
         "region.fillable(where)",
