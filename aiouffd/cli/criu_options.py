@@ -20,7 +20,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Final, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO, TypeAlias
 
 from ..errors import UffdError
 from . import statuses
@@ -259,7 +259,9 @@ def run_server(args: argparse.Namespace, serve: Serve) -> int:
         stack.callback(readiness.close)
         log: TextIO = sys.stderr
         if log_file is not None:
-            log = stack.enter_context(open(log_file, "w", encoding="utf-8"))
+            # With what a keeper gave back we go on with the work of one that has died.
+            how: Literal["a", "w"] = "a" if _listen_fds() else "w"
+            log = stack.enter_context(open(log_file, how, encoding="utf-8"))
         diagnostics = stack.enter_context(Lines(log))
         out = diagnostics if args.daemon else stack.enter_context(Lines(sys.stdout))
         stack.enter_context(logging_to(diagnostics, as_json=args.json, level=log_level(args)))

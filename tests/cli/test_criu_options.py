@@ -176,6 +176,26 @@ def test_a_descriptor_that_a_keeper_gave_back_is_not_written_to(tmp_path: Path) 
 
 
 @pytest.mark.child
+@pytest.mark.parametrize("given_back", [0, 1])
+def test_a_log_is_gone_on_with_after_a_crash(tmp_path: Path, given_back: int) -> None:
+    """What the one has said that died is what one looks for; a new one's log is its own."""
+    (tmp_path / "log").write_text("it died\n")
+    script = f'export LISTEN_FDS={given_back} LISTEN_PID=$$; exec "$@" 3</dev/null'
+    command = ("sh", "-c", script, "-", sys.executable, "-c", SERVER)
+    done = subprocess.run(
+        [*command, "-D", tmp_path, "-o", "log", "--fail", "late"],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert ("it died" in lines) == bool(given_back)
+    assert "it broke" in lines[-1]
+
+
+@pytest.mark.child
 def test_what_cannot_be_told_is_said_first(tmp_path: Path) -> None:
     """Before anything is served."""
     (tmp_path / "pid").write_text("1")
