@@ -157,7 +157,8 @@ class Server:
             any_directory: See Listener.bind.
             senders: Let ``receive`` know which process sends what (Connection.receive_from).  Who
                 has connected may have exited by then, and is None where it cannot be held.
-            listen: Set to False to serve only what the store gives back.
+            listen: Set to False to serve only what the store gives back; of a stored listening
+                socket, who has connected before.
             store: Keeps what sessions need to outlive this process, and gives back those that
                 have; stays the caller's to close, after the server.
             report: Told of every session's start and end, and of every refusal.
@@ -250,6 +251,9 @@ class Server:
         await self._sources.try_it()
         self._take_over()
         if not self._listen:
+            # A process before us may have died while it listened.
+            self._listener = self._passed or self._take_listener()
+            self._stop_listening()
             return
         self._listener = (
             self._passed
@@ -393,7 +397,8 @@ class Server:
                 await self._run_session(session)
         except (UffdError, OSError) as error:
             group.trouble = group.trouble or str(error)
-            self._refuse(who, f"is not served on: {group.trouble}")
+            part = manifest.part if manifest is not None else ""
+            self._refuse(who, f"is not served on: {group.trouble}", part)
             if await fail_closed(group):
                 with contextlib.suppress(StoreError):
                     self._store.remove(group.name)

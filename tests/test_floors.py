@@ -60,7 +60,7 @@ FLOORS = {
         cli.control_client cli.sessions cli.top cli.complete cli.snapshot cli.drain
         cli.output cli.orders cli.report_fields cli.diagnostics
         cli.operating cli.operation
-        cli.store_options cli.export cli.criu_options
+        cli.restore_count cli.store_options cli.export cli.criu_options
         cli.progress cli.jobs cli.image
         protocols.criu.survey protocols.criu.plot protocols.criu.strip
         cli.criu cli.criu_show cli.criu_strip

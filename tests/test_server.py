@@ -19,21 +19,23 @@ from typing import Any, Final
 
 import pytest
 
-from aiouffd.errors import SourceError
+from aiouffd.errors import PeerError, SourceError
 from aiouffd.failure import Action, FailurePolicy
+from aiouffd.fd_store import FdStore
 from aiouffd.fds import OwnedFd
 from aiouffd.handover import Handover
 from aiouffd.protocols import firecracker
 from aiouffd.reports import Ended, FirstPage, Refused, Report, Resident, Started
-from aiouffd.server import Server
+from aiouffd.server import LISTENER, Server
 from aiouffd.service import Service
 from aiouffd.session_states import State
 from aiouffd.sources import Source
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.testing.sources import image
-from aiouffd.unix_socket import Connection
+from aiouffd.unix_socket import Connection, Listener
 from tests.stand_in_vmm import HUGE, PAGE, ROOT, StandInVmm, eventually
+from tests.test_protection import Manager
 
 SIZE: Final = 64 * PAGE
 
@@ -850,3 +852,46 @@ async def test_a_system_call_that_times_out_is_told(tmp_path: Path) -> None:
     (refused,) = reports
     assert isinstance(refused, Refused)
     assert refused.reason == f"[Errno {errno.ETIMEDOUT}] Connection timed out"
+
+
+async def test_who_had_connected_is_heard_by_a_server_that_does_not_listen(tmp_path: Path) -> None:
+    """A stored listening socket is closed, in the store and in the file system."""
+    heard: list[bytes] = []
+
+    async def receive(connection: Connection) -> Handover:
+        data, _ = await connection.receive()
+        heard.append(data)
+        raise PeerError("that is all")
+
+    with contextlib.closing(Manager(tmp_path / "notify")) as manager:
+        path = tmp_path / "s"
+        listener = Listener.bind(path)
+        device, inode = listener.identity or (0, 0)
+        name = f"{LISTENER}{device:x}-{inode:x}"
+        manager.store.put(name, [listener.fileno()])
+        taken = [(name, OwnedFd(os.dup(listener.fileno())))]
+        listener._identity = None  # its server dies, and leaves the name
+        listener.close()
+        before = len(os.listdir("/proc/self/fd"))
+        with (
+            socket.socket(socket.AF_UNIX) as peer,
+            FdStore(str(tmp_path / "notify"), 10, taken) as store,
+        ):
+            peer.connect(str(path))
+            peer.send(b"I was here")
+            refused: list[Report] = []
+            server = Server(
+                path,
+                receive,
+                lambda: BufferSource(image(1)),
+                listen=False,
+                store=store,
+                report=refused.append,
+            )
+            async with server:
+                assert server.draining
+                assert not path.exists()
+                assert name not in manager.listen()
+                await eventually(lambda: refused, "it is heard")
+            assert heard == [b"I was here"]
+        assert len(os.listdir("/proc/self/fd")) == before - 1

@@ -56,14 +56,20 @@ from .criu_options import (
 from .orders import Orders
 from .progress import counted
 from .report_fields import fields_of
+from .restore_count import RestoreCount
 from .store_options import add_store_options, not_stored, open_store
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from ..fd_store import FdStore
+    from ..handover import Handover
     from ..protocols.criu.page_client import PageClient
     from ..protocols.criu.task_memory import TaskMemory
+    from ..unix_socket import Connection
     from .output import Lines
 
+    Handovers = AsyncGenerator[Handover, None]
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 _POLICIES: Final = {action.value: action for action in (Action.POISON, Action.KILL, Action.ZERO)}
@@ -229,11 +235,10 @@ class _Daemon:
         self._path = os.path.join(work_directory(args), NAME)
         self._orders = Orders()
         self._manager = ServiceManager()
-        self._finished = 0  # restores
-        self._failed = 0
         self._refused = 0
         self._through = asyncio.Event()  # with its restores
         self._completing: set[asyncio.Task[None]] = set()
+        self._count: RestoreCount
         self._server: Server
 
     async def run(self) -> int:
@@ -246,6 +251,9 @@ class _Daemon:
             store = open_store(args, taken)
             if store is not None:
                 stack.enter_context(store)
+            self._count = RestoreCount(store)
+            stack.callback(self._count.close)
+            self._refused = self._count.failed
             checkpoint = await stack.enter_async_context(await open_checkpoint(self._args))
             client = await self._connect(checkpoint)
             if client is None:
@@ -255,6 +263,7 @@ class _Daemon:
             status = await self._serve(checkpoint, client, store)
             if client is not None and status == statuses.DONE:
                 await client.finish()  # a live dump ends its processes then, not before
+            self._count.forget()
             return status
 
     async def _connect(self, checkpoint: Checkpoint) -> PageClient | None:
@@ -282,19 +291,17 @@ class _Daemon:
     ) -> int:
         args, orders = self._args, self._orders
         accounts = [Reads("pages")] if operation.wanted(args) else []
-        if _has_sessions(store) and args.restores == 1 and not args.keep_serving:
-            orders.drain()  # they are of the one restore; what is left of it has lost its daemon
         restores = Restores(checkpoint, client)
         server = self._server = Server(
             self._path,
-            restores.receive,
+            self._counted(restores.receive),
             restores if not accounts else _Measured(restores, accounts[0]),
             service=self._service(checkpoint),
             handshake_timeout=None,
             replace=args.replace,
             any_directory=args.any_directory,
             senders=True,
-            listen=not _is_draining(store),
+            listen=not (self._is_through() or _is_draining(store)),
             store=store,
             report=self._report,
         )
@@ -325,12 +332,12 @@ class _Daemon:
         self._tell(
             {
                 "event": "stopped",
-                "restores": self._finished,
-                "failed_restores": self._failed,
+                "restores": self._count.finished,
+                "failed_restores": self._count.failed + self._count.lost,
                 "served": server.served,
                 "failed": server.failed,
             },
-            f"stopped: {counted(self._finished, 'restore', 'restores')},"
+            f"stopped: {counted(self._count.finished, 'restore', 'restores')},"
             f" {_processes(server.served)} served,"
             f" {server.failed} of them with failures",
         )
@@ -379,17 +386,42 @@ class _Daemon:
         if isinstance(what, Started | TakenOver) and self._orders.draining.is_set():
             self._complete(what.session)
         elif isinstance(what, HandedOver):
-            self._finished += 1
+            self._count.finish()
         elif isinstance(what, Refused):
             self._refused += 1
-            self._failed += not what.part
-        if not self._args.keep_serving and self._finished + self._failed >= self._args.restores:
+            if not what.part:
+                self._count.fail()
+        if self._is_through():
             self._through.set()
+
+    def _is_through(self) -> bool:
+        """Say whether there were as many restores as there are to be."""
+        return not self._args.keep_serving and self._count.over >= self._args.restores
+
+    def _counted(
+        self, receive: Callable[[Connection], Handovers]
+    ) -> Callable[[Connection], Handovers]:
+        """Count the restores that are under way."""
+
+        async def receive_and_count(connection: Connection) -> Handovers:
+            begun = False
+            async with contextlib.aclosing(receive(connection)) as received:
+                try:
+                    async for handover in received:
+                        if not begun:
+                            self._count.begin()
+                            begun = True
+                        yield handover
+                finally:
+                    if begun:
+                        self._count.end()
+
+        return receive_and_count
 
     async def _run_until_told(self) -> bool:
         """Serve to the end; give whether living processes were closed by a second signal."""
         server, orders = self._server, self._orders
-        if server.draining:  # a daemon before this one was through with its restores
+        if server.draining:  # a daemon before this one was through, or told to end
             self._through.set()
         told = asyncio.ensure_future(orders.draining.wait())
         through = asyncio.ensure_future(self._through.wait())
@@ -423,7 +455,7 @@ class _Daemon:
         await asyncio.wait((running, lost), return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
             living = len(self._server.sessions)
-            self._failed += 1
+            self._count.fail()
             self._refused += 1
             self._tell(
                 {"event": "lost", "reason": lost.result(), "sessions": living},
@@ -501,7 +533,7 @@ def _has_sessions(store: FdStore | None) -> bool:
 
 
 def _is_draining(store: FdStore | None) -> bool:
-    """Say whether a daemon before this one was through with its restores, and died."""
+    """Say whether a daemon before this one was through with its restores, or drained, and died."""
     return (
         store is not None
         and _has_sessions(store)

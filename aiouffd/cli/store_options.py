@@ -14,6 +14,7 @@ from ..fd_store import FdStore
 from ..fds import OwnedFd
 from ..protection import PREFIX
 from ..server import LISTENER
+from . import restore_count
 
 
 def add_store_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_store_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _is_stored(name: str) -> bool:
-    return name.startswith((PREFIX, LISTENER))
+    return name.startswith((PREFIX, LISTENER)) or name == restore_count.NAME
 
 
 def not_stored(taken: Sequence[tuple[str, OwnedFd]]) -> list[tuple[str, OwnedFd]]:

@@ -60,6 +60,11 @@ class Daemon:
         assert fields["event"] == name, fields
         return fields
 
+    def kill(self) -> None:
+        """Kill the daemon that a keeper runs."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        os.kill(int(children.read_text()), signal.SIGKILL)
+
     async def end(self) -> int:
         """Wait for its exit status."""
         async with asyncio.timeout(DEADLINE):
@@ -73,10 +78,15 @@ class Daemon:
 
 @contextlib.asynccontextmanager
 async def lazy_pages(
-    images: Path, *options: object, listens: bool = True, work: Path | None = None
+    images: Path,
+    *options: object,
+    listens: bool = True,
+    work: Path | None = None,
+    keep: bool = False,
 ) -> AsyncIterator[Daemon]:
     """Run the command, until it listens."""
     process = await asyncio.create_subprocess_exec(
+        *((sys.executable, "-m", "aiouffd", "keep", "--") if keep else ()),
         *(sys.executable, "-m", "aiouffd", "criu", "lazy-pages", "-D", os.fspath(images)),
         *(() if work is None else ("-W", os.fspath(work))),
         *map(str, options),
@@ -241,6 +251,48 @@ async def test_several_restores(tmp_path: Path, options: tuple[object, ...]) -> 
             assert (await daemon.event("stopped"))["restores"] == 2
             assert await daemon.end() == 0
         assert await holds_all(target)
+
+
+async def test_restores_are_counted_over_crashes(tmp_path: Path) -> None:
+    """One that was under way has failed by that; the log tells of all lives."""
+    with task() as one, task() as two:
+        images = checkpoint_of(tmp_path / "c", one, two)
+        options = ("--restores", 3, "--no-push", "-o", "log", "-v3")
+        async with lazy_pages(images, *options, keep=True) as daemon:
+            with Restorer(daemon.path) as restore:
+                restore.hand_over(one)
+                restore.finish()
+            await daemon.event("started")
+            await daemon.event("handed_over")
+            with Restorer(daemon.path) as cut:
+                cut.hand_over(two)
+                await daemon.event("started")
+                daemon.kill()
+            two.kill()
+            await daemon.event("listening")
+            for _ in range(2):
+                await daemon.event("taken_over")
+            assert (await daemon.event("ended"))["outcome"] == "target exited"
+            assert await one.start_peek(one.at(3)) == page_of(one.pid, 3) & 255
+            daemon.kill()
+            await daemon.event("listening")
+            await daemon.event("taken_over")
+            with Restorer(daemon.path) as last:
+                last.finish()
+            await daemon.event("handed_over")
+            await until(lambda: not daemon.path.exists(), "no further restore is waited for")
+            daemon.kill()
+            await daemon.event("listening")
+            await daemon.event("taken_over")
+            assert not daemon.path.exists()
+            assert await one.start_peek(one.at(5)) == page_of(one.pid, 5) & 255
+            one.kill()
+            await daemon.event("ended")
+            stopped = await daemon.event("stopped")
+            assert (stopped["restores"], stopped["failed_restores"]) == (2, 1)
+            assert await daemon.end() == 0
+        log = (images / "log").read_text()
+        assert log.count("were under way when the daemon before this one died: 1") == 1
 
 
 def renew(target: Target) -> None:
