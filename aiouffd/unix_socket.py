@@ -11,6 +11,8 @@ Laws of this file:
   name with a rename: there is no moment with other rights or without a listener.
 * Only the server's own socket is unlinked: a newer server's on the same path stays, and so
   does one that the service manager made.
+* A message whose descriptors find no room is left in the socket until there is some: the last
+  copy of a userfaultfd may be in it, and lost its memory would read zeros.
 * Leave the loop, then close: descriptor numbers are reused at once.
 
 A stream socket keeps no message borders.  A descriptor comes with the read that covers the
@@ -24,9 +26,11 @@ import array
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
@@ -35,9 +39,17 @@ from .errors import ClosedError, PeerError
 from .fds import OwnedFd
 from .kernel.abi import SCM_PIDFD, SO_PASSPIDFD
 
+log: Final = logging.getLogger("aiouffd.server")
+
 #: Descriptors that one read can bring; a sender of more is refused (the kernel drops the rest).
 MAX_FDS: Final = 16
 
+_SHORTAGE_PAUSE: Final = 0.1  # seconds until a message is looked at again
+_SHORTAGES: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_SHORT: Final = (
+    "this process has no descriptor left for what a peer hands over; raise its limit (ulimit -n,"
+    " LimitNOFILE=)"
+)
 _QUEUE_FULL_PAUSE: Final = 0.005  # seconds between tries to connect
 _FD_BYTES: Final = array.array("i").itemsize
 _CONTROL_BYTES: Final = socket.CMSG_SPACE(MAX_FDS * _FD_BYTES)
@@ -88,6 +100,8 @@ class Connection:
     async def receive(self, limit: int = 65536) -> tuple[bytes, list[OwnedFd]]:
         """Receive what has come, with the descriptors that came with it.
 
+        If this process has no room for them they are waited for.
+
         Args:
             limit: At most so many bytes.
 
@@ -96,7 +110,7 @@ class Connection:
             owns the descriptors.
 
         Raises:
-            PeerError: More than MAX_FDS descriptors came at once, or ours ran out.
+            PeerError: More than MAX_FDS descriptors came at once.
             ClosedError: ``close`` was called meanwhile.
 
         Cancellation: nothing is lost; what comes is there for the next call.
@@ -129,10 +143,22 @@ class Connection:
     async def _receive(
         self, limit: int, control_bytes: int
     ) -> tuple[bytes, list[OwnedFd], OwnedFd | None]:
+        warned = False
         while True:
             try:
+                # A look first: what finds no free number in this process the kernel throws away.
+                there, missing = self._look(limit, control_bytes)
+                if missing and not _are_free(missing):
+                    if not warned:
+                        log.warning(_SHORT)
+                        warned = True
+                    await asyncio.sleep(_SHORTAGE_PAUSE)
+                    if self._socket.fileno() < 0:
+                        raise ClosedError("this connection is closed")
+                    continue
+                # No more than that: what has come since may bring more descriptors.
                 data, control, flags, _ = self._socket.recvmsg(
-                    limit, control_bytes, socket.MSG_CMSG_CLOEXEC
+                    there, control_bytes, socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
                 await self._wait("reader")
@@ -145,10 +171,29 @@ class Connection:
                 for fd in (*fds, *senders):
                     fd.close()
                 raise PeerError(
-                    f"sent more than {MAX_FDS} descriptors at once,"
-                    " or this process has no free descriptor left"
+                    f"sent more than {MAX_FDS} descriptors at once"
+                    if len(fds) >= MAX_FDS
+                    else "sent descriptors that this process may not have, or has no room for"
+                    " (ulimit -n, LimitNOFILE=)"
                 )
             return data, fds, senders[0] if senders else None
+
+    def _look(self, limit: int, control_bytes: int) -> tuple[int, int]:
+        """Look at what the next read would bring, without taking it.
+
+        Returns:
+            How many bytes; and, if descriptors were missing, how many free numbers it takes.
+        """
+        data, control, flags, _ = self._socket.recvmsg(
+            limit, control_bytes, socket.MSG_CMSG_CLOEXEC | socket.MSG_PEEK
+        )
+        fds = _descriptors(control, socket.SCM_RIGHTS) + _descriptors(control, SCM_PIDFD)
+        for fd in fds:
+            fd.close()
+        cut = flags & socket.MSG_CTRUNC and len(fds) < MAX_FDS
+        if cut or _has_no_sender_for_want_of_room(control):
+            return len(data), len(fds) + 2  # another one, and the sender's
+        return len(data), 0
 
     async def send(self, data: bytes, fds: Sequence[OwnedFd | int] = ()) -> None:
         """Send bytes, and descriptors with the first of them.
@@ -236,6 +281,29 @@ def _descriptors(control: Sequence[tuple[int, int, bytes]], wanted: int) -> list
             # A sender that has been reaped has no pidfd: the kernel puts minus an errno there.
             fds.extend(OwnedFd(number) for number in numbers if number >= 0)
     return fds
+
+
+def _has_no_sender_for_want_of_room(control: Sequence[tuple[int, int, bytes]]) -> bool:
+    """Say whether the kernel had no descriptor to hold the sender by."""
+    return any(
+        level == socket.SOL_SOCKET
+        and kind == SCM_PIDFD
+        and -int.from_bytes(data, sys.byteorder, signed=True) in _SHORTAGES
+        for level, kind, data in control
+    )
+
+
+def _are_free(count: int) -> bool:
+    """Say whether this process can have so many more descriptors."""
+    with contextlib.ExitStack() as stack:
+        try:
+            first = os.eventfd(0, os.EFD_CLOEXEC)
+            stack.callback(os.close, first)
+            for _ in range(count - 1):
+                stack.callback(os.close, os.dup(first))
+        except OSError:
+            return False
+    return True
 
 
 class Listener:

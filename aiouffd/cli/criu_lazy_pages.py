@@ -218,6 +218,7 @@ def run(args: argparse.Namespace) -> int:
     async def serve(out: Lines, ready: Callable[[], None]) -> int:
         return await _Daemon(args, out, ready).run()
 
+    operation.raise_descriptor_limit()  # a tree may be of any size
     gc.freeze()  # what was imported lives to the end: to look at it again and again takes time
     try:
         return run_server(args, serve)

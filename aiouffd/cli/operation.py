@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 PASSED: Final = "fd:"
 
 
+def raise_descriptor_limit() -> None:
+    """Allow as many descriptors as we may: a session takes five, and 1,024 is a usual limit."""
+    import resource  # not on every system: importing this module must not fail there
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_control_options(parser)

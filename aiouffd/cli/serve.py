@@ -153,7 +153,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM; give the exit status."""
-    _raise_descriptor_limit()
+    operation.raise_descriptor_limit()
     taken = take_listen_fds()
     store = open_store(args, taken)
     path: str | Listener = args.socket
@@ -169,15 +169,6 @@ def run(args: argparse.Namespace) -> int:
         logging_to(diagnostics, as_json=args.json, level=args.log_level),
     ):
         return asyncio.run(_open_and_serve(args, path, out, store))
-
-
-def _raise_descriptor_limit() -> None:
-    """Allow as many descriptors as we may: a session takes five, and 1,024 is a usual limit."""
-    import resource  # not on every system: importing this module must not fail there
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _open_and_serve(

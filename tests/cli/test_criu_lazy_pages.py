@@ -10,6 +10,7 @@ import contextlib
 import json
 import mmap
 import os
+import resource
 import signal
 import socket
 import sys
@@ -172,6 +173,20 @@ async def test_no_push_until_it_is_told_to_end(tmp_path: Path) -> None:
             await daemon.event("stopped")
             assert await daemon.end() == 0
         assert await holds_all(target)
+
+
+async def test_it_may_have_as_many_descriptors_as_there_are(tmp_path: Path) -> None:
+    """A tree of processes takes more than are usual."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with task() as target:
+        images = checkpoint_of(tmp_path / "c", target)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, soft, 512), hard))
+        try:
+            async with lazy_pages(images) as daemon:
+                limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert limits == (hard, hard)
 
 
 async def test_targets_that_go_end_it(tmp_path: Path) -> None:

@@ -352,9 +352,11 @@ async def test_hostile_tasks_leave_nothing(tmp_path: Path, count: int | None, re
                 target.kill()
 
 
-async def test_a_task_waits_for_descriptors_to_look_at_it(tmp_path: Path) -> None:
-    """Enough for what it sends and no more: it is served later, and nothing reads zero."""
-    free = 2
+@pytest.mark.parametrize("free", [0, 1, 2])
+async def test_a_task_waits_for_descriptors(
+    tmp_path: Path, free: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None or too few for what it sends, or to look at it: it is served later, and all of it."""
     with task() as target:
         images = checkpoint_of(tmp_path / "c", target)
         async with daemon(images, tmp_path / "s", service=QUIET) as running:
@@ -379,7 +381,10 @@ async def test_a_task_waits_for_descriptors_to_look_at_it(tmp_path: Path) -> Non
                     for fd in holes:
                         os.close(fd)
             await until(running.finished, "the restore is finished")
+            assert running.sessions()[0].peer is not None
             assert await words(target) == expected(target)
+    assert len(caplog.records) == 1
+    assert ("raise its limit (ulimit -n, LimitNOFILE=)" in caplog.text) == (free < 2)
 
 
 async def test_dead_tasks_without_end_are_refused_at_once(tmp_path: Path) -> None:
