@@ -146,6 +146,33 @@ def test_a_daemon_killed_under_load_loses_nothing(stage: Stage, kind: str, seed:
     keeper.wait()
 
 
+@pytest.mark.parametrize("kind", ["pages", "tree"])
+def test_a_restore_waits_in_the_socket_of_a_daemon_that_dies(
+    stage: Stage, kind: str, seed: int
+) -> None:
+    """With all that it has handed over; the next daemon hears of it first, and serves it."""
+    target = stage.pages(8, seed=seed) if kind == "pages" else stage.tree(seed=seed)
+    images = stage.dump(target)
+    keeper = stage.our_lazy_pages(images, keep=True)
+    pid = child_of(keeper.pid)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        restored = stage.restore(
+            images, go=f"random {seed} 1" if kind == "pages" else f"{seed} 9 1"
+        )
+        log = restored.running.also
+        assert log is not None
+        stage.until(
+            lambda: log.exists() and "lazy-pages: closing uffd" in log.read_text(errors="replace"),
+            "a task is handed over",
+        )
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    result = restored.wait().result()
+    assert result["right"], f"{result}\n{keeper.text()}"
+    keeper.wait()
+
+
 def test_without_a_keeper_a_killed_daemon_leaves_zeros(stage: Stage) -> None:
     """The control: this is what the keeper is for."""
     images = stage.dump(stage.pages(8))
