@@ -56,7 +56,9 @@ MOST_BYTES: Final = 4 << 20  #: the longest step of hydration
 _QUIET_PIECE_BYTES: Final = 2 << 20  # the longest piece of a fill, after a long quiet
 _REPLAY_BYTES: Final = 512 << 10  # the longest read of a replay
 _READ_SECONDS: Final = 0.0003  # that a read costs us, however short it is
-_AT_HAND_BYTES: Final = 256 << 10  # read at once on the loop: stays in the processor's cache
+_AT_HAND_BYTES: Final = 512 << 10  # read at once on the loop: stays in the processor's cache
+_QUIET_STEPS: Final = 32  # without a fault, and what is at hand is read in threads all the same
+_TURN_BYTES: Final = 256 << 10  # of small parts, between two turns of the loop
 _LOOKED_AT_TOGETHER: Final = 1024 * GRANULE  # for what was filled meanwhile
 _CALL_BYTES: Final = 16 << 10  # that could be installed in the time that one more call takes
 _SLOW_SHARE: Final = 0.2  # of the time that SLOW works
@@ -140,9 +142,10 @@ class Prefetch:
         self._filling = asyncio.Lock()
         self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
         self._flow = Flow()
+        self._at_hand = False  # the source had what it was last asked for so
         self._unbroken = 0  # bytes, or as good as that, since the loop has turned
         self._step = 0  # bytes
-        self._quiet = 0  # steps since the last fault
+        self._quiet = _QUIET_STEPS  # steps since the last fault
         self._faults = 0  # of the pager, by then
 
     async def run(
@@ -341,7 +344,9 @@ class Prefetch:
         """
         piece = PIECE_BYTES
         if self._pager.counters.faults == self._faults:
-            piece = max(PIECE_BYTES, min(self._quiet * STEP_BYTES // 2, _QUIET_PIECE_BYTES))
+            piece = max(
+                PIECE_BYTES, min(self._step // 2, self._quiet * STEP_BYTES, _QUIET_PIECE_BYTES)
+            )
         return max(align_down(piece, page_size), page_size)
 
     # --- bringing ----------------------------------------------------------------------
@@ -411,8 +416,7 @@ class Prefetch:
                 await between_pieces()
                 continue
             rest: Stretch | None = stretch
-            longest = max(size for _, size in stretch.parts)
-            if longest <= max(_AT_HAND_BYTES, stretch.region.page_size):
+            if self._is_worth_a_look(stretch):
                 rest = await self._bring_at_hand(stretch, count, strict=strict)
             if rest is not None:
                 if self._is_wanted(rest.region, rest.offset, rest.length):
@@ -420,6 +424,17 @@ class Prefetch:
                 await self._breathe(0)
             self._set_step()
         return None
+
+    def _is_worth_a_look(self, stretch: Stretch) -> bool:
+        """Say whether a stretch is first looked for at hand, without a thread.
+
+        A thread that copies takes its processor time from who waits for the pages; when nobody
+        does, long reads in threads and long fills beside them are quicker.
+        """
+        longest = max(size for _, size in stretch.parts)
+        if longest <= max(_AT_HAND_BYTES, stretch.region.page_size):
+            return True
+        return self._at_hand and self._quiet < _QUIET_STEPS
 
     async def _bring_slowly(self, plan: Plan, count: _Count) -> None:
         """Bring one stretch after the other, with pauses, and only while no fault is in flight."""
@@ -472,7 +487,7 @@ class Prefetch:
     async def _breathe(self, done: int) -> None:
         """Serve the faults that have come if so much was done since the last time."""
         self._unbroken += done + _CALL_BYTES
-        if self._unbroken >= _AT_HAND_BYTES:
+        if self._unbroken >= _TURN_BYTES:
             self._unbroken = 0
             await between_pieces()
 
@@ -501,6 +516,7 @@ class Prefetch:
         inside = min(length, self._source.size - offset)
         began = time.monotonic()
         data = self._source.read_nowait(offset, inside)
+        self._at_hand = data is not None
         if data is None:
             return None
         self._flow.note(inside, began, time.monotonic())
