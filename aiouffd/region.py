@@ -293,14 +293,9 @@ class Region:
         Returns:
             Bytes installed; less than all is nobody's answer yet.
         """
-        pager = self._pager
-        space, filled = pager.space, self.filled_for_good
-        if (
-            space.removed
-            or (filled is not None and not filled.has_none(offset, length))
-            or not space.lies_at(self, offset, length, hint)
-        ):
+        if not self.is_untouched(offset, length, hint):
             return 0
+        pager = self._pager
         done = calls.copy(pager.uffd.fileno(), offset + hint, source + offset, length, mode)
         if done <= 0:
             return 0
@@ -308,6 +303,21 @@ class Region:
         if self.filled is not None:
             self.filled.add_range(offset, done)
         return done
+
+    def is_untouched(self, offset: int, length: int, hint: int) -> bool:
+        """Say whether a stretch lies where it did at first, and was neither removed nor filled.
+
+        Args:
+            offset: In the source, in bytes.
+            length: In bytes.
+            hint: Address minus offset, where it did lie.
+        """
+        space, filled = self._pager.space, self.filled_for_good
+        return (
+            not space.removed
+            and (filled is None or filled.has_none(offset, length))
+            and space.lies_at(self, offset, length, hint)
+        )
 
     def fillable(self, where: Range) -> Iterable[Range]:
         """Give the parts of a placed range that may be filled ahead of demand.

@@ -215,23 +215,34 @@ class Resolver:
         """
         space, size = self._dispatcher.space, flight.fault.length
         delta = flight.fault.offset - flight.fault.address
+        region = flight.region
+        if region is None or not part.length:
+            return True
 
         def fill(start: int, length: int) -> int:
             return perform(self._dispatcher.fd, resolution, whole.start, start, length, size)
 
+        offset = part.start + delta
+        if region.is_untouched(offset, part.length, -delta):  # as it is nearly always
+            done = fill(part.start, part.length)
+            self._note_filled(region, resolution, offset, done)
+            if done == part.length:
+                return True
         for where, placement in space.placements.overlapping(part):
-            region = placement.region
-            if region is not flight.region or placement.delta != delta:
+            if placement.region is not region or placement.delta != delta:
                 continue
             for run in region.fillable(where):
                 walk = Walk(run, size)
                 while walk:
                     at = walk.at
                     done = walk.step(fill, self._dispatcher.wake)
-                    if done > 0 and type(resolution) is Copy:
-                        self._dispatcher.counters.filled_bytes += done
-                        if region.filled is not None:
-                            region.filled.add_range(at + delta, done)
-                    elif done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
+                    self._note_filled(region, resolution, at + delta, done)
+                    if done < 0 and done not in (-errno.EEXIST, -errno.ENOENT):
                         return False
         return True
+
+    def _note_filled(self, region: Region, resolution: Resolution, offset: int, done: int) -> None:
+        if done > 0 and type(resolution) is Copy:
+            self._dispatcher.counters.filled_bytes += done
+            if region.filled is not None:
+                region.filled.add_range(offset, done)

@@ -123,7 +123,7 @@ MUTATIONS: Final = (
         6,
         "a piece is filled at once although something was removed",
         "region.py",
-        "            space.removed\n            or (filled",
+        "            not space.removed\n            and (filled",
         "            (filled",
     ),
     Mutation(
