@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.root
+@pytest.mark.once
 @pytest.mark.limit(150)
 @pytest.mark.parametrize("name", report.BENCHMARKS)
 def test_it_runs(name: str) -> None:

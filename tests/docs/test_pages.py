@@ -20,6 +20,7 @@ import pytest
 
 from tests.docs.pages import BLOCK, PAGES, ROOT, blurred, has_commands, needs_criu, run_page
 
+pytestmark = pytest.mark.once
 
 def _blocks(language: str) -> list[object]:
     return [

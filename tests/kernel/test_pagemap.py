@@ -15,7 +15,7 @@ from aiouffd.errors import NotSupported, ResolutionRefused, TargetGone
 from aiouffd.kernel import abi, calls, pagemap
 from aiouffd.kernel.pagemap import CHECK_WPASYNC, WP_MATCHING, PageRegion
 from tests import targets
-from tests.targets import MINOR, PAGE, WP, Target
+from tests.targets import MINOR, PAGE, WP, Target, wait_until
 
 WRITTEN = abi.PAGE_IS_WRITTEN
 PRESENT = abi.PAGE_IS_PRESENT
@@ -191,8 +191,15 @@ def test_a_target_that_is_gone(plain: Tracked) -> None:
     """A scan says that it is gone, the entries are none."""
     plain.target.kill()
     plain.target.reap()
-    with pytest.raises(TargetGone):
-        pagemap.scan(plain.fd, plain.start, plain.end)
+
+    def is_gone() -> bool:
+        try:
+            pagemap.scan(plain.fd, plain.start, plain.end)
+        except TargetGone:
+            return True
+        return False
+
+    wait_until(is_gone, "who looked at its memory at that moment has let go of it")
     assert len(pagemap.entries(plain.fd, plain.start, 8 * PAGE)) == 0
     with pytest.raises(FileNotFoundError):
         pagemap.open_pagemap(plain.target.pid)
