@@ -465,24 +465,34 @@ class Prefetch:
         region, end = stretch.region, stretch.offset + stretch.length
         piece = max(_AT_HAND_BYTES, region.page_size)
         for number, (start, length) in enumerate(stretch.parts):
-            for at in range(start, start + length, piece):
-                size = min(piece, start + length - at)
-                if not self._is_wanted(region, at, size):
+            for where in Range(start, length).pieces(piece):
+                if not self._is_wanted(region, where.start, where.length):
                     await self._breathe(0)
                     continue
-                async with self._filling:
-                    try:
-                        data = self._read_at_hand(at, size)
-                    except Exception as error:
-                        self._refuse(error, strict=strict)
-                        continue
-                    if data is None:
-                        left = [(at, start + length - at), *stretch.parts[number + 1 :]]
-                        return Stretch(region, at, end - at, left)
-                    with PinnedBuffer(data) as pinned:
-                        await self._install(region, at, size, pinned.address, count, strict=strict)
-                await self._breathe(size)
+                for run in self._not_filled(region, where):
+                    async with self._filling:
+                        try:
+                            data = self._read_at_hand(run.start, run.length)
+                        except Exception as error:
+                            self._refuse(error, strict=strict)
+                            continue
+                        if data is None:
+                            left = [(run.start, start + length - run.start)]
+                            left += stretch.parts[number + 1 :]
+                            return Stretch(region, run.start, end - run.start, left)
+                        with PinnedBuffer(data) as pinned:
+                            await self._install(
+                                region, run.start, run.length, pinned.address, count, strict=strict
+                            )
+                    await self._breathe(run.length)
         return None
+
+    def _not_filled(self, region: Region, where: Range) -> Iterable[Range]:
+        """Leave out what demand has filled since it was planned to read a piece."""
+        filled = region.filled_for_good
+        if filled is None or filled.has_none(where.start, where.length):
+            return (where,)
+        return filled.gaps(where)
 
     async def _breathe(self, done: int) -> None:
         """Serve the faults that have come if so much was done since the last time."""

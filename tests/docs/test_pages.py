@@ -22,6 +22,7 @@ from tests.docs.pages import BLOCK, PAGES, ROOT, blurred, has_commands, needs_cr
 
 pytestmark = pytest.mark.once
 
+
 def _blocks(language: str) -> list[object]:
     return [
         pytest.param(
