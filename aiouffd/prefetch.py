@@ -40,7 +40,7 @@ from .prefetch_plan import READ_ACROSS, Place, Plan, Stretch, stretches, togethe
 from .ranges import Range, align_down
 from .readiness import between_pieces
 from .region import Region
-from .sources import Extents, ReadsInto, Source, identity_of
+from .sources import Extents, ReadsInto, ReadsIntoNowait, Source, identity_of
 from .uffd import Mode
 from .working_set import GRANULE, Header, WorkingSet
 
@@ -138,9 +138,11 @@ class Prefetch:
         self._source = source
         self._extents = extents
         self._into = source if isinstance(source, ReadsInto) else None
+        self._into_nowait = source if isinstance(source, ReadsIntoNowait) else None
         self._brought: dict[Region, WorkingSet] = {}  # by granule of the region
         self._filling = asyncio.Lock()
         self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
+        self._hand: mmap.mmap | None = None  # for what is read on the loop
         self._flow = Flow()
         self._at_hand = False  # the source had what it was last asked for so
         self._unbroken = 0  # bytes, or as good as that, since the loop has turned
@@ -221,6 +223,7 @@ class Prefetch:
         except (TargetGone, ClosedError):
             pass
         finally:
+            self._hand = None
             figures.replay_seconds += time.monotonic() - began
             figures.demand_in_replay += counters.faults - faults
 
@@ -277,6 +280,7 @@ class Prefetch:
                     await self._bring(plan(todo), count, strict=strict)
             self.resident = figures.refused == refused
         finally:
+            self._hand = None
             figures.hydration_seconds += time.monotonic() - began
 
     # --- planning ----------------------------------------------------------------------
@@ -523,16 +527,26 @@ class Prefetch:
         return any(True for place in places for _ in space.removed.gaps(place))
 
     def _read_at_hand(self, offset: int, length: int) -> Buffer | None:
+        """Read what the source has at hand; it stays as it is until the next one is read."""
         inside = min(length, self._source.size - offset)
         began = time.monotonic()
-        data = self._source.read_nowait(offset, inside)
+        data: Buffer | None
+        if self._into_nowait is None:
+            data = self._source.read_nowait(offset, inside)
+            if data is not None and inside < length:
+                data = _padded(data, length)
+        else:
+            if self._hand is None or len(self._hand) < length:
+                self._hand = mmap.mmap(-1, max(length, _AT_HAND_BYTES))
+            view = memoryview(self._hand)[:length]
+            view[inside:] = bytes(length - inside)
+            data = view if self._into_nowait.readinto_nowait(offset, view[:inside]) else None
         self._at_hand = data is not None
-        if data is None:
-            return None
-        self._flow.note(inside, began, time.monotonic())
-        self.figures.reads += 1
-        self.figures.read_bytes += inside
-        return data if inside == length else _padded(data, length)
+        if data is not None:
+            self._flow.note(inside, began, time.monotonic())
+            self.figures.reads += 1
+            self.figures.read_bytes += inside
+        return data
 
     async def _read_stretch(self, stretch: Stretch, *, strict: bool) -> _Bytes | None:
         """Read a stretch, however long that takes.

@@ -108,6 +108,27 @@ class ReadsInto(Protocol):
 
 
 @runtime_checkable
+class ReadsIntoNowait(Protocol):
+    """What a source may have besides: what is at hand, into a buffer that is used again and again.
+
+    To make room for half a megabyte takes longer than to copy it from the page cache.
+    """
+
+    def readinto_nowait(self, offset: int, buffer: memoryview) -> bool:
+        """Read as ``Source.read_nowait``, so many bytes as the buffer has.
+
+        Returns:
+            Whether they were at hand; if not, the buffer may hold anything.
+
+        Raises:
+            SourceError: As ``Source.read``.
+            ClosedError: As ``Source.read``.
+
+        Sharing: as ``Source.read_nowait``.
+        """
+
+
+@runtime_checkable
 class SendsItself(Protocol):
     """What a source may have besides: bytes that go to a socket without coming through here."""
 

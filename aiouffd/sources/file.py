@@ -152,25 +152,42 @@ class FileSource:
             SourceError: The file was changed since it was opened, or the read failed.
             ClosedError: The source is closed.
         """
+        if not self._may_be_at_hand(offset, length):
+            return None
+        data = bytearray(length)
+        if not self._read_at_hand(offset, data):
+            return None
+        # The pager is quickest with bytes; of what is large a copy costs more than that saves.
+        return bytes(data) if length <= _COPIED else data
+
+    def readinto_nowait(self, offset: int, buffer: memoryview) -> bool:
+        """Read what the page cache has into a buffer of the caller's.
+
+        Kernel: as ``read_nowait``.
+
+        Raises:
+            SourceError: As ``read_nowait``.
+            ClosedError: As ``read_nowait``.
+        """
+        return self._may_be_at_hand(offset, len(buffer)) and self._read_at_hand(offset, buffer)
+
+    def _may_be_at_hand(self, offset: int, length: int) -> bool:
         if self._closing:
             raise ClosedError(f"the source over {self.path} is closed")
         check_read(offset, length, self._size)
-        fd = self._fd.fileno()
-        if self._inline_flags is None or (length > _INLINE_BYTES and _runs_loop()):
-            return None
-        data = bytearray(length)
+        return self._inline_flags is not None and not (length > _INLINE_BYTES and _runs_loop())
+
+    def _read_at_hand(self, offset: int, buffer: bytearray | memoryview) -> bool:
+        fd, length = self._fd.fileno(), len(buffer)
         try:
-            done = os.preadv(fd, [data], offset, self._inline_flags)
+            done = os.preadv(fd, [buffer], offset, self._inline_flags or 0)
         except BlockingIOError:
-            return None
+            return False
         except OSError as error:
             raise self._failed(offset, length, error) from error
         self._check_generation(_generation(fd))
         # A short read inside an unchanged file: the rest is not in the page cache.
-        if done != length:
-            return None
-        # The pager is quickest with bytes; of what is large a copy costs more than that saves.
-        return bytes(data) if length <= _COPIED else data
+        return done == length
 
     def send_nowait(self, connection: int, offset: int, length: int) -> int | None:
         """Send what the page cache has straight from there: one copy less, or two.

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..metrics import Histogram
-from . import ReadsInto, Source, identity_of, knows_holes
+from . import ReadsInto, ReadsIntoNowait, Source, identity_of, knows_holes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -70,6 +70,9 @@ class MeasuredSource:
         if isinstance(source, ReadsInto):  # or nobody must believe that it can do that
             self._source_readinto = source.readinto
             self.readinto = self._readinto
+        if isinstance(source, ReadsIntoNowait):
+            self._source_readinto_nowait = source.readinto_nowait
+            self.readinto_nowait = self._readinto_nowait
 
     @property
     def size(self) -> int:
@@ -92,16 +95,28 @@ class MeasuredSource:
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
         """Read what is at hand, and count it."""
-        figures = self.figures
         try:
             data = self._read_nowait(offset, length)
         except Exception:
-            figures.errors_at_hand += 1
+            self.figures.errors_at_hand += 1
             raise
         if data is not None:
-            figures.at_hand += 1
-            figures.at_hand_bytes += length
+            self._count_at_hand(length)
         return data
+
+    def _readinto_nowait(self, offset: int, buffer: memoryview) -> bool:
+        try:
+            found = self._source_readinto_nowait(offset, buffer)
+        except Exception:
+            self.figures.errors_at_hand += 1
+            raise
+        if found:
+            self._count_at_hand(buffer.nbytes)
+        return found
+
+    def _count_at_hand(self, length: int) -> None:
+        self.figures.at_hand += 1
+        self.figures.at_hand_bytes += length
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Read, count and time it.

@@ -19,7 +19,7 @@ import pytest
 from aiouffd.errors import ClosedError, SourceError
 from aiouffd.fds import OwnedFd
 from aiouffd.kernel import page_cache
-from aiouffd.sources import ReadsInto, SendsItself, Source, file, identity_of
+from aiouffd.sources import ReadsInto, ReadsIntoNowait, SendsItself, Source, file, identity_of
 from aiouffd.sources.file import FileSource
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
 from tests.serving import within
@@ -395,6 +395,27 @@ async def test_the_identity_is_a_generation_of_an_inode(path: Path) -> None:
     os.utime(path, ns=(1, 1))
     async with opened(path) as source:
         assert identity_of(source) not in (before, "")
+
+
+async def test_what_is_at_hand_goes_into_a_buffer(path: Path) -> None:
+    """The same bytes as without, refused as any other read; no more than may hold the loop."""
+    source = FileSource(path)
+    assert isinstance(source, ReadsIntoNowait)
+    buffer = memoryview(bytearray(3 * PAGE))
+    await source.read(0, source.size)  # whatever was cached before
+    assert source.readinto_nowait(PAGE, buffer)
+    assert bytes(buffer) == as_bytes(await source.read(PAGE, 3 * PAGE))
+    with pytest.raises(SourceError, match="outside"):
+        source.readinto_nowait(source.size, buffer)
+    os.truncate(path, 1 << 20)
+    with pytest.raises(SourceError, match="was changed"):
+        source.readinto_nowait(0, buffer)
+    await source.aclose()
+    with pytest.raises(ClosedError):
+        source.readinto_nowait(0, buffer)
+    async with opened(path) as longer:
+        assert isinstance(longer, ReadsIntoNowait)
+        assert not longer.readinto_nowait(0, memoryview(bytearray(1 << 20)))
 
 
 async def test_a_read_into_a_buffer_gives_the_same_bytes(path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aiouffd.errors import SourceError
-from aiouffd.sources import ReadsInto, Source, knows_holes
+from aiouffd.sources import ReadsInto, ReadsIntoNowait, Source, knows_holes
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.sources.measured import MeasuredSource, Reads
@@ -112,8 +112,17 @@ async def test_long_reads_into_buffers_stay_possible(tmp_path: Path) -> None:
     assert buffer == b"x" * 4096
     assert measured.figures.waited_bytes == 4096
     assert measured.figures.reads == measured.figures.latency.count == 1
+    assert isinstance(measured, ReadsIntoNowait)
+    buffer = bytearray(4096)
+    assert measured.readinto_nowait(0, memoryview(buffer))
+    assert buffer == b"x" * 4096
+    assert (measured.figures.at_hand, measured.figures.at_hand_bytes) == (1, 4096)
+    with pytest.raises(SourceError):
+        measured.readinto_nowait(8192, memoryview(buffer))
+    assert measured.figures.errors_at_hand == 1
     await measured.aclose()
-    assert not isinstance(MeasuredSource(BufferSource(b""), "buffer"), ReadsInto)
+    without = MeasuredSource(BufferSource(b""), "buffer")
+    assert not isinstance(without, ReadsInto | ReadsIntoNowait)
 
 
 def test_unknown_holes_stay_unknown() -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, runtime_checkable
 
 from ...errors import SourceError
 from ...ranges import PAGE_SIZE, align_down, align_up
-from ...sources import ReadsInto, Source, check_read, identity_of
+from ...sources import ReadsInto, ReadsIntoNowait, Source, check_read, identity_of
 from ...sources.reads import ReadsUnderWay, all_of
 from .task_memory import LIVE, TaskMemory
 
@@ -183,6 +183,27 @@ class TaskSource:
                 return None
             _scatter(span, memoryview(data).cast("B"), memoryview(whole), offset)
         return whole
+
+    def readinto_nowait(self, offset: int, buffer: memoryview) -> bool:
+        """Read what the file has at hand, of what lies in one run of one that can do that.
+
+        Raises:
+            SourceError: As ``read``.
+            ClosedError: As ``read``.
+        """
+        self._reads.check()
+        length = len(buffer)
+        check_read(offset, length, self._size)
+        at = bisect_right(self._starts, offset) - 1
+        if at >= 0 and offset + length <= self._ends[at] and self._owners[at] >= 0:
+            file = self._files[self._owners[at]]
+            if isinstance(file, ReadsIntoNowait):
+                return file.readinto_nowait(self._places[at] + offset - self._starts[at], buffer)
+        data = self.read_nowait(offset, length)
+        if data is None:
+            return False
+        buffer[:] = data
+        return True
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Read from every file concerned, from all places at once.

@@ -17,7 +17,7 @@ from aiouffd.errors import ClosedError, SourceError
 from aiouffd.protocols.criu.images import Pagemap, PagemapEntry, Vma
 from aiouffd.protocols.criu.task_memory import Level, TaskMemory
 from aiouffd.protocols.criu.task_source import READ_THROUGH, TaskSource
-from aiouffd.sources import ReadsInto, Source, identity_of
+from aiouffd.sources import ReadsInto, ReadsIntoNowait, Source, identity_of
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.file import FileSource
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
@@ -137,6 +137,39 @@ class TestFromAPageServerInPlace(TestFromAPageServerAlone):
     """The same, and long reads go where they belong."""
 
     reader = ReaderInto
+
+
+@pytest.mark.parametrize("make", [BufferSource, None])
+async def test_what_is_at_hand_goes_into_a_buffer(
+    tmp_path: Path, make: Callable[[bytes], Source] | None
+) -> None:
+    """Within a run straight from a file that can do that; else by a copy, zeros included."""
+    data = image(9 * PAGE)
+    memory, contents, reader = memory_of(data, live=False)
+    files: list[Source] = []
+    for number, content in enumerate(contents):
+        path = tmp_path / str(number)
+        path.write_bytes(content)
+        files.append(FileSource(path) if make is None else make(content))
+    source = TaskSource(memory, files, reader)
+    assert isinstance(source, ReadsIntoNowait)
+    expected = bytes(await source.read(0, source.size))
+    for offset in range(0, source.size, 1000):
+        for length in (1, PAGE, 3 * PAGE):
+            buffer = bytearray(b"\xee" * min(length, source.size - offset))
+            assert source.readinto_nowait(offset, memoryview(buffer))
+            assert buffer == expected[offset : offset + len(buffer)]
+    with pytest.raises(SourceError, match="outside"):
+        source.readinto_nowait(source.size, memoryview(bytearray(1)))
+    await source.aclose()
+    with pytest.raises(ClosedError):
+        source.readinto_nowait(0, memoryview(bytearray(1)))
+    for file in files:
+        await file.aclose()
+    alone, contents, reader = memory_of(data, live=True)
+    source = TaskSource(alone, [BufferSource(content) for content in contents], reader)
+    assert not source.readinto_nowait(0, memoryview(bytearray(source.size)))
+    await source.aclose()
 
 
 async def test_pages_of_a_reader_go_where_they_belong() -> None:
