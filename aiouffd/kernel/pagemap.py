@@ -151,6 +151,8 @@ def scan(
                 "this kernel has no PAGEMAP_SCAN", "It takes Linux 6.7 or newer."
             ) from error
         raise refusal("PAGEMAP_SCAN", number, start, end - start) from error
+    if not found and _has_ended(fd, start):
+        raise refusal("PAGEMAP_SCAN", errno.ESRCH, start, end - start)
     walk_end = abi.PM_SCAN_ARG_STRUCT.unpack(argument)[4]
     if vector is None:
         return Scan([], walk_end)
@@ -158,6 +160,14 @@ def scan(
     return Scan(
         [PageRegion(*entry) for entry in abi.PAGE_REGION_STRUCT.iter_unpack(filled)], walk_end
     )
+
+
+def _has_ended(fd: int, address: int) -> bool:
+    """Say whether the memory is gone, which not every kernel says of a scan (6.18 seen so and so).
+
+    What is gone has no entries; what was never mapped has.
+    """
+    return not entries(fd, address, calls.PAGE_SIZE)
 
 
 def regions(

@@ -15,7 +15,7 @@ from aiouffd.errors import NotSupported, ResolutionRefused, TargetGone
 from aiouffd.kernel import abi, calls, pagemap
 from aiouffd.kernel.pagemap import CHECK_WPASYNC, WP_MATCHING, PageRegion
 from tests import targets
-from tests.targets import MINOR, PAGE, WP, Target, wait_until
+from tests.targets import MINOR, PAGE, WP, Target
 
 WRITTEN = abi.PAGE_IS_WRITTEN
 PRESENT = abi.PAGE_IS_PRESENT
@@ -187,19 +187,18 @@ def test_a_file_that_is_no_pagemap() -> None:
         pagemap.scan(file.fileno(), 0, PAGE)
 
 
-def test_a_target_that_is_gone(plain: Tracked) -> None:
-    """A scan says that it is gone, the entries are none."""
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_target_that_is_gone(
+    plain: Tracked, silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan says that it is gone, also where the kernel finds nothing then; entries are none."""
+    if silent:
+        monkeypatch.setattr(calls, "pagemap_scan", lambda fd, argument: 0)
     plain.target.kill()
     plain.target.reap()
-
-    def is_gone() -> bool:
-        try:
-            pagemap.scan(plain.fd, plain.start, plain.end)
-        except TargetGone:
-            return True
-        return False
-
-    wait_until(is_gone, "who looked at its memory at that moment has let go of it")
+    for max_regions in (512, 0):
+        with pytest.raises(TargetGone):
+            pagemap.scan(plain.fd, plain.start, plain.end, max_regions=max_regions)
     assert len(pagemap.entries(plain.fd, plain.start, 8 * PAGE)) == 0
     with pytest.raises(FileNotFoundError):
         pagemap.open_pagemap(plain.target.pid)

@@ -19,6 +19,7 @@ from aiouffd.failure import Action, FailurePolicy
 from aiouffd.prefetch import Pace
 from aiouffd.protocols.criu.checkpoint import Checkpoint
 from aiouffd.protocols.criu.restore import Restores
+from aiouffd.protocols.criu.task_source import TaskSource
 from aiouffd.service import Service
 from aiouffd.session_states import State
 from aiouffd.sources import Source
@@ -435,10 +436,18 @@ class FailingParts:
 
     async def open_part(self, part: str) -> Source:
         source = await self._restores.open_part(part)
-        read_nowait, read = source.read_nowait, source.read
+        assert isinstance(source, TaskSource)
+        read_nowait, read, readinto_nowait = (
+            source.read_nowait,
+            source.read,
+            source.readinto_nowait,
+        )
 
         def failing_nowait(offset: int, length: int) -> object:
             return None if self.failures else read_nowait(offset, length)
+
+        def failing_into(offset: int, buffer: memoryview) -> bool:
+            return not self.failures and readinto_nowait(offset, buffer)
 
         async def failing(offset: int, length: int) -> object:
             if self.failures:
@@ -449,6 +458,7 @@ class FailingParts:
         source.read_nowait = failing_nowait  # type: ignore[method-assign, assignment]
         source.read = failing  # type: ignore[method-assign, assignment]
         source.readinto = None  # type: ignore[method-assign, assignment]
+        source.readinto_nowait = failing_into  # type: ignore[method-assign]
         return source
 
 
