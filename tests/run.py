@@ -230,7 +230,9 @@ def interop(arguments: list[str]) -> int:
     if missing:
         get_packages(*missing, why="The interop tests run foreign programs that are missing.")
     get_other_suites()
-    status = run(environment(pythons()[0], "test"), "-m", "pytest", "tests/interop", *arguments)
+    inside = environment(pythons()[0], "test")
+    spread = ("-n", "2", "--dist", "loadfile")  # what a file starts it starts once
+    status = run(inside, "-m", "pytest", *spread, "tests/interop", *arguments)
     return 0 if status == NO_TESTS_COLLECTED else status
 
 

@@ -36,15 +36,22 @@ def test_commands_run(page: Path, criu: Foreign, tmp_path: Path, time_scale: flo
     programs.mkdir()
     (programs / "criu").write_text(f'#!/bin/sh\nexec {criu.command} "$@"\n')
     (programs / "criu").chmod(0o755)
-    command = (sys.executable, "-m", "tests.docs.pages", page, tmp_path, 60 * time_scale)
-    done = subprocess.run(
-        [*NAMESPACE, *map(str, command)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
-        text=True,
-        timeout=300 * time_scale,
-    )
+
+    def run(folder: Path) -> subprocess.CompletedProcess[str]:
+        folder.mkdir()
+        command = (sys.executable, "-m", "tests.docs.pages", page, folder, 60 * time_scale)
+        return subprocess.run(
+            [*NAMESPACE, *map(str, command)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            cwd=ROOT,
+            env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
+            text=True,
+            timeout=300 * time_scale,
+        )
+
+    done = run(tmp_path / "page")
+    if " 0 bytes of it lazily" in done.stdout:  # as the page says: dump it again (at_page_start)
+        done = run(tmp_path / "again")
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
