@@ -26,6 +26,7 @@ import contextlib
 import socket
 import struct
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Self, cast
 
 from ...errors import ClosedError, PeerError, SourceError, UffdError
@@ -86,7 +87,7 @@ class _Read:
 class _Ask:
     """One request."""
 
-    __slots__ = ("address", "into", "pages", "pid", "read", "sent", "waiters")
+    __slots__ = ("address", "behind", "into", "pages", "pid", "read", "sent", "waiters")
 
     def __init__(
         self,
@@ -101,16 +102,24 @@ class _Ask:
         self.pages = pages
         self.into = into
         self.read = read  # that it is a piece of; None: somebody waits for it at a fault
+        self.behind: _Ask | None = None  # what this one is the rest of
         self.sent = 0.0  # when
         #: Who waits for it besides, and which of its bytes they want; None: all.
         self.waiters: list[tuple[asyncio.Future[Buffer], tuple[int, int] | None]] = []
+
+    def __iter__(self) -> Iterator[_Ask]:
+        """Give it, and all that it is the rest of."""
+        ask: _Ask | None = self
+        while ask is not None:
+            yield ask
+            ask = ask.behind
 
     @property
     def wanted(self) -> bool:
         """Whether anybody still waits for it."""
         if self.read is not None and not self.read.whole.done():
             return True
-        return any(not future.done() for future, _ in self.waiters)
+        return any(not future.done() for ask in self for future, _ in ask.waiters)
 
     def covers(self, pid: int, address: int, pages: int) -> bool:
         """Say whether its answer will hold some pages."""
@@ -121,24 +130,32 @@ class _Ask:
         )
 
     def succeed(self, data: Buffer) -> None:
-        """Give everybody what they wait for."""
+        """Give everybody what they wait for.
+
+        Who reads into a buffer is told last: it is used for other things then.
+        """
+        for ask in self:
+            whole = data if ask is self else ask.into
+            assert whole is not None  # noqa: S101 - what has a rest has a place
+            for future, part in ask.waiters:
+                if not future.done():
+                    # A part is copied: the whole may be in a buffer of somebody else's.
+                    mine = whole if part is None else bytes(memoryview(whole)[slice(*part)])
+                    future.set_result(mine)
         read = self.read
         if read is not None:
             read.left -= 1
             if not read.left and not read.whole.done():
                 read.whole.set_result(None)
-        for future, part in self.waiters:
-            if not future.done():
-                # A part is copied: the whole may be in a buffer of somebody else's.
-                future.set_result(data if part is None else bytes(memoryview(data)[slice(*part)]))
 
     def fail(self, error: Exception) -> None:
         """Tell everybody that it does not come."""
         if self.read is not None and not self.read.whole.done():
             self.read.whole.set_exception(error)
-        for future, _ in self.waiters:
-            if not future.done():
-                future.set_exception(error)
+        for ask in self:
+            for future, _ in ask.waiters:
+                if not future.done():
+                    future.set_exception(error)
 
 
 class _Link(asyncio.BufferedProtocol):
@@ -365,7 +382,8 @@ class PageClient:
             self._bulk.append(_Ask(pid, address + start, len(into) // PAGE_SIZE, into, read))
             read.left += 1
         self._send_what_may_be()
-        await read.whole
+        if read.left:
+            await read.whole
 
     def _check(self) -> None:
         if self._error:
@@ -472,27 +490,8 @@ class PageClient:
             ask.into[length:],
             ask.read,
         )
-        if ask.waiters:
-            self._let_wait(ask, rest)
+        rest.behind = ask
         (self._bulk if ask.read is not None else self._demand).appendleft(rest)
-
-    def _let_wait(self, ask: _Ask, rest: _Ask) -> None:
-        """Let those who wait for a part of a request, or all of it, wait for its rest."""
-        done: asyncio.Future[Buffer] = self._loop.create_future()
-        rest.waiters.append((done, None))
-        waiting = _Ask(ask.pid, ask.address, ask.pages, ask.into)
-        waiting.waiters = ask.waiters
-
-        def ended(_: asyncio.Future[Buffer]) -> None:
-            error = None if done.cancelled() else done.exception()
-            if error is None:
-                assert waiting.into is not None  # noqa: S101 - as above
-                waiting.succeed(waiting.into)
-            else:
-                assert isinstance(error, Exception)  # noqa: S101 - ours
-                waiting.fail(error)
-
-        done.add_done_callback(ended)
 
     # --- silence and the end -------------------------------------------------------------
 

@@ -351,6 +351,36 @@ async def test_who_joins_a_read_into_a_buffer_has_bytes_of_its_own() -> None:
         await client.finish()
 
 
+@pytest.mark.parametrize("clamp", [1, 4, 32, 63])
+async def test_who_joins_a_read_that_comes_in_parts_has_its_bytes_first(clamp: int) -> None:
+    """Before the owner of the buffer hears that it is full, and writes something else to it."""
+    async with (
+        stock(clamp=clamp) as server,
+        await PageClient.connect("127.0.0.1", server.port, header_bytes=SHORT) as client,
+    ):
+        server.open.clear()
+        buffer = memoryview(bytearray(64 * PAGE))
+
+        async def own() -> None:
+            await client.read_pages_into(1000, START, buffer)
+            assert buffer == page(0, 64)
+            buffer[:] = b"\xee" * len(buffer)
+
+        owner = asyncio.ensure_future(own())
+        await until(lambda: server.asked, "it is asked for")
+        joined = [
+            asyncio.ensure_future(client.read_pages(1000, START + at * PAGE, 2))
+            for at in (0, 5, 62)
+        ]
+        await asyncio.sleep(0)
+        server.open.set()
+        await within(owner)
+        for at, read in zip((0, 5, 62), joined, strict=True):
+            assert await within(read) == page(at, 2)
+        await client.read_pages_into(1000, START, memoryview(bytearray(0)))
+        await client.finish()
+
+
 async def test_a_read_that_is_cancelled_is_not_asked_for_any_more() -> None:
     """What was asked for is thrown away; others get theirs."""
     async with (
