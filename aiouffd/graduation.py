@@ -152,8 +152,13 @@ class Graduation:
         assert self._peer is not None  # noqa: S101 - as was just asked
         try:
             fd = pagemap.open_pagemap(self._peer.pid)
-        except FileNotFoundError:
-            raise TargetGone("looking for huge pages", errno.ESRCH, 0, 0) from None
+        except FileNotFoundError as error:
+            if self._peer.exited():
+                raise TargetGone("looking for huge pages", errno.ESRCH, 0, 0) from None
+            raise NotSupported(
+                f"whether {self._peer} has its huge pages cannot be told: it is not seen here",
+                "It is served to its end; /proc of its pid namespace, without hidepid, would do.",
+            ) from error
         try:
             if self._peer.exited():
                 raise TargetGone("looking for huge pages", errno.ESRCH, 0, 0)

@@ -143,7 +143,7 @@ class Prefetch:
         self._filling = asyncio.Lock()
         self._buffers: list[mmap.mmap] = []  # not in use; each is as long as the longest step
         self._hand: mmap.mmap | None = None  # for what is read on the loop
-        self._flow = Flow()
+        self._flow = Flow()  # of what was waited for
         self._at_hand = False  # the source had what it was last asked for so
         self._unbroken = 0  # bytes, or as good as that, since the loop has turned
         self._step = 0  # bytes
@@ -281,6 +281,7 @@ class Prefetch:
             self.resident = figures.refused == refused
         finally:
             self._hand = None
+            self._buffers.clear()
             figures.hydration_seconds += time.monotonic() - began
 
     # --- planning ----------------------------------------------------------------------
@@ -338,7 +339,10 @@ class Prefetch:
             length = self._step + STEP_BYTES
         else:
             self._faults, self._quiet = faults, 0
+            # What has always been at hand so far costs demand no time.
+            known = self._flow.window or not self._at_hand
             length = max(align_down(self._flow.step, STEP_BYTES), STEP_BYTES)
+            length = length if known else MOST_BYTES
         self._step = min(length, MOST_BYTES)
 
     def _piece(self, page_size: int) -> int:
@@ -529,12 +533,12 @@ class Prefetch:
     def _read_at_hand(self, offset: int, length: int) -> Buffer | None:
         """Read what the source has at hand; it stays as it is until the next one is read."""
         inside = min(length, self._source.size - offset)
-        began = time.monotonic()
         data: Buffer | None
         if self._into_nowait is None:
             data = self._source.read_nowait(offset, inside)
-            if data is not None and inside < length:
-                data = _padded(data, length)
+            if data is not None:
+                _check_length(data, offset, inside)
+                data = data if inside == length else _padded(data, length)
         else:
             if self._hand is None or len(self._hand) < length:
                 self._hand = mmap.mmap(-1, max(length, _AT_HAND_BYTES))
@@ -543,7 +547,6 @@ class Prefetch:
             data = view if self._into_nowait.readinto_nowait(offset, view[:inside]) else None
         self._at_hand = data is not None
         if data is not None:
-            self._flow.note(inside, began, time.monotonic())
             self.figures.reads += 1
             self.figures.read_bytes += inside
         return data
@@ -592,9 +595,7 @@ class Prefetch:
         self.figures.read_bytes += inside
         if buffer is None or self._into is None:
             data = await self._source.read(offset, inside)
-            got = memoryview(data).nbytes
-            if got != inside:
-                raise SourceError(f"a source gave {got} of {inside} bytes at offset {offset}")
+            _check_length(data, offset, inside)
             return memoryview(data if inside == length else _padded(data, length)).cast("B")
         view = memoryview(buffer)[:length]
         await self._into.readinto(offset, view[:inside])
@@ -644,3 +645,9 @@ class Prefetch:
 def _padded(data: Buffer, length: int) -> bytes:
     view = memoryview(data).cast("B")
     return bytes(view) + bytes(length - len(view))
+
+
+def _check_length(data: Buffer, offset: int, wanted: int) -> None:
+    got = memoryview(data).nbytes
+    if got != wanted:
+        raise SourceError(f"a source gave {got} of {wanted} bytes at offset {offset}")

@@ -10,8 +10,9 @@ another target's than the last, only this can.
 Laws of this file:
 
 * Whoever is ready has a turn before anybody has a second one, however busy that one is.
-* A wake-up hands out so many rounds at most, and ends after so much time: other work of the loop
-  must run too.  Where faults bring long chunks, ten rounds take as long as a hundred elsewhere.
+* A wake-up hands out so many rounds at most, and asks nobody a second time when so much time has
+  passed: other work of the loop must run too.  Where faults bring long chunks, ten rounds take as
+  long as a hundred elsewhere.
 * A descriptor leaves the epoll before it is closed: an epoll keeps the open file, not its number,
   and would tell of it as long as a duplicate lives anywhere.
 * With the last descriptor the epoll goes too, or with the loop: nothing here keeps them alive.
@@ -30,7 +31,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 _ROUNDS: Final = 64  # per wake-up, of all together
 _AT_ONCE: Final = 64  # descriptors that one question can answer for
-LONGEST_TURN: Final = 0.002  #: seconds; what is under way then is ended, nothing more is begun
+LONGEST_TURN: Final = 0.002  #: seconds; then nobody has a second turn
 
 #: Takes how many rounds it may use, returns how many it has used; never raises.
 Turn: TypeAlias = Callable[[int], int]

@@ -225,7 +225,8 @@ class Region:
         Args:
             offset: In the source, in bytes; a whole page's.
             length: In bytes; whole pages.
-            address: Where the bytes are, in this process; they stay there until it is done.
+            address: Where the bytes are, in this process; they stay there until it is done.  That
+                there are as many, and in whole pages, is for the caller to know.
             mode: UFFDIO_COPY_MODE_WP, or 0.
 
         Returns:
@@ -237,7 +238,7 @@ class Region:
             ResolutionRefused: As ``fill``.
             ClosedError: As ``fill``.
 
-        Cancellation: it is done, or nothing was.
+        Cancellation: what was installed so far is there.
         """
         total, settled = self._fill_piece(offset, length, address - offset, mode)
         if settled:

@@ -14,7 +14,8 @@ Kernel facts that surprise, seen on Linux 6.18:
 * Outside of ranges registered for write-protection every populated or empty page counts as
   WRITTEN: ask for WPALLOWED as well where that matters.
 * The marker that write-protects a never-populated page is reported as SWAPPED.
-* After exit or exec of the process a scan says ESRCH (TargetGone), the entries are none.
+* After exit or exec of the process a scan says ESRCH (TargetGone), also where the kernel just finds
+  nothing then, as one build of 6.18 did and another did not; the entries are none.
 """
 
 from __future__ import annotations
@@ -163,10 +164,7 @@ def scan(
 
 
 def _has_ended(fd: int, address: int) -> bool:
-    """Say whether the memory is gone, which not every kernel says of a scan (6.18 seen so and so).
-
-    What is gone has no entries; what was never mapped has.
-    """
+    """Say whether the memory is gone: then it has no entries; what was never mapped has."""
     return not entries(fd, address, calls.PAGE_SIZE)
 
 
