@@ -53,7 +53,7 @@ class _Readiness:
         """Give turns to whoever is ready until nobody is, or so many rounds were used."""
         rounds, turns, last = _ROUNDS, self.turns, -1
         end = perf_counter() + LONGEST_TURN
-        while rounds > 0 and turns and perf_counter() < end:
+        while rounds > 0 and turns:
             ready = self.epoll.poll(0, _AT_ONCE)
             if not ready:
                 return
@@ -67,6 +67,8 @@ class _Readiness:
                     alone = fd == last and len(ready) == 1
                     rounds -= max(context.run(turn, rounds if alone else 1), 1)
                 last = fd
+            if perf_counter() > end:
+                return
 
 
 #: Weak on both sides: the loop holds it, as it holds any reader, and takes it along.

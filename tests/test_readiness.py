@@ -8,9 +8,11 @@ import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import pytest
 
+from aiouffd import readiness
 from aiouffd.readiness import (
     add_reader,
     between_pieces,
@@ -236,6 +238,30 @@ async def test_a_descriptor_that_its_owner_closed_holds_up_nobody(counters: list
     await until(lambda: log, "the other's turn")
     assert log == [(two, 1)]
     remove_reader(loop, two)
+
+
+async def test_a_wake_up_ends_when_its_time_is_over(
+    counters: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other work of the loop has its turn, however long each round takes; here a second."""
+    loop = asyncio.get_running_loop()
+    first = counters[0]
+    turns = loops = 0
+    seconds = count()
+    monkeypatch.setattr(readiness, "perf_counter", lambda: float(next(seconds)))
+
+    def never_through(_rounds: int) -> int:
+        nonlocal turns
+        turns += 1
+        return 1
+
+    os.eventfd_write(first, 1)
+    add_reader(loop, first, never_through)
+    while turns < 20:
+        loops += 1
+        await asyncio.sleep(0)
+    remove_reader(loop, first)
+    assert loops >= turns - 1
 
 
 def test_a_loop_takes_along_whom_nobody_removed() -> None:

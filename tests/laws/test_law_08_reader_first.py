@@ -56,7 +56,7 @@ async def test_a_closed_pagers_descriptor_number_is_nobodys() -> None:
 
 
 async def test_the_next_userfaultfd_of_a_number_gets_its_own_events_alone() -> None:
-    """All of a loop are in one epoll, which lives on with the others: nothing old may be left in it.
+    """All of a loop are in one epoll, which lives on with the others: nothing old may be left.
 
     A registration left behind bears the old number, and would call who has it now, for ever.
     """
