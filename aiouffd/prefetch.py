@@ -223,7 +223,7 @@ class Prefetch:
         except (TargetGone, ClosedError):
             pass
         finally:
-            self._hand = None
+            self._let_go_of_buffers()
             figures.replay_seconds += time.monotonic() - began
             figures.demand_in_replay += counters.faults - faults
 
@@ -280,8 +280,7 @@ class Prefetch:
                     await self._bring(plan(todo), count, strict=strict)
             self.resident = figures.refused == refused
         finally:
-            self._hand = None
-            self._buffers.clear()
+            self._let_go_of_buffers()
             figures.hydration_seconds += time.monotonic() - began
 
     # --- planning ----------------------------------------------------------------------
@@ -397,7 +396,6 @@ class Prefetch:
                 else:
                     return
         finally:
-            self._buffers.clear()
             for task in reading:
                 task.cancel()
             await asyncio.gather(*reading, return_exceptions=True)
@@ -601,6 +599,11 @@ class Prefetch:
         await self._into.readinto(offset, view[:inside])
         view[inside:] = bytes(length - inside)
         return view
+
+    def _let_go_of_buffers(self) -> None:
+        """Keep none that are not in use; who brings something at the same time makes new ones."""
+        self._buffers.clear()
+        self._hand = None
 
     def _take_buffer(self, length: int) -> mmap.mmap:
         if self._buffers and len(self._buffers[-1]) >= length:
