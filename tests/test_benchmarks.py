@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import raw_stream, report
 from benchmarks.figures import Figure, Settings, microseconds, table, verdict
 from tests.suites import CRIU
 
@@ -36,6 +36,12 @@ def test_it_runs(name: str) -> None:
     for figure in document["figures"]:
         assert figure["case"]
         assert math.isfinite(figure["ratio"])
+
+
+@pytest.mark.parametrize("loop", raw_stream.loops())
+def test_a_raw_stream_carries_all_its_bytes(loop: str) -> None:
+    """Both sides start, agree on how much it was, and end; also with a last piece that is short."""
+    assert raw_stream.raw_stream(loop, size=(4 << 20) + 17, rounds=1) > 0
 
 
 def test_ratio_is_taken_within_a_round() -> None:
