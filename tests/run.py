@@ -53,6 +53,7 @@ FOREIGN_PROGRAMS = {
     "ceph": "ceph-common",
     "radosgw-admin": "ceph-common",
     "radosgw": "radosgw",
+    "qemu-system-x86_64": "qemu-system-x86",
     **{daemon: daemon for daemon in ("ceph-mon", "ceph-mgr", "ceph-osd")},
 }
 

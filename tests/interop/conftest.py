@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks import qemu_migration
 from tests.interop.criu import Stage, large_pipes
 from tests.suites import CRIU, Foreign
 
 
 def pytest_report_header() -> list[str]:
-    """Say which CRIU runs."""
+    """Say which CRIU runs, and which QEMU."""
     versions = [foreign.said() if foreign.is_there() else f"no {foreign.name}" for foreign in CRIU]
-    return [f"CRIU: {', '.join(versions)}"]
+    return [f"CRIU: {', '.join(versions)}", f"QEMU: {qemu_migration.version() or 'none'}"]
 
 
 @pytest.fixture(params=CRIU, ids=lambda foreign: foreign.name)
