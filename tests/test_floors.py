@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / "aiouffd"
 FLOORS = {
     "facts": """
         errors kernel kernel.abi kernel.buffers kernel.calls kernel.holding_gil kernel.history
-        kernel.gates kernel.handshake kernel.pagemap kernel.page_cache
+        kernel.gates kernel.handshake kernel.pagemap kernel.maps kernel.page_cache
         kernel.capabilities kernel.probe""",
     "values": """
         fds ranges events resolutions failure address_space flow
@@ -36,7 +36,7 @@ FLOORS = {
         sources.cached sources.layered sources.fallback sources.urls sources.shared
         sources.http_answers sources.http_places sources.http sources.object_store
         sources.peer sources.redis_client sources.redis
-        working_set recording prefetch_plan prefetch
+        working_set recording prefetch_plan prefetch removals dirty
         handlers""",
     "processes": """
         sd_notify service_manager fd_store keeper

@@ -33,6 +33,10 @@ from . import abi, calls
 WP_MATCHING: Final = abi.PM_SCAN_WP_MATCHING
 CHECK_WPASYNC: Final = abi.PM_SCAN_CHECK_WPASYNC
 
+#: Turns what ``scan_raw`` gives into (start, end, categories), in half the time of PageRegions.
+each_region: Final = abi.PAGE_REGION_STRUCT.iter_unpack
+
+_REGION_BYTES: Final = abi.PAGE_REGION_STRUCT.size
 _ENTRY_BYTES: Final = 8
 _ENTRIES_PER_READ: Final = 1 << 16  # half a megabyte: 256 MiB of memory
 
@@ -125,8 +129,7 @@ def scan(
 
     Sharing: any thread; the call holds the target's address space for reading.
     """
-    size = abi.PAGE_REGION_STRUCT.size
-    vector = ctypes.create_string_buffer(size * max_regions) if max_regions else None
+    vector = ctypes.create_string_buffer(_REGION_BYTES * max_regions) if max_regions else None
     argument = bytearray(
         abi.PM_SCAN_ARG_STRUCT.pack(
             abi.PM_SCAN_ARG_STRUCT.size,
@@ -143,6 +146,18 @@ def scan(
             required | any_of if report is None else report,
         )
     )
+    found = _scan(fd, argument, start, end)
+    walk_end = abi.PM_SCAN_ARG_STRUCT.unpack(argument)[4]
+    if vector is None:
+        return Scan([], walk_end)
+    filled = memoryview(vector)[: found * _REGION_BYTES]
+    return Scan(
+        [PageRegion(*entry) for entry in abi.PAGE_REGION_STRUCT.iter_unpack(filled)], walk_end
+    )
+
+
+def _scan(fd: int, argument: bytearray, start: int, end: int) -> int:
+    """Make the call, and raise what ``scan`` does."""
     try:
         found = calls.pagemap_scan(fd, argument)
     except OSError as error:
@@ -154,13 +169,7 @@ def scan(
         raise refusal("PAGEMAP_SCAN", number, start, end - start) from error
     if not found and _has_ended(fd, start):
         raise refusal("PAGEMAP_SCAN", errno.ESRCH, start, end - start)
-    walk_end = abi.PM_SCAN_ARG_STRUCT.unpack(argument)[4]
-    if vector is None:
-        return Scan([], walk_end)
-    filled = memoryview(vector)[: found * size]
-    return Scan(
-        [PageRegion(*entry) for entry in abi.PAGE_REGION_STRUCT.iter_unpack(filled)], walk_end
-    )
+    return found
 
 
 def _has_ended(fd: int, address: int) -> bool:
@@ -211,6 +220,45 @@ def regions(
             max_regions=max_regions,
         )
         yield from found
+
+
+def scan_raw(
+    fd: int,
+    start: int,
+    end: int,
+    *,
+    required: int,
+    inverted: int = 0,
+    flags: int = 0,
+    max_regions: int = 4096,
+) -> tuple[memoryview, int]:
+    """Do what ``scan`` does where there are many regions, which are left as the kernel wrote them.
+
+    Args:
+        fd: As in ``scan``; so are the others.
+        start: See ``scan``.
+        end: See ``scan``.
+        required: Also what is reported.
+        inverted: See ``scan``.
+        flags: See ``scan``.
+        max_regions: At least 1.
+
+    Returns:
+        The regions, for ``each_region``, and where the walk stopped.
+
+    Raises:
+        NotSupported: As ``scan``; so are the others.
+    """
+    vector = ctypes.create_string_buffer(_REGION_BYTES * max_regions)
+    size, at = abi.PM_SCAN_ARG_STRUCT.size, ctypes.addressof(vector)
+    argument = bytearray(
+        abi.PM_SCAN_ARG_STRUCT.pack(
+            *(size, flags, start, end, 0, at, max_regions, 0, inverted, required, 0, required)
+        )
+    )
+    found = _scan(fd, argument, start, end)
+    walk_end: int = abi.PM_SCAN_ARG_STRUCT.unpack(argument)[4]
+    return memoryview(vector)[: found * _REGION_BYTES], walk_end
 
 
 def protect(fd: int, start: int, end: int) -> None:
