@@ -1,0 +1,203 @@
+"""A machine of examples/kvm_guest.py in a process of its own, for what a test asks of it.
+
+    python -m tests.examples.machine exits
+    python -m tests.examples.machine flip SEED
+    python -m tests.examples.machine copy SEED ROUNDS
+    python -m tests.examples.machine own
+    python -m tests.examples.machine served SOCKET
+
+Knows: one job per word; each prints what it found as JSON.
+Must not know: pytest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import mmap
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Final
+
+from aiouffd.events import PageFault
+from aiouffd.kernel import abi, pagemap
+from aiouffd.pager import Pager
+from aiouffd.uffd import Feature, Mode, Userfaultfd
+from kvm_guest import (
+    FIRST,
+    IMMEDIATE_EXIT_AT,
+    PAGE,
+    Machine,
+    create_ram,
+    errors_in,
+    is_written,
+)
+
+SIZE: Final = 16 << 20
+PAGES: Final = (SIZE - FIRST) // PAGE
+WRITTEN: Final = 64  # a quarter of the pages
+
+#: What it takes for asynchronous write-protection of a memfd.
+TRACKING: Final = (
+    Feature.WP_ASYNC
+    | Feature.WP_UNPOPULATED
+    | Feature.WP_HUGETLBFS_SHMEM
+    | Feature.PAGEFAULT_FLAG_WP
+)
+
+
+class _StopsAtAnExit(Machine):
+    """It is told to stop while its VMM does what the guest has asked for."""
+
+    def _serve_exit(self) -> None:
+        super()._serve_exit()
+        self._run[IMMEDIATE_EXIT_AT] = 1
+
+
+def exits() -> None:
+    """Stop the machine at each of its exits, and go on with another one in the same RAM."""
+    ram = create_ram(SIZE, written=WRITTEN)
+    state = b""
+    for number in range(1, 11):
+        with _StopsAtAnExit(os.dup(ram)) as machine:
+            if state:
+                machine.load(state)
+            machine.start()
+            machine.wait_for_pass(number)
+            machine.stop()
+            state = machine.save()
+    os.close(ram)
+    print(json.dumps({"passes": number, "errors": errors_in(state)}))
+
+
+def flip(seed: str) -> None:
+    """Flip single bits of the RAM behind the guest's back."""
+    rng = random.Random(int(seed))
+    with Machine(create_ram(SIZE, written=WRITTEN)) as machine:
+        flipped = []
+        for _ in range(30):
+            page = rng.randrange(PAGES)
+            at, bit = FIRST + page * PAGE + rng.randrange(PAGE), 1 << rng.randrange(8)
+            flipped.append(page)
+            machine.ram[at] ^= bit
+            machine.start()
+            machine.wait_for_pass(machine.passes + 2)  # the first may have been past that page
+            machine.stop()
+            assert set(machine.wrong[len(flipped) - 1 :]) == {page}
+            del machine.wrong[len(flipped) :]
+            if not is_written(page, WRITTEN):  # nobody else puts it right
+                machine.ram[at] ^= bit
+        print(json.dumps({"flipped": flipped, "wrong": machine.wrong}))
+
+
+def copy(seed: str, rounds: str) -> None:
+    """Copy the RAM of a running guest by what the kernel says was written."""
+    rng = random.Random(int(seed))
+    ram = create_ram(SIZE, written=WRITTEN)
+    with (
+        Machine(ram) as machine,
+        Userfaultfd.open(TRACKING) as uffd,
+        mmap.mmap(ram, SIZE) as view,  # of one's own: reading it faults in nothing of the guest's
+        open(pagemap.open_pagemap(), "rb") as entries,
+    ):
+        start, end = machine.address, machine.address + SIZE
+        machine.start()
+        machine.wait_for_pass(2)
+        uffd.register(start, SIZE, Mode.WP)
+        pagemap.protect(entries.fileno(), start, end)
+        taken = bytearray(view[:])
+        counts = []
+
+        def take_written() -> None:
+            found = pagemap.regions(
+                entries.fileno(),
+                start,
+                end,
+                required=abi.PAGE_IS_WRITTEN,
+                flags=pagemap.WP_MATCHING | pagemap.CHECK_WPASYNC,
+            )
+            pages = 0
+            for run in found:
+                at, stop = run.start - start, run.end - start
+                for page in range((at - FIRST) // PAGE, (stop - FIRST) // PAGE):
+                    assert is_written(page, WRITTEN), f"nobody has written page {page}"
+                taken[at:stop] = view[at:stop]
+                pages += run.length // PAGE
+            counts.append(pages)
+
+        stops = 0
+        for number in range(1, int(rounds) + 1):
+            time.sleep(rng.random() * 0.005)  # the instants of the rounds
+            if number % 5:
+                take_written()
+                continue
+            machine.stop()
+            stops += taken != view[:]
+            take_written()
+            assert taken == view[:], f"a write was not seen before round {number}"
+            machine.start()
+        print(json.dumps({"written_pages": counts, "stops": stops, "wrong": machine.wrong}))
+
+
+def _check(machine: Machine) -> dict[str, object]:
+    """Let the guest look at each page twice more."""
+    machine.wait_for_pass(machine.passes + 3)
+    machine.stop()
+    return {"passes": machine.passes, "errors": errors_in(machine.save())}
+
+
+async def own() -> None:
+    """Serve the guest's missing pages by this process's own loop, and stop it in a fault."""
+    ram = create_ram(SIZE, written=WRITTEN)
+    empty = os.memfd_create("empty", os.MFD_CLOEXEC)
+    os.truncate(empty, SIZE)
+    with mmap.mmap(ram, SIZE) as content, Machine(empty) as machine:
+        os.close(ram)
+        waits, go_on = asyncio.Event(), asyncio.Event()
+
+        async def fill(fault: PageFault) -> bytes:
+            if fault.offset >= SIZE // 2 and not waits.is_set():
+                waits.set()
+                await go_on.wait()
+            return content[fault.offset : fault.offset + fault.length]
+
+        async with Pager(Userfaultfd.open(Feature.MISSING_SHMEM)) as pager:
+            pager.register(machine.address, SIZE, fill)
+            machine.start()
+            await waits.wait()
+            await asyncio.to_thread(machine.stop)  # its page does not come before that
+            machine.start()
+            go_on.set()
+            found = await asyncio.to_thread(_check, machine)
+            print(json.dumps(found | {"faults": pager.counters.faults}))
+
+
+def served(connection: str) -> None:
+    """Have the missing pages served by the process at the other end of a socket."""
+    empty = os.memfd_create("empty", os.MFD_CLOEXEC)
+    os.truncate(empty, SIZE)
+    with socket.socket(fileno=int(connection)) as parent, Machine(empty) as machine:
+        with Userfaultfd.open(Feature.MISSING_SHMEM) as uffd:
+            socket.send_fds(parent, [machine.address.to_bytes(8, "little")], [uffd.fileno()])
+        parent.recv(1)  # it serves
+        machine.start()
+        print(json.dumps(_check(machine)))
+
+
+def main(word: str, *arguments: str) -> None:
+    jobs: dict[str, Callable[..., None]] = {
+        "exits": exits,
+        "flip": flip,
+        "copy": copy,
+        "own": lambda: asyncio.run(own()),
+        "served": served,
+    }
+    jobs[word](*arguments)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
