@@ -19,14 +19,13 @@ import os
 import random
 import socket
 import sys
-import time
 from collections.abc import Callable
 from typing import Final
 
+from aiouffd.dirty import DirtyRound, DirtyTracker
 from aiouffd.events import PageFault
-from aiouffd.kernel import abi, pagemap
 from aiouffd.pager import Pager
-from aiouffd.uffd import Feature, Mode, Userfaultfd
+from aiouffd.uffd import Feature, Userfaultfd
 from kvm_guest import (
     FIRST,
     IMMEDIATE_EXIT_AT,
@@ -94,50 +93,39 @@ def flip(seed: str) -> None:
         print(json.dumps({"flipped": flipped, "wrong": machine.wrong}))
 
 
-def copy(seed: str, rounds: str) -> None:
-    """Copy the RAM of a running guest by what the kernel says was written."""
+async def copy(seed: str, rounds: str) -> None:
+    """Copy the RAM of a running guest by what a tracker says was written."""
     rng = random.Random(int(seed))
     ram = create_ram(SIZE, written=WRITTEN)
     with (
         Machine(ram) as machine,
         Userfaultfd.open(TRACKING) as uffd,
-        mmap.mmap(ram, SIZE) as view,  # of one's own: reading it faults in nothing of the guest's
-        open(pagemap.open_pagemap(), "rb") as entries,
+        mmap.mmap(ram, SIZE) as view,  # a second mapping: what is read here costs the guest nothing
+        DirtyTracker(uffd) as tracker,
     ):
-        start, end = machine.address, machine.address + SIZE
         machine.start()
         machine.wait_for_pass(2)
-        uffd.register(start, SIZE, Mode.WP)
-        pagemap.protect(entries.fileno(), start, end)
+        tracker.add(machine.address, SIZE, file=ram)
+        tracker.begin()
         taken = bytearray(view[:])
         counts = []
 
-        def take_written() -> None:
-            found = pagemap.regions(
-                entries.fileno(),
-                start,
-                end,
-                required=abi.PAGE_IS_WRITTEN,
-                flags=pagemap.WP_MATCHING | pagemap.CHECK_WPASYNC,
-            )
-            pages = 0
-            for run in found:
-                at, stop = run.start - start, run.end - start
-                for page in range((at - FIRST) // PAGE, (stop - FIRST) // PAGE):
+        def take(found: DirtyRound) -> None:
+            for _, at, length in found.runs:
+                for page in range((at - FIRST) // PAGE, (at + length - FIRST) // PAGE):
                     assert is_written(page, WRITTEN), f"nobody has written page {page}"
-                taken[at:stop] = view[at:stop]
-                pages += run.length // PAGE
-            counts.append(pages)
+                taken[at : at + length] = view[at : at + length]
+            counts.append(found.bytes // PAGE)
 
         stops = 0
         for number in range(1, int(rounds) + 1):
-            time.sleep(rng.random() * 0.005)  # the instants of the rounds
+            await asyncio.sleep(rng.random() * 0.005)  # the instants of the rounds
             if number % 5:
-                take_written()
+                take(await tracker.collect())
                 continue
             machine.stop()
             stops += taken != view[:]
-            take_written()
+            take(tracker.collect_now())
             assert taken == view[:], f"a write was not seen before round {number}"
             machine.start()
         print(json.dumps({"written_pages": counts, "stops": stops, "wrong": machine.wrong}))
@@ -192,7 +180,7 @@ def main(word: str, *arguments: str) -> None:
     jobs: dict[str, Callable[..., None]] = {
         "exits": exits,
         "flip": flip,
-        "copy": copy,
+        "copy": lambda *words: asyncio.run(copy(*words)),
         "own": lambda: asyncio.run(own()),
         "served": served,
     }

@@ -85,7 +85,7 @@ def test_it_notices_a_single_bit(seed: int) -> None:
 
 @pytest.mark.once
 def test_its_writes_are_seen(seed: int) -> None:
-    """What PAGEMAP_SCAN says was written is what was, exactly, while the guest goes on.
+    """What a tracker says was written is what was, exactly, while the guest goes on.
 
     Copied by what it says, the RAM is right at each of forty stops.
     """
