@@ -4,10 +4,10 @@ Its program checks its own memory for ever.  Pass ``n`` takes all pages in a sca
 compares every byte of each with what pass ``n - 1`` has left there, and writes some of them anew.
 After each pass it says so on one port, and names a page that was not as it should be on another.
 
-All that the machine is lies in two places: its RAM, which is a memfd and holds the program and its
-page tables too, and the registers that ``save`` gives.  This program takes no interrupts and has
-no use for the FPU, MSRs (but EFER, which is among the special registers) or a local APIC: those
-belong into the state of a machine that uses them (KVM_GET_XSAVE, KVM_GET_MSRS, KVM_GET_LAPIC).
+All that the machine is lies in two places: its RAM, which holds the program and its page tables
+too, and the registers that ``save`` gives.  This program takes no interrupts and has no use for
+the FPU, MSRs (but EFER, which is among the special registers) or a local APIC: those belong to the
+state of a machine that uses them (KVM_GET_XSAVE, KVM_GET_MSRS, KVM_GET_LAPIC).
 
 The program runs in 64-bit mode with paging, in ring 3.  A KVM that itself runs in a virtual machine
 may have to emulate everything else, some hundred times slower.
@@ -142,36 +142,27 @@ def program(pages: int, step: int, written: int) -> bytes:
     return b"".join(bytes.fromhex(line.partition(";")[0]) for line in listing.splitlines())
 
 
-def create_ram(size: int, *, written: int = 26) -> int:
-    """Make the memory of a machine that has not run yet.
+def fill_ram(ram: mmap.mmap, *, written: int = 26) -> None:
+    """Write what a machine that has not run yet has in its RAM.
 
     Args:
-        size: Bytes, whole pages, from 2 MiB to 1 GiB.
-        written: How many of 256 pages each pass writes anew.
-
-    Returns:
-        A memfd; the caller closes it.
+        ram: All of it, from 2 MiB to 1 GiB.
+        written: How many of 256 pages each pass will write anew.
     """
-    pages = (size - FIRST) // PAGE
+    pages = (len(ram) - FIRST) // PAGE
     step = 6007 % pages
     assert math.gcd(step, pages) == 1, "some pages would never be reached"
     code = program(pages, step, written)
+    ram[CODE : CODE + len(code)] = code
     # Three levels of tables, with pages of 2 MiB: present, writable, for ring 3 (7), accessed and
     # dirty (0x60), large (0x80).
-    tables = [TABLES + PAGE | 0x67, TABLES + 2 * PAGE | 0x67]
-    large = struct.pack("<512Q", *(number << 21 | 0xE7 for number in range(512)))
-    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
-    os.truncate(fd, size)
-    with mmap.mmap(fd, size) as ram:
-        ram[CODE : CODE + len(code)] = code
-        for level, entry in enumerate(tables):
-            struct.pack_into("<Q", ram, TABLES + level * PAGE, entry)
-        ram[TABLES + 2 * PAGE : TABLES + 3 * PAGE] = large
-        for page in range(pages):
-            value = page * MIX & 0xFFFFFFFF
-            at = FIRST + page * PAGE
-            ram[at : at + PAGE] = value.to_bytes(4, "little") * (PAGE // 4)
-    return fd
+    struct.pack_into("<Q", ram, TABLES, TABLES + PAGE | 0x67)
+    struct.pack_into("<Q", ram, TABLES + PAGE, TABLES + 2 * PAGE | 0x67)
+    large = (number << 21 | 0xE7 for number in range(512))
+    struct.pack_into("<512Q", ram, TABLES + 2 * PAGE, *large)
+    for page in range(pages):
+        at, value = FIRST + page * PAGE, page * MIX & 0xFFFFFFFF
+        ram[at : at + PAGE] = value.to_bytes(4, "little") * (PAGE // 4)
 
 
 def first_state(sregs: bytes) -> bytes:
@@ -208,40 +199,34 @@ class Machine:
 
     ::
 
-        with Machine(create_ram(64 << 20)) as machine:
+        ram = mmap.mmap(-1, 64 << 20)
+        fill_ram(ram)
+        with Machine(ram) as machine:
             machine.start()
             machine.wait_for_pass(10)
             machine.stop()
             state = machine.save()
 
     Attributes:
-        ram: The mapping through which the vCPU sees its RAM.  Once it is registered with a
-            userfaultfd, the thread that serves it must not touch it.
-        ram_fd: The memfd.
-        address: Where the mapping is.
         passes: Number of the last pass that has ended, on whatever machine.
         wrong: Numbers of pages that the guest has found wrong, on this one.
     """
 
-    def __init__(self, ram: int) -> None:
+    def __init__(self, ram: mmap.mmap) -> None:
         """Make the machine; it does not run yet.  In the main thread, for it installs a signal.
 
         Args:
-            ram: A memfd, from ``create_ram`` or an empty one of the same size; closed with this.
+            ram: From ``fill_ram``, or empty if a state is loaded and the RAM follows; it stays
+                the caller's.  Pages that are missing are waited for by the vCPU's thread alone.
         """
-        self._fds = [ram, os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)]
-        self.ram_fd = ram
-        size, kvm = os.fstat(ram).st_size, self._fds[1]
-        self.ram = mmap.mmap(ram, size)
-        self.ram.madvise(mmap.MADV_NOHUGEPAGE)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.ram))
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         vm = fcntl.ioctl(kvm, KVM_CREATE_VM, 0)
-        self._fds.append(vm)
-        region = MEMORY_REGION.pack(0, 0, 0, size, self.address)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(ram))
+        region = MEMORY_REGION.pack(0, 0, 0, len(ram), address)
         fcntl.ioctl(vm, KVM_SET_USER_MEMORY_REGION, region)
         self._vcpu = fcntl.ioctl(vm, KVM_CREATE_VCPU, 0)
-        self._fds.append(self._vcpu)
         self._run = mmap.mmap(self._vcpu, fcntl.ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0))
+        self._fds = self._vcpu, vm, kvm
         self.wrong: list[int] = []
         self._changed = threading.Condition()
         self._stopping = threading.Event()
@@ -372,8 +357,7 @@ class Machine:
                 self.stop()
         finally:
             self._run.close()
-            self.ram.close()
-            for fd in reversed(self._fds):
+            for fd in self._fds:
                 os.close(fd)
 
     def __enter__(self) -> Self:

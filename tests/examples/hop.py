@@ -7,6 +7,8 @@ It runs for so many passes, and is stopped after so many seconds more, wherever 
 
 from __future__ import annotations
 
+import mmap
+import os
 import sys
 import time
 
@@ -15,7 +17,7 @@ from kvm_guest import Machine
 
 def main(ram: int, passes: int, seconds: float) -> None:
     state = sys.stdin.buffer.read()
-    with Machine(ram) as machine:
+    with mmap.mmap(ram, os.fstat(ram).st_size) as memory, Machine(memory) as machine:
         if state:
             machine.load(state)
         machine.start()

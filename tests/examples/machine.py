@@ -13,6 +13,7 @@ Must not know: pytest.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import mmap
 import os
@@ -20,7 +21,7 @@ import random
 import socket
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Self
 
 from aiouffd.dirty import DirtyRound, DirtyTracker
 from aiouffd.events import PageFault
@@ -31,8 +32,8 @@ from kvm_guest import (
     IMMEDIATE_EXIT_AT,
     PAGE,
     Machine,
-    create_ram,
     errors_in,
+    fill_ram,
     is_written,
 )
 
@@ -49,6 +50,30 @@ TRACKING: Final = (
 )
 
 
+class Ram:
+    """The memory of a machine: a memfd, mapped; empty at first."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, SIZE)
+        self.map = mmap.mmap(self.fd, SIZE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.map.close()
+        os.close(self.fd)
+
+
+def new_ram() -> Ram:
+    """Make the memory of a machine that has not run yet."""
+    ram = Ram()
+    fill_ram(ram.map, written=WRITTEN)
+    return ram
+
+
 class _StopsAtAnExit(Machine):
     """It is told to stop while its VMM does what the guest has asked for."""
 
@@ -59,53 +84,52 @@ class _StopsAtAnExit(Machine):
 
 def exits() -> None:
     """Stop the machine at each of its exits, and go on with another one in the same RAM."""
-    ram = create_ram(SIZE, written=WRITTEN)
     state = b""
-    for number in range(1, 11):
-        with _StopsAtAnExit(os.dup(ram)) as machine:
-            if state:
-                machine.load(state)
-            machine.start()
-            machine.wait_for_pass(number)
-            machine.stop()
-            state = machine.save()
-    os.close(ram)
+    with new_ram() as ram:
+        for number in range(1, 11):
+            with _StopsAtAnExit(ram.map) as machine:
+                if state:
+                    machine.load(state)
+                machine.start()
+                machine.wait_for_pass(number)
+                machine.stop()
+                state = machine.save()
     print(json.dumps({"passes": number, "errors": errors_in(state)}))
 
 
 def flip(seed: str) -> None:
     """Flip single bits of the RAM behind the guest's back."""
     rng = random.Random(int(seed))
-    with Machine(create_ram(SIZE, written=WRITTEN)) as machine:
+    with new_ram() as ram, Machine(ram.map) as machine:
         flipped = []
         for _ in range(30):
             page = rng.randrange(PAGES)
             at, bit = FIRST + page * PAGE + rng.randrange(PAGE), 1 << rng.randrange(8)
             flipped.append(page)
-            machine.ram[at] ^= bit
+            ram.map[at] ^= bit
             machine.start()
             machine.wait_for_pass(machine.passes + 2)  # the first may have been past that page
             machine.stop()
             assert set(machine.wrong[len(flipped) - 1 :]) == {page}
             del machine.wrong[len(flipped) :]
             if not is_written(page, WRITTEN):  # nobody else puts it right
-                machine.ram[at] ^= bit
+                ram.map[at] ^= bit
         print(json.dumps({"flipped": flipped, "wrong": machine.wrong}))
 
 
 async def copy(seed: str, rounds: str) -> None:
     """Copy the RAM of a running guest by what a tracker says was written."""
     rng = random.Random(int(seed))
-    ram = create_ram(SIZE, written=WRITTEN)
     with (
-        Machine(ram) as machine,
-        Userfaultfd.open(TRACKING) as uffd,
-        mmap.mmap(ram, SIZE) as view,  # a second mapping: what is read here costs the guest nothing
+        new_ram() as ram,
+        Machine(ram.map) as machine,
+        Userfaultfd.open(TRACKING, user_mode_only=True) as uffd,
+        mmap.mmap(ram.fd, SIZE) as view,  # another mapping: reading it costs the guest nothing
         DirtyTracker(uffd) as tracker,
     ):
         machine.start()
         machine.wait_for_pass(2)
-        tracker.add(machine.address, SIZE, file=ram)
+        tracker.add(ram.address, SIZE, file=ram.fd)
         tracker.begin()
         taken = bytearray(view[:])
         counts = []
@@ -140,21 +164,17 @@ def _check(machine: Machine) -> dict[str, object]:
 
 async def own() -> None:
     """Serve the guest's missing pages by this process's own loop, and stop it in a fault."""
-    ram = create_ram(SIZE, written=WRITTEN)
-    empty = os.memfd_create("empty", os.MFD_CLOEXEC)
-    os.truncate(empty, SIZE)
-    with mmap.mmap(ram, SIZE) as content, Machine(empty) as machine:
-        os.close(ram)
+    with new_ram() as ram, Ram() as empty, Machine(empty.map) as machine:
         waits, go_on = asyncio.Event(), asyncio.Event()
 
         async def fill(fault: PageFault) -> bytes:
             if fault.offset >= SIZE // 2 and not waits.is_set():
                 waits.set()
                 await go_on.wait()
-            return content[fault.offset : fault.offset + fault.length]
+            return ram.map[fault.offset : fault.offset + fault.length]
 
         async with Pager(Userfaultfd.open(Feature.MISSING_SHMEM)) as pager:
-            pager.register(machine.address, SIZE, fill)
+            pager.register(empty.address, SIZE, fill)
             machine.start()
             await waits.wait()
             await asyncio.to_thread(machine.stop)  # its page does not come before that
@@ -166,11 +186,13 @@ async def own() -> None:
 
 def served(connection: str) -> None:
     """Have the missing pages served by the process at the other end of a socket."""
-    empty = os.memfd_create("empty", os.MFD_CLOEXEC)
-    os.truncate(empty, SIZE)
-    with socket.socket(fileno=int(connection)) as parent, Machine(empty) as machine:
+    with (
+        socket.socket(fileno=int(connection)) as parent,
+        Ram() as empty,
+        Machine(empty.map) as machine,
+    ):
         with Userfaultfd.open(Feature.MISSING_SHMEM) as uffd:
-            socket.send_fds(parent, [machine.address.to_bytes(8, "little")], [uffd.fileno()])
+            socket.send_fds(parent, [empty.address.to_bytes(8, "little")], [uffd.fileno()])
         parent.recv(1)  # it serves
         machine.start()
         print(json.dumps(_check(machine)))

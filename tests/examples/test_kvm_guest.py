@@ -17,8 +17,8 @@ from aiouffd.events import PageFault
 from aiouffd.fds import OwnedFd
 from aiouffd.pager import Pager
 from aiouffd.uffd import Userfaultfd
-from kvm_guest import create_ram, errors_in, why_not
-from tests.examples.machine import SIZE, WRITTEN
+from kvm_guest import errors_in, why_not
+from tests.examples.machine import SIZE, new_ram
 from tests.examples.running import ROOT
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"{why_not()}: it takes KVM on x86-64")
@@ -43,6 +43,11 @@ def run(module: str, *arguments: object, state: bytes = b"", fds: tuple[int, ...
     return done.stdout
 
 
+def _new_ram() -> OwnedFd:
+    with new_ram() as ram:
+        return OwnedFd(os.dup(ram.fd))
+
+
 def _copied(ram: OwnedFd) -> OwnedFd:
     """Copy a memfd."""
     new = os.memfd_create("copy", os.MFD_CLOEXEC)
@@ -56,7 +61,7 @@ def _copied(ram: OwnedFd) -> OwnedFd:
 def test_it_goes_on_in_another_process_wherever_it_was_stopped(seed: int) -> None:
     """Its registers and its RAM are all of it: no pass is lost, no page is wrong."""
     rng = random.Random(seed)
-    state, ram = b"", OwnedFd(create_ram(SIZE, written=WRITTEN))
+    state, ram = b"", _new_ram()
     try:
         for _ in range(30):
             fd = ram.fileno()
@@ -108,7 +113,7 @@ def test_its_faults_are_served_by_its_own_process(seed: int) -> None:
 async def test_its_faults_are_served_by_another_process(time_scale: float) -> None:
     """A pager that has never seen the machine fills its memory."""
     ours, theirs = socket.socketpair()
-    with ours, OwnedFd(create_ram(SIZE, written=WRITTEN)) as ram:
+    with ours, _new_ram() as ram:
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 *COMMAND,
