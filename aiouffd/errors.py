@@ -21,6 +21,8 @@ The tree::
     │   ├── LoopThreadTouch   the loop's own thread touched a page that only the loop can bring
     │   └── StuckPage         the same page faults again and again though the kernel has it
     ├── PeerError             the other side of a hand-over broke its protocol
+    │   ├── UnknownVersion    it speaks another version of it
+    │   └── DamagedFrame      bytes of it were changed on the way
     ├── WorkingSetError       a recorded set of pages cannot be read, or is another image's
     ├── NotPaused             a target ran while it had to hold still
     ├── StoreError            the fd store is full or does not answer
@@ -175,6 +177,14 @@ class PeerError(UffdError):
         return f"{self.peer}: {text}" if self.peer else text
 
 
+class UnknownVersion(PeerError):
+    """The other side speaks no version of the protocol that we do."""
+
+
+class DamagedFrame(PeerError):
+    """What the other side sent was changed on the way."""
+
+
 class WorkingSetError(UffdError):
     """A recorded set of pages cannot be read, or was made for another image."""
 
@@ -188,7 +198,19 @@ class StoreError(UffdError):
 
 
 class MigrationFailed(UffdError):
-    """A migration cannot go on."""
+    """A migration cannot go on.
+
+    Attributes:
+        stage: How far it had come, such as ``copying``.
+        outcome: What has become of the program: ``source`` (it runs on there, or can),
+            ``unknown`` (the switch was under way, and the other side does not answer) or
+            ``lost`` (it ran at the destination, and what it did there is gone).
+    """
+
+    def __init__(self, message: str, *, stage: str = "", outcome: str = "") -> None:
+        super().__init__(message)
+        self.stage = stage
+        self.outcome = outcome
 
 
 #: The errno module has no name for it before Python 3.14.

@@ -1,0 +1,548 @@
+"""The wire of a migration: frames over two streams of bytes, one for demand and one for bulk.
+
+Knows: the bytes of both directions, their limits, what has been negotiated.
+Must not know: sockets, the event loop, memory, who is at which stage.
+
+Version 1; integers are big-endian, texts UTF-8.  docs/reference/migration-protocol.md has all of it
+for who writes another implementation.
+
+A connection begins on either side with a preamble (magic 8, newest version u16, oldest u16), then
+there are frames only: 36 bytes of head, and a body.
+
+=========== ====== ================================================================================
+Field       Type   Meaning
+=========== ====== ================================================================================
+kind        u8     one of Kind
+flags       u8     one or more of the FLAG_*
+region      u16    a number of the hello's regions, or 0
+length      u32    bytes of the body
+number      u64    of the frame, or what the kind says
+offset      u64    in the region, in bytes, or what the kind says
+span        u32    bytes of memory that it is about, or what the kind says
+body check  u32    CRC-32 of the body with FLAG_CHECKED, else 0
+head check  u32    CRC-32 of the 32 bytes before
+=========== ====== ================================================================================
+
+Laws of this file:
+
+* Nothing here makes a system call: bytes in, frames out, in pieces of any size.
+* Nothing is allocated because a peer says so: the length of a body is checked against the limit
+  of its kind before a byte of it is taken, and so is what it decompresses to.
+* Every frame about memory lies in a negotiated region and is made of its whole pages, or it is
+  PeerError; whoever uses the frames need not look again.
+* A head that was damaged on the way is DamagedFrame, always; a body is where both sides agreed on
+  checksums.  Another version is UnknownVersion.  The decoder is of no use afterwards.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+from ..errors import DamagedFrame, PeerError, UnknownVersion
+from ..ranges import PAGE_SIZE, is_aligned, is_power_of_two
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+MAGIC: Final = b"aiouffdM"
+VERSION: Final = 1  #: the newest that we speak
+OLDEST: Final = 1  #: the oldest
+
+MAX_DATA: Final = 1 << 20  #: bytes of memory in one frame that carries them
+MAX_RUNS: Final = 4096  #: in one frame
+MAX_SPAN: Final = 1 << 30  #: bytes that one frame without their contents may be about
+MAX_REGIONS: Final = 1024
+MAX_TEXT: Final = 1024  #: bytes of a name, or of an error's text
+_MAX_JSON: Final = 64 << 10
+_MAX_HELLO: Final = 1 << 20
+_MAX_PAGE: Final = 1 << 20  # a frame has at least one
+
+FLAG_CHECKED: Final = 1  #: the body has a checksum
+FLAG_ZSTD: Final = 2  #: the body is one zstd frame
+FLAG_LZ4: Final = 4  #: the body is one lz4 block
+
+#: Ways to make bodies smaller, by the name under which they are negotiated.
+COMPRESSION: Final = {"zstd": FLAG_ZSTD, "lz4": FLAG_LZ4}
+CHECKSUMS: Final = "checksums"  #: the other feature: every body has a checksum
+
+_PREAMBLE: Final = struct.Struct(">8sHH")
+_HEAD: Final = struct.Struct(">BBHIQQII")
+_CHECK: Final = struct.Struct(">I")
+_RUN: Final = struct.Struct(">QI")
+HEAD_BYTES: Final = _HEAD.size + _CHECK.size
+RUN_BYTES: Final = _RUN.size  #: of a table in a body
+PREAMBLE: Final = _PREAMBLE.pack(MAGIC, VERSION, OLDEST)
+
+_BUFFER_BYTES: Final = 64 << 10  # what arrives is taken in these, but for long bodies
+
+
+class Kind(enum.IntEnum):
+    """What a frame is.  S is the source, D the destination."""
+
+    HELLO = 1  #: S: JSON; the first frame of a connection
+    WELCOME = 2  #: D: JSON; the answer
+    ERROR = 3  #: either: JSON; the last frame
+    PAGES = 4  #: S: the bytes of one run; number: of the frame
+    BATCH = 5  #: S: a table of runs, then their bytes; span: how many; number: of the frame
+    ZERO = 6  #: S: a run of zeros; number: of the frame
+    MISSING = 7  #: S: a table of runs that will follow after the switch; span: how many
+    STATE = 8  #: S: a part of the state; offset: where in it, span: how long it is in all
+    SWITCH = 9  #: S: all before it is there: run; number: of the frame
+    RUNNING = 10  #: D: it runs; JSON
+    DEMAND = 11  #: D: a run is waited for; number: priority, the higher the sooner
+    ACK = 12  #: D: the frames of this connection up to ``number`` have landed
+    PROGRESS = 13  #: either: JSON; for people
+    DONE = 14  #: D: all is there; JSON
+    END = 15  #: S: it has let go; JSON
+    CANCEL = 16  #: S: forget it; the source runs on
+    PING = 17  #: either: still here
+
+
+_JSON: Final = frozenset(
+    (*(Kind.HELLO, Kind.WELCOME, Kind.ERROR, Kind.RUNNING), Kind.PROGRESS, Kind.DONE, Kind.END)
+)
+#: Those about memory: their region, offset and span, or each of their runs, lie inside.
+_PLACED: Final = frozenset((Kind.PAGES, Kind.ZERO, Kind.DEMAND))
+_TABLES: Final = frozenset((Kind.BATCH, Kind.MISSING))
+#: How long a body may be.
+_LIMITS: Final = {
+    **dict.fromkeys(Kind, 0),
+    **dict.fromkeys(_JSON, _MAX_JSON),
+    Kind.HELLO: _MAX_HELLO,
+    Kind.PAGES: MAX_DATA,
+    Kind.BATCH: MAX_DATA + MAX_RUNS * _RUN.size,
+    Kind.MISSING: MAX_RUNS * _RUN.size,
+    Kind.STATE: MAX_DATA,
+}
+_FROM_SOURCE: Final = frozenset(
+    (
+        *(Kind.HELLO, Kind.ERROR, Kind.PAGES, Kind.BATCH, Kind.ZERO, Kind.MISSING, Kind.STATE),
+        *(Kind.SWITCH, Kind.PROGRESS, Kind.END, Kind.CANCEL, Kind.PING),
+    )
+)
+_FROM_DESTINATION: Final = frozenset(
+    (
+        *(Kind.WELCOME, Kind.ERROR, Kind.RUNNING, Kind.DEMAND, Kind.ACK, Kind.PROGRESS),
+        *(Kind.DONE, Kind.PING),
+    )
+)
+
+
+class Role(enum.Enum):
+    """What a connection is for."""
+
+    DEMAND = "demand"  #: what a thread waits for, and what must not stand in line
+    BULK = "bulk"  #: everything else, in order
+
+
+class Extent(NamedTuple):
+    """A region, as it is negotiated."""
+
+    name: str
+    length: int  #: in bytes
+    page_size: int  #: in bytes; frames about it are made of whole pages
+
+    @classmethod
+    def checked(cls, name: object, length: object, page_size: object) -> Extent:
+        """Take one from a peer.
+
+        Raises:
+            PeerError: It is no region.
+        """
+        if not isinstance(name, str) or len(name.encode(errors="replace")) > MAX_TEXT:
+            raise PeerError(
+                f"named a region {str(name)[:80]!r}; a name has at most {MAX_TEXT} bytes"
+            )
+        if not isinstance(page_size, int) or not (
+            PAGE_SIZE <= page_size <= _MAX_PAGE and is_power_of_two(page_size)
+        ):
+            raise PeerError(f"gave region {name!r} a page size of {page_size!r}")
+        if (
+            not isinstance(length, int)
+            or not 0 < length < 1 << 56
+            or not is_aligned(length, page_size)
+        ):
+            raise PeerError(f"gave region {name!r} a length of {length!r}: no whole pages")
+        return cls(name, length, page_size)
+
+
+class Head(NamedTuple):
+    """The head of a frame whose body is still to come."""
+
+    kind: Kind
+    flags: int
+    region: int
+    length: int
+    number: int
+    offset: int
+    span: int
+
+
+class Frame(NamedTuple):
+    """One frame.
+
+    Attributes:
+        body: What came, decompressed; of a frame that was placed the place itself.  It is valid
+            until the next bytes are received.
+        placed: The body lies where ``place`` said.
+    """
+
+    kind: Kind
+    region: int
+    number: int
+    offset: int
+    span: int
+    body: Buffer
+    placed: bool = False
+
+    def json(self) -> dict[str, Any]:
+        """Read the body of a kind that has JSON.
+
+        Raises:
+            PeerError: It is none, or no object.
+        """
+        try:
+            value = json.loads(bytes(self.body)) if memoryview(self.body) else {}
+        except (ValueError, RecursionError) as error:
+            raise PeerError(f"sent a {self.kind.name} that is no JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise PeerError(f"sent a {self.kind.name} that is no JSON object")
+        return value
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Give (offset in the region, length, offset in the body) of each run of a table."""
+        at = self.span * RUN_BYTES
+        for offset, length in _RUN.iter_unpack(memoryview(self.body)[:at]):
+            yield offset, length, at
+            at += length
+
+
+#: Where the body of a PAGES frame may go directly: as many bytes, or None for a buffer of ours.
+Place: TypeAlias = Callable[[Head], memoryview | None]
+#: Of a frame.
+Part: TypeAlias = "bytes | bytearray | memoryview"
+#: Makes a body small, or gives None; or the bytes again, of so many at most.
+Compress: TypeAlias = Callable[[bytes], bytes | None]
+Decompress: TypeAlias = "Callable[[Buffer, int], Buffer]"
+
+
+class Encoder:
+    """Makes frames, of one connection.
+
+    Sharing: none needed.
+    """
+
+    def __init__(self) -> None:
+        self.checked = False  #: bodies get a checksum
+        self._compress: Compress | None = None
+        self._flag = 0
+
+    def compress_by(self, name: str, compress: Compress) -> None:
+        """Make bodies of memory smaller from now on.
+
+        Args:
+            name: One of COMPRESSION.
+            compress: Returns None where it would not pay.
+        """
+        self._flag, self._compress = COMPRESSION[name], compress
+
+    def frame(
+        self,
+        kind: Kind,
+        body: Part = b"",
+        *,
+        region: int = 0,
+        number: int = 0,
+        offset: int = 0,
+        span: int = 0,
+    ) -> list[Part]:
+        """Make a frame: its parts, to be sent one behind the other."""
+        flags = 0
+        length = len(body)
+        if self._compress is not None and length and kind in {Kind.PAGES, Kind.BATCH}:
+            small = self._compress(bytes(body))
+            if small is not None and len(small) < length:
+                body, length, flags = small, len(small), self._flag
+        check = 0
+        if self.checked and length:
+            flags |= FLAG_CHECKED
+            check = zlib.crc32(body)
+        head = _HEAD.pack(kind, flags, region, length, number, offset, span, check)
+        head += _CHECK.pack(zlib.crc32(head))
+        return [head, body] if length else [head]
+
+    def json(self, kind: Kind, value: dict[str, Any], *, number: int = 0) -> bytes:
+        """Make a frame whose body is JSON."""
+        return b"".join(self.frame(kind, json.dumps(value).encode(), number=number))
+
+
+def table(runs: Iterable[tuple[int, int]]) -> bytes:
+    """Make the table of some (offset, length) runs, at most MAX_RUNS."""
+    return b"".join(_RUN.pack(offset, length) for offset, length in runs)
+
+
+class Decoder:
+    """Takes in one connection's bytes.
+
+    ::
+
+        while data := connection.recv_into(decoder.get_buffer()):
+            for frame in decoder.received(data):
+                ...
+
+    Attributes:
+        regions: What was negotiated; frames about memory are refused before.
+        place: Where bodies of PAGES go.
+        checked: Bodies must have a checksum.
+        version: What the other side speaks and we do; 0 until its preamble is there.
+
+    Sharing: none needed; it waits for nothing.
+    """
+
+    def __init__(self, *, from_source: bool) -> None:
+        """Begin with the preamble.
+
+        Args:
+            from_source: Whether the other side is the source; each has its own kinds.
+        """
+        self.regions: Sequence[Extent] = ()
+        self.place: Place | None = None
+        self.checked = False
+        self.version = 0
+        self._kinds = _FROM_SOURCE if from_source else _FROM_DESTINATION
+        self._decompress: dict[int, Decompress] = {}
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0  # bytes of the buffer that were received and not used
+        self._head: Head | None = None  # of the body that comes
+        self._check = 0  # of that body
+        self._body: memoryview | None = None
+        self._body_filled = 0
+        self._placed = False
+
+    def decompress_by(self, name: str, decompress: Decompress) -> None:
+        """Understand one way to make bodies smaller; others are refused.
+
+        Args:
+            name: One of COMPRESSION.
+            decompress: Takes a body and the most bytes it may become; ValueError if it cannot.
+        """
+        self._decompress[COMPRESSION[name]] = decompress
+
+    def get_buffer(self) -> memoryview:
+        """Say where the next bytes go; at least one fits."""
+        if self._body is not None:
+            return self._body[self._body_filled :]
+        return self._view[self._filled :]
+
+    def feed(self, data: Buffer) -> Iterator[Frame]:
+        """Take in bytes that lie elsewhere; each frame is to be used before the next is taken."""
+        view = memoryview(data).cast("B")
+        while view:
+            into = self.get_buffer()
+            taken = min(len(into), len(view))
+            into[:taken] = view[:taken]
+            view = view[taken:]
+            yield from self.received(taken)
+
+    def received(self, count: int) -> Iterator[Frame]:
+        """Take note that so many bytes are in the buffer that ``get_buffer`` gave.
+
+        Each frame is to be used before the next one is taken, and all before more is received.
+
+        Raises:
+            UnknownVersion: The other side speaks no version that we do.
+            DamagedFrame: Bytes were changed on the way.
+            PeerError: It broke the protocol.
+        """
+        if self._body is not None:
+            self._body_filled += count
+            if self._body_filled == len(self._body):
+                yield self._finish()
+            return
+        self._filled += count
+        at = 0
+        if not self.version:
+            at = self._take_preamble()
+        while self.version:
+            left = self._filled - at
+            if left < HEAD_BYTES:
+                break
+            head = self._take_head(at)
+            at += HEAD_BYTES
+            left -= HEAD_BYTES
+            self._head = head
+            body = self._place(head)
+            # A short body that is here in full, as nearly all are, is used where it lies.
+            if body is None and head.length <= left:
+                self._body = self._view[at : at + head.length]
+                at += head.length
+                yield self._finish()
+                continue
+            self._body = memoryview(bytearray(head.length)) if body is None else body
+            taken = min(head.length, left)
+            self._body[:taken] = self._view[at : at + taken]
+            at += taken
+            self._body_filled = taken
+            if taken < head.length:
+                break
+            yield self._finish()
+        rest = self._filled - at
+        if at and rest:
+            self._buffer[:rest] = self._buffer[at : self._filled]
+        self._filled = rest
+
+    def _take_preamble(self) -> int:
+        magic = bytes(self._view[: min(self._filled, len(MAGIC))])
+        if not MAGIC.startswith(magic):
+            raise PeerError(f"does not speak this protocol: it began with {magic!r}")
+        if self._filled < _PREAMBLE.size:
+            return 0
+        _, newest, oldest = _PREAMBLE.unpack_from(self._buffer)
+        if newest < OLDEST or oldest > VERSION or oldest > newest:
+            raise UnknownVersion(
+                f"speaks versions {oldest} to {newest} of the protocol; we speak {OLDEST} to"
+                f" {VERSION}"
+            )
+        self.version = min(newest, VERSION)
+        return _PREAMBLE.size
+
+    def _take_head(self, at: int) -> Head:
+        (check,) = _CHECK.unpack_from(self._buffer, at + _HEAD.size)
+        if zlib.crc32(self._view[at : at + _HEAD.size]) != check:
+            raise DamagedFrame("sent a frame whose head was damaged on the way")
+        number, flags, region, length, *rest, self._check = _HEAD.unpack_from(self._buffer, at)
+        try:
+            kind = Kind(number)
+        except ValueError:
+            raise PeerError(f"sent a frame of the unknown kind {number}") from None
+        if kind not in self._kinds:
+            raise PeerError(f"sent a {kind.name}, which is for us to send")
+        head = Head(kind, flags, region, length, *rest)
+        if length > _LIMITS[kind]:
+            raise PeerError(
+                f"sent a {kind.name} of {length} bytes; {_LIMITS[kind]} are the most of its kind"
+            )
+        if flags & ~(FLAG_CHECKED | FLAG_ZSTD | FLAG_LZ4):
+            raise PeerError(f"sent a {kind.name} with the unknown flags {flags:#x}")
+        packed = flags & ~FLAG_CHECKED
+        if packed and (packed not in self._decompress or kind not in {Kind.PAGES, Kind.BATCH}):
+            raise PeerError(f"compressed a {kind.name}, which was not agreed on")
+        if self.checked and length and not flags & FLAG_CHECKED:
+            raise PeerError(f"sent a {kind.name} without the checksum that was agreed on")
+        if kind in _PLACED:
+            most = MAX_DATA if kind is Kind.PAGES else MAX_SPAN
+            self._check_run(kind, region, head.offset, head.span, most)
+            if kind is Kind.PAGES and not packed and length != head.span:
+                raise PeerError(f"sent {length} bytes for {head.span} bytes of memory")
+        elif kind in _TABLES:
+            if not 0 < head.span <= MAX_RUNS:
+                raise PeerError(f"sent a {kind.name} of {head.span} runs; 1 to {MAX_RUNS} may be")
+            self._region(kind, region)
+        return head
+
+    def _region(self, kind: Kind, number: int) -> Extent:
+        if number >= len(self.regions):
+            raise PeerError(
+                f"sent a {kind.name} about region {number}; {len(self.regions)} were agreed on"
+            )
+        return self.regions[number]
+
+    def _check_run(self, kind: Kind, region: int, offset: int, length: int, most: int) -> None:
+        extent = self._region(kind, region)
+        if not 0 < length <= most:
+            raise PeerError(f"sent a {kind.name} about {length} bytes; 1 to {most} may be")
+        if not (is_aligned(offset, extent.page_size) and is_aligned(length, extent.page_size)):
+            raise PeerError(
+                f"sent a {kind.name} about {length} bytes at offset {offset} of region {region}:"
+                f" no whole pages of {extent.page_size} bytes"
+            )
+        if offset + length > extent.length:
+            raise PeerError(
+                f"sent a {kind.name} about {length} bytes at offset {offset} of region {region},"
+                f" behind its end ({extent.length})"
+            )
+
+    def _place(self, head: Head) -> memoryview | None:
+        if head.kind is not Kind.PAGES or head.flags & ~FLAG_CHECKED or self.place is None:
+            self._placed = False
+            return None
+        place = self.place(head)
+        self._placed = place is not None
+        return place
+
+    def _finish(self) -> Frame:
+        """Make a frame of the head and its body, which is complete."""
+        head, body = self._head, self._body
+        assert head is not None and body is not None  # noqa: S101, PT018 - both were set together
+        self._head = self._body = None
+        kind, flags, region, _, number, offset, span = head
+        if flags & FLAG_CHECKED and zlib.crc32(body) != self._check:
+            raise DamagedFrame(f"sent a {kind.name} whose body was damaged on the way")
+        packed = flags & ~FLAG_CHECKED
+        if packed:
+            body = self._unpack(head, packed, body)
+        if kind in _TABLES:
+            self._check_table(kind, region, span, body)
+        return Frame(kind, region, number, offset, span, body, self._placed)
+
+    def _unpack(self, head: Head, packed: int, body: memoryview) -> memoryview:
+        wanted = head.span if head.kind is Kind.PAGES else _LIMITS[head.kind]
+        try:
+            data = memoryview(self._decompress[packed](body, wanted))
+        except ValueError as error:
+            raise DamagedFrame(
+                f"sent a {head.kind.name} that cannot be decompressed: {error}"
+            ) from error
+        if len(data) > wanted or (head.kind is Kind.PAGES and len(data) != wanted):
+            raise DamagedFrame(f"sent a {head.kind.name} that decompresses to {len(data)} bytes")
+        return data
+
+    def _check_table(self, kind: Kind, region: int, count: int, body: memoryview) -> None:
+        size = count * RUN_BYTES
+        if len(body) < size:
+            raise PeerError(f"sent a {kind.name} of {count} runs in {len(body)} bytes")
+        most = MAX_DATA if kind is Kind.BATCH else MAX_SPAN
+        total = 0
+        for offset, length in _RUN.iter_unpack(body[:size]):
+            self._check_run(kind, region, offset, length, most)
+            total += length
+        wanted = size + (total if kind is Kind.BATCH else 0)
+        if len(body) != wanted:
+            raise PeerError(f"sent a {kind.name} of {len(body)} bytes whose runs make {wanted}")
+
+
+def extents_of(value: object, most_bytes: int) -> list[Extent]:
+    """Take the regions out of a hello.
+
+    Args:
+        value: What stands there.
+        most_bytes: That all together may have.
+
+    Raises:
+        PeerError: They are none, too many, too large, or two have one name.
+    """
+    if not isinstance(value, list) or len(value) > MAX_REGIONS:
+        raise PeerError(f"sent a hello without a list of at most {MAX_REGIONS} regions")
+    regions = []
+    for each in value:
+        if not isinstance(each, dict):
+            raise PeerError("sent a hello with a region that is no JSON object")
+        regions.append(Extent.checked(each.get("name"), each.get("length"), each.get("page_size")))
+    if len({each.name for each in regions}) < len(regions):
+        raise PeerError("sent a hello with two regions of one name")
+    total = sum(each.length for each in regions)
+    if total > most_bytes:
+        raise PeerError(f"wants to bring {total} bytes of memory; {most_bytes} are allowed")
+    return regions
+
+
+def text_of(value: object) -> str:
+    """Take a text that ends up in messages to people: nothing in it moves a cursor."""
+    text = value[:MAX_TEXT] if isinstance(value, str) else ""
+    return "".join(each if each.isprintable() else "?" for each in text)
