@@ -11,7 +11,10 @@ a frame has none, it is given the table's before it is decompressed.
 from __future__ import annotations
 
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -80,6 +83,23 @@ def decompress(frame: memoryview, size: int, checksum: int | None) -> bytes:
     data = decompressor.decompress(frame, size)
     if len(data) != size or not decompressor.eof or decompressor.unused_data:
         raise ZstdError(f"not one frame of {size} bytes")
+    return data
+
+
+def decompress_at_most(frame: Buffer, most: int) -> bytes:
+    """Decompress one frame of which only the most that it may hold is known.
+
+    Args:
+        frame: The frame and nothing else.
+        most: In bytes; more are not made.
+
+    Raises:
+        ZstdError: It is not one frame, or holds more.
+    """
+    decompressor = zstd.ZstdDecompressor()
+    data = decompressor.decompress(frame, most)
+    if not decompressor.eof or decompressor.unused_data:
+        raise ZstdError(f"not one frame of at most {most} bytes")
     return data
 
 
