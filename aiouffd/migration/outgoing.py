@@ -1,0 +1,721 @@
+"""Outgoing: a program's memory sent away, while it runs, and after it has gone.
+
+Knows: the stages at the source, what is sent when, who asks for what.
+Must not know: how the program is stopped, where its memory comes from, how a line is made.
+
+Laws of this file:
+
+* Until the program has been told to leave, nothing has happened: whatever goes wrong, it runs on
+  here.  From then on it never runs here again, whatever goes wrong.
+* Demand never waits behind bulk: it has a connection of its own, and what bulk has on its way is
+  bounded by the time that it takes (``flow``).
+* A page is read after it was taken for dirty, never before: what is written meanwhile is found by
+  the next round, and goes once more.
+* Everything is kept until the other side has said that all is there.
+* Pre-copy, post-copy and the hybrid of both are one way with other numbers (``Plan``).
+
+Pre-copy in rounds is Clark and others' (NSDI 2005), post-copy with pushing around the last demand
+Hines, Deshpande and Gopalan's (VEE 2009).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import logging
+import math
+import ssl
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from ..dirty import DirtyTracker
+from ..errors import MigrationFailed, PeerError, SourceError, UffdError
+from ..flow import Flow
+from ..threads import in_thread
+from . import packing, wire
+from .backlog import Backlog, InDoubt, Taken
+from .channel import NOT_STARTED, UNKNOWN, Channel, ToldError
+from .figures import Round, Sample, SourceFigures
+from .line import Line
+from .memory import SourceMemory, split
+from .stages import Stage
+from .wire import Frame, Kind, Role
+
+log: Final = logging.getLogger("aiouffd.migration")
+
+PRECOPY: Final = "precopy"  #: the feature: memory may be sent before the switch
+
+_FRAME_BYTES: Final = 256 << 10  # of memory
+_SMALL_FRAME_BYTES: Final = 64 << 10  # while somebody waits for pages
+_RECENT: Final = 0.02  # seconds since the last demand
+_LEAST_WINDOW: Final = 256 << 10  # bytes of bulk on their way
+_MOST_WINDOW: Final = 16 << 20
+_MOMENT: Final = 0.005  # seconds that one frame may take under a bandwidth
+_CATCH_UP: Final = 0.02  # seconds' worth of it that may be sent at once after a pause
+_SAMPLE: Final = 0.05  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The numbers that make a migration what it is.
+
+    Attributes:
+        rounds: Passes over the memory while the program runs, at most; 0 is pure post-copy.
+        downtime: Switch as soon as the rest can be sent in so many seconds; it goes first then.
+        behind: Bytes that may follow after the switch; None is any number, 0 is pure pre-copy.
+            If more than that are left after the last round the migration fails, and the
+            program runs on.
+        bandwidth: Bytes per second for bulk; None is what the line gives.  Demand is not held
+            up by it, but counts.
+        deadline: Seconds without a line after which the migration fails.
+        silence: Seconds after which a side that says nothing is lost.
+        checksums: Every body gets a checksum, if the other side can; TLS makes it needless.
+        compress: ``zstd`` or ``lz4``, if the other side can; "" is neither.
+    """
+
+    rounds: int = 5
+    downtime: float = 0.03
+    behind: int | None = None
+    bandwidth: float | None = None
+    deadline: float = 30.0
+    silence: float = 5.0
+    checksums: bool = False
+    compress: str = ""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0 or self.downtime < 0 or (self.behind or 0) < 0:
+            raise ValueError("rounds, downtime and behind are not negative")
+        if self.bandwidth is not None and not self.bandwidth > 0:
+            raise ValueError("bandwidth is a number of bytes per second, or None")
+        if self.silence <= 0 or self.deadline < 0:
+            raise ValueError("silence is more than no time, deadline not less")
+        if self.compress and self.compress not in wire.COMPRESSION:
+            raise ValueError(f"compress is one of {', '.join(wire.COMPRESSION)}, or empty")
+
+
+class Program(Protocol):
+    """The program that moves, as the source sees it."""
+
+    async def stop(self) -> bytes:
+        """Let it stand still; give its state: all that is not in its memory's regions."""
+
+    async def restart(self) -> None:
+        """Let it go on here as if nothing had happened."""
+
+    async def leave(self) -> None:
+        """Tell it that from now on it may run elsewhere: it never goes on here."""
+
+
+class Cancelled(MigrationFailed):
+    """The migration was cancelled before the switch; the program runs on at the source."""
+
+
+class Outgoing:
+    """One migration, at the source.
+
+    ::
+
+        outgoing = Outgoing(memory, "10.0.0.7", 7440, tracker=tracker, ssl=context)
+        await outgoing.run(program)
+
+    Attributes:
+        stage: How far it has come.
+        figures: What it has cost so far.
+        destination: What the other side has told of itself: its figures, once all is there.
+        dirty_rate: As of the last round, in bytes per second.
+
+    Sharing: the loop's thread.
+    """
+
+    def __init__(
+        self,
+        memory: Sequence[SourceMemory],
+        host: str,
+        port: int,
+        *,
+        tracker: DirtyTracker | None = None,
+        plan: Plan | None = None,
+        ssl: ssl.SSLContext | None = None,
+        server_hostname: str = "",
+        name: str = "",
+        on_progress: Callable[[Outgoing], None] | None = None,
+    ) -> None:
+        """Prepare; nothing is sent before ``run``.
+
+        Args:
+            memory: The regions; they stay the caller's, and open until ``run`` has returned.
+            host: The destination's address or name.
+            port: Where it listens.
+            tracker: Knows the same regions by the same numbers; needed for pre-copy.
+            plan: The numbers.
+            ssl: A client's context; None is plain TCP.
+            server_hostname: The name that the destination's certificate must be for; "" is
+                ``host``.
+            name: Of the program, for people.
+            on_progress: Called some twenty times a second.
+
+        Raises:
+            ValueError: There is no tracker, and the plan has rounds.
+        """
+        self.stage = Stage.OFFERED
+        self.figures: Final = SourceFigures(memory_bytes=sum(each.extent.length for each in memory))
+        self.destination: dict[str, Any] = {}
+        self.dirty_rate = 0.0
+        self._memory = memory
+        self._extents = [each.extent for each in memory]
+        self._plan = plan = plan if plan is not None else Plan()
+        if plan.rounds and tracker is None and memory:
+            raise ValueError("pre-copy takes a tracker: without one, plan for 0 rounds")
+        self._tracker = tracker
+        self._name = name
+        self._on_progress = on_progress
+        self._backlog = Backlog(self._extents)
+        self._in_doubt = {role: InDoubt() for role in Role}
+        self._numbers = itertools.count(1)
+        self._last_number = 0
+        self._flow = Flow()
+        self._due = 0.0  # when bulk may be sent next, under a bandwidth
+        self._asked = -math.inf  # when somebody last waited for a page
+        self._demands: list[tuple[int, int, Frame]] = []  # a heap: the most urgent, then the first
+        self._token = ""
+        self._features: set[str] | None = None  # None: not agreed on yet
+        self._state = b""
+        self._round = 0
+        self._cancel = False
+        self._is_there = False  # the destination has said that all is there
+        self._running_there = False
+        self._stopped_at = 0.0
+        self._began = 0.0
+        self._error: BaseException | None = None
+        self._changed = asyncio.Event()
+        self._line = Line(
+            host,
+            port,
+            ssl=ssl,
+            server_hostname=server_hostname,
+            silence=plan.silence,
+            deadline=plan.deadline,
+            hello=self._hello,
+            prepare=self._prepare,
+            take=self._take,
+            on_up=self._on_up,
+            on_change=self._changed.set,
+        )
+
+    @property
+    def left_bytes(self) -> int:
+        """Memory that is still to be sent, in bytes."""
+        return self._backlog.bytes
+
+    @property
+    def rounds(self) -> int:
+        """Passes of pre-copy so far, with the one under way."""
+        return self._round
+
+    # --- the stages ----------------------------------------------------------------------
+
+    async def run(self, program: Program) -> None:
+        """Move the program; return when all is at the destination.
+
+        After a failure past the switch it may be called again: it goes on where it was.
+
+        Args:
+            program: Runs.
+
+        Raises:
+            Cancelled: ``cancel`` was called in time.
+            MigrationFailed: See its ``outcome`` for what has become of the program.
+
+        Cancellation: before the switch the program runs on here and the destination forgets all
+            of it.  After it nothing is lost here: call ``run`` again to go on.
+        """
+        if self.stage.is_over:
+            raise RuntimeError(f"this migration is {self.stage.value}")
+        loop = asyncio.get_running_loop()
+        self._began = self._began or loop.time()
+        self._error = None
+        keeper = loop.create_task(self._keep_line(), name="aiouffd migration line")
+        sampler = loop.create_task(self._sample(), name="aiouffd migration samples")
+        try:
+            await self._until(lambda: self._line.is_up)
+            if self.stage in {Stage.OFFERED, Stage.COPYING}:
+                await self._copy()
+                await self._switch(program)
+            await self._follow()
+        except BaseException as error:
+            failure = await self._give_up(program, error)
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            keeper.cancel()
+            sampler.cancel()
+            await asyncio.wait((keeper, sampler))
+            await self._line.wait_closed()
+            self._take_sample()
+
+    def cancel(self) -> bool:
+        """Let the program run on here.
+
+        Returns:
+            Whether it was in time: once the program was told to leave it is not.
+        """
+        if self.stage not in {Stage.OFFERED, Stage.COPYING}:
+            return False
+        self._cancel = True
+        self._changed.set()
+        return True
+
+    async def _copy(self) -> None:
+        """Send the memory while the program runs, in rounds."""
+        plan, loop = self._plan, asyncio.get_running_loop()
+        self.stage = Stage.COPYING
+        tracker = self._tracker
+        assert self._features is not None  # noqa: S101 - there has been a line
+        if not plan.rounds or tracker is None or PRECOPY not in self._features:
+            self._backlog.add_all()
+            return
+        await in_thread(tracker.begin)  # it takes its time
+        self._backlog.add_all()
+        while self._round < plan.rounds:
+            self._round += 1
+            began, sent = loop.time(), self._line.sent_bytes
+            self._tell_progress()
+            await self._push()
+            dirty = await tracker.collect()
+            for run in dirty.runs:
+                self._backlog.add(*run)
+            seconds = loop.time() - began
+            self.dirty_rate = dirty.rate
+            self.figures.rounds.append(
+                Round(self._round, seconds, self._line.sent_bytes - sent, dirty.bytes, dirty.rate)
+            )
+            if self._fits():
+                return
+        if plan.behind is not None and self._backlog.bytes > plan.behind:
+            raise MigrationFailed(
+                f"it does not converge: after {self._round} rounds {self._backlog.bytes} bytes are"
+                f" left, which take more than {plan.downtime:g} s; the program writes"
+                f" {self.dirty_rate:.0f} bytes/s.  Let more follow after the switch, or allow a"
+                " longer downtime",
+                stage=self.stage.value,
+                outcome="source",
+            )
+
+    def _fits(self) -> bool:
+        """Say whether what is left can be sent within the downtime that is allowed."""
+        rate = self._flow.rate
+        if self._plan.bandwidth is not None:
+            rate = min(rate, self._plan.bandwidth) if rate else self._plan.bandwidth
+        return self._backlog.bytes <= rate * self._plan.downtime
+
+    async def _switch(self, program: Program) -> None:
+        """Stop the program here, and let it run there."""
+        self._check()
+        plan, loop = self._plan, asyncio.get_running_loop()
+        began = loop.time()
+        self._stopped_at = began
+        self._state = await program.stop()
+        if self._tracker is not None and self._round:
+            for run in self._tracker.collect_now().runs:
+                self._backlog.add(*run)
+        too_much = plan.behind is not None and self._backlog.bytes > plan.behind
+        if self._round and (too_much or self._fits()):
+            await self._push()
+        self._check()
+        await program.leave()
+        self.stage = Stage.SWITCHING
+
+    async def _follow(self) -> None:
+        """Make the destination run, and send what is left."""
+        line = self._line
+        while not self._running_there:
+            await self._until(lambda: line.is_up)
+            epoch = line.epoch
+            if not self._running_there:  # the line may have come with that news
+                await self._send_switch(epoch)
+            await self._until_other_line(epoch)
+        self.stage = Stage.FOLLOWING
+        self._tell_progress()
+        while not self._is_there:
+            await self._push()
+            await self._until(lambda: bool(self._is_there or self._backlog.bytes))
+        self.stage = Stage.DONE
+        self.figures.seconds = asyncio.get_running_loop().time() - self._began
+        self._note_line()
+        if line.is_up:
+            line.channels[Role.DEMAND].send_json(Kind.END, {"figures": self.figures.as_dict()})
+            line.hang_up()
+
+    async def _give_up(self, program: Program, error: BaseException) -> BaseException:
+        """Say what an error means at this stage, having done what it asks for.
+
+        Returns:
+            What is to be raised.
+        """
+        self.figures.seconds = asyncio.get_running_loop().time() - self._began
+        self._note_line()
+        stage = self.stage
+        was_told = isinstance(error, ToldError) and error.code != UNKNOWN
+        expected = isinstance(error, UffdError | OSError)
+        if stage in {Stage.OFFERED, Stage.COPYING} or (
+            isinstance(error, ToldError) and error.code == NOT_STARTED
+        ):
+            if self._line.is_up:
+                channel = self._line.channels[Role.DEMAND]
+                channel.send(channel.encoder.frame(Kind.CANCEL))
+                self._line.hang_up()
+            cancelled = isinstance(error, Cancelled | asyncio.CancelledError)
+            self.stage = Stage.CANCELLED if cancelled else Stage.FAILED
+            if self._stopped_at:
+                await asyncio.shield(program.restart())
+            if cancelled or not expected:
+                return error
+            return MigrationFailed(
+                f"the program runs on here: {error}", stage=stage.value, outcome="source"
+            )
+        if not expected:
+            return error
+        if was_told:
+            self.stage = Stage.FAILED
+            text = "the program has failed at the destination; its memory as of the switch is here"
+        elif stage is Stage.SWITCHING:
+            text = (
+                "the switch was under way, and whether the program runs at the destination is not"
+                " known; here it stands still, with all of its memory"
+            )
+        else:
+            text = (
+                "the program runs at the destination without all of its memory; what is missing is"
+                " still here"
+            )
+        return MigrationFailed(
+            f"{text}: {error}", stage=stage.value, outcome="lost" if was_told else "unknown"
+        )
+
+    # --- waiting -------------------------------------------------------------------------
+
+    async def _keep_line(self) -> None:
+        try:
+            await self._line.keep()
+        except Exception as error:
+            self._error = self._error or error
+            self._changed.set()
+
+    def _check(self) -> None:
+        """Stop here if there is no going on."""
+        if self._cancel and self.stage in {Stage.OFFERED, Stage.COPYING}:
+            raise Cancelled("it was cancelled", stage=self.stage.value, outcome="source")
+        if self._error is not None and not self._is_there:
+            raise self._error
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._check()
+            self._changed.clear()
+            await self._changed.wait()
+        self._check()
+
+    async def _until_other_line(self, epoch: int) -> None:
+        """Wait until the program runs there, or the line has broken."""
+        line = self._line
+        await self._until(lambda: self._running_there or not line.is_up or line.epoch != epoch)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait until something changes, or for so long."""
+        timer = asyncio.get_running_loop().call_later(seconds, self._changed.set)
+        self._changed.clear()
+        try:
+            await self._changed.wait()
+        finally:
+            timer.cancel()
+
+    # --- sending -------------------------------------------------------------------------
+
+    async def _push(self) -> None:
+        """Send the backlog, as fast as line and plan allow; demand goes on beside it."""
+        loop, line, backlog = asyncio.get_running_loop(), self._line, self._backlog
+        while backlog.bytes and not self._is_there:
+            self._check()
+            if not self._may_send():
+                await self._until_it_may()
+                continue
+            early = self._due - loop.time()
+            if early > 0:
+                await self._pause(early)
+                continue
+            taken = backlog.take(self._step(), wire.MAX_RUNS)
+            assert taken is not None  # noqa: S101 - there are bytes
+            self._send_runs(Role.BULK, line.channels[Role.BULK], taken)
+            await asyncio.sleep(0)
+
+    def _may_send(self) -> bool:
+        line = self._line
+        if not line.is_up:
+            return False
+        window = min(max(self._flow.window, _LEAST_WINDOW), _MOST_WINDOW)
+        return not line.channels[Role.BULK].full and self._in_doubt[Role.BULK].bytes < window
+
+    async def _until_it_may(self) -> None:
+        self._changed.clear()
+        if not self._may_send():
+            await self._changed.wait()
+
+    def _step(self) -> int:
+        """Give the bytes of memory for the next frame."""
+        recent = asyncio.get_running_loop().time() - self._asked < _RECENT
+        step = _SMALL_FRAME_BYTES if recent else _FRAME_BYTES
+        if self._plan.bandwidth is not None:
+            step = min(step, int(self._plan.bandwidth * _MOMENT))
+        return max(step, *(each.page_size for each in self._extents))
+
+    def _send_runs(self, role: Role, channel: Channel, taken: Taken) -> None:
+        """Send runs of one region: zeros by their places, the others with their bytes."""
+        memory = self._memory[taken.region]
+        page_size = memory.extent.page_size
+        runs: list[tuple[int, int]] = []
+        pieces: list[bytes] = []
+        zeros: list[tuple[int, int]] = []
+        for offset, length in taken.runs:
+            data = memory.read(offset, length)
+            found, others = split(data, offset, page_size)
+            if not found:
+                runs.append((offset, length))
+                pieces.append(data)
+                continue
+            zeros += found
+            if others:
+                view, at = memoryview(data), offset
+                for start, size in (*found, (offset + length, 0)):
+                    if at < start:
+                        runs.append((at, start - at))
+                        pieces.append(view[at - offset : start - offset].tobytes())
+                    at = start + size
+        for offset, length in zeros:
+            self._send(role, channel, Kind.ZERO, Taken(taken.region, [(offset, length)]), b"")
+            self.figures.zero_bytes += length
+        if len(runs) == 1:
+            self._send(role, channel, Kind.PAGES, Taken(taken.region, runs), pieces[0])
+        elif runs:
+            body = b"".join((wire.table(runs), *pieces))
+            self._send(role, channel, Kind.BATCH, Taken(taken.region, runs), body)
+        self.figures.page_bytes += sum(map(len, pieces))
+
+    def _send(self, role: Role, channel: Channel, kind: Kind, taken: Taken, body: bytes) -> None:
+        """Send one frame about memory, which is in doubt from here on."""
+        now = asyncio.get_running_loop().time()
+        number = self._last_number = next(self._numbers)
+        offset, length = (0, len(taken.runs)) if kind is Kind.BATCH else taken.runs[0]
+        before = channel.sent_bytes
+        channel.send(
+            channel.encoder.frame(
+                kind, body, region=taken.region, number=number, offset=offset, span=length
+            )
+        )
+        size = channel.sent_bytes - before
+        self._in_doubt[role].add(number, taken, size, now)
+        if self._plan.bandwidth is not None:
+            self._due = max(self._due, now - _CATCH_UP) + size / self._plan.bandwidth
+
+    async def _send_switch(self, epoch: int) -> None:
+        """Say what is missing, and the state, and that the program may run."""
+        line = self._line
+        channel = line.channels[Role.BULK]
+
+        async def room() -> bool:
+            """Wait for the kernel to take more; say whether it is still that line."""
+            await self._until(lambda: not channel.full or line.epoch != epoch or not line.is_up)
+            return line.epoch == epoch and line.is_up
+
+        def send(kind: Kind, body: bytes = b"", **head: int) -> None:
+            channel.send(channel.encoder.frame(kind, body, **head))
+
+        tables = itertools.groupby(
+            _pieces(self._backlog.runs(), wire.MAX_SPAN), lambda piece: piece[0]
+        )
+        for region, pieces in tables:
+            for runs in _batched(((at, length) for _, at, length in pieces), wire.MAX_RUNS):
+                send(Kind.MISSING, wire.table(runs), region=region, span=len(runs))
+                if not await room():
+                    return
+        state = self._state
+        for at in range(0, len(state), wire.MAX_DATA):
+            part = state[at : at + wire.MAX_DATA]
+            send(Kind.STATE, part, offset=at, span=len(state))
+            if not await room():
+                return
+        self._last_number = next(self._numbers)
+        send(Kind.SWITCH, number=self._last_number, span=len(state))
+
+    def _serve_demands(self) -> None:
+        """Send what is waited for, the most urgent first, as far as the kernel takes it."""
+        line = self._line
+        while self._demands and line.is_up and not line.channels[Role.DEMAND].full:
+            _, _, frame = heapq.heappop(self._demands)
+            region, offset, length = frame.region, frame.offset, frame.span
+            self._asked = asyncio.get_running_loop().time()
+            self.figures.demand += 1
+            self.figures.demand_bytes += length
+            try:
+                for at in range(offset, offset + length, wire.MAX_DATA):
+                    size = min(wire.MAX_DATA, offset + length - at)
+                    self._backlog.discard(region, at, size)
+                    self._send_runs(
+                        Role.DEMAND, line.channels[Role.DEMAND], Taken(region, [(at, size)])
+                    )
+            except SourceError as error:
+                self._error = self._error or error
+                self._changed.set()
+                return
+            self._backlog.near(region, offset + length)
+
+    # --- what comes ----------------------------------------------------------------------
+
+    def _hello(self, role: Role, epoch: int) -> dict[str, Any]:
+        hello: dict[str, Any] = {"role": role.value, "token": self._token, "epoch": epoch}
+        if not self._token:
+            plan = self._plan
+            offered = [wire.CHECKSUMS] * plan.checksums + [PRECOPY] * bool(plan.rounds)
+            if plan.compress:
+                if plan.compress not in packing.available():
+                    packing.codec(plan.compress)  # says what is missing
+                offered.append(plan.compress)
+            hello |= {
+                "name": self._name,
+                "regions": [each._asdict() for each in self._extents],
+                "features": offered,
+            }
+        return hello
+
+    def _prepare(self, channel: Channel, welcome: dict[str, Any]) -> None:
+        """Do on a connection what was agreed on."""
+        if self._features is None:
+            features, token = welcome.get("features"), welcome.get("token")
+            if not isinstance(features, list) or not all(isinstance(x, str) for x in features):
+                raise PeerError("welcomed us without a list of features")
+            if not isinstance(token, str) or not 0 < len(token) <= 64:
+                raise PeerError("welcomed us without a token to come back by")
+            self._features, self._token = set(features), token
+        channel.decoder.regions = self._extents
+        if wire.CHECKSUMS in self._features:
+            channel.encoder.checked = channel.decoder.checked = True
+        if self._plan.compress in self._features:
+            channel.encoder.compress_by(self._plan.compress, packing.codec(self._plan.compress)[0])
+
+    def _on_up(self, welcome: dict[str, Any]) -> None:
+        """Take up where the last line broke: what did not land goes again."""
+        landed = welcome.get("landed")
+        for role, in_doubt in self._in_doubt.items():
+            number = landed.get(role.value) if isinstance(landed, dict) else None
+            if not isinstance(number, int):
+                raise PeerError("welcomed us without saying what has landed")
+            for _ in in_doubt.landed(number):
+                pass
+            for taken in in_doubt.give_back():
+                for offset, length in taken.runs:
+                    self.figures.again_bytes += self._backlog.add(taken.region, offset, length)
+        self._demands.clear()  # they are asked again
+        self._flow = Flow()
+        if welcome.get("stage") in {Stage.FOLLOWING.value, Stage.DONE.value}:
+            if self.stage is not Stage.SWITCHING and not self._running_there:
+                raise PeerError("says that the program runs there, where we have not let it")
+            self._note_running()
+        if welcome.get("stage") == Stage.DONE.value:
+            self._is_there = True
+
+    async def _take(self, role: Role, frame: Frame) -> None:
+        kind = frame.kind
+        if kind is Kind.ACK:
+            if frame.number > self._last_number:
+                raise PeerError(f"says that frame {frame.number} landed, which was not sent")
+            now = asyncio.get_running_loop().time()
+            for size, when in self._in_doubt[role].landed(frame.number):
+                if role is Role.BULK:
+                    self._flow.note(size, when, now)
+            self._changed.set()
+        elif kind is Kind.DEMAND:
+            if self.stage not in {Stage.SWITCHING, Stage.FOLLOWING, Stage.DONE}:
+                raise PeerError("asks for memory before the switch")
+            if len(self._demands) >= wire.MAX_RUNS:
+                raise PeerError(f"has {wire.MAX_RUNS} demands waiting, and asks for more")
+            heapq.heappush(self._demands, (-frame.number, next(self._numbers), frame))
+            self._serve_demands()
+        elif kind is Kind.RUNNING:
+            if self.stage not in {Stage.SWITCHING, Stage.FOLLOWING}:
+                raise PeerError("says that the program runs there, where we have not let it")
+            self._note_running()
+        elif kind is Kind.DONE:
+            if not self._running_there:
+                raise PeerError("says that all is there, where we have not let it run")
+            self.destination = frame.json()
+            self._is_there = True
+            self._changed.set()
+        elif kind is Kind.PROGRESS:
+            self.destination = frame.json()
+        else:
+            raise PeerError(f"sent a second {kind.name}")
+
+    def _note_running(self) -> None:
+        if not self._running_there:
+            self._running_there = True
+            loop = asyncio.get_running_loop()
+            self.figures.downtime = loop.time() - self._stopped_at
+        self._changed.set()
+
+    # --- figures -------------------------------------------------------------------------
+
+    def _note_line(self) -> None:
+        self.figures.sent_bytes = self._line.sent_bytes
+        self.figures.connections = self._line.made
+        self.figures.disconnected = self._line.away
+
+    def _tell_progress(self) -> None:
+        """Tell the other side, for people."""
+        if self._line.is_up:
+            self._line.channels[Role.DEMAND].send_json(
+                Kind.PROGRESS,
+                {
+                    "stage": self.stage.value,
+                    "round": self._round,
+                    "left_bytes": self._backlog.bytes,
+                    "dirty_rate": self.dirty_rate,
+                },
+            )
+
+    def _take_sample(self) -> None:
+        self._note_line()
+        self.figures.sample(
+            Sample(
+                asyncio.get_running_loop().time() - self._began,
+                self.stage.value,
+                self.figures.sent_bytes,
+                self._backlog.bytes,
+                self.dirty_rate,
+                self.figures.demand,
+            )
+        )
+        if self._on_progress is not None:
+            self._on_progress(self)
+
+    async def _sample(self) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            while True:
+                self._take_sample()
+                await asyncio.sleep(_SAMPLE)
+
+
+def _pieces(runs: Iterable[tuple[int, int, int]], most: int) -> Iterator[tuple[int, int, int]]:
+    """Cut (region, offset, length) runs that are too long for one entry of a table."""
+    for region, offset, length in runs:
+        for at in range(offset, offset + length, most):
+            yield region, at, min(most, offset + length - at)
+
+
+def _batched(runs: Iterable[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Give so many at a time: itertools has it from Python 3.12 on."""
+    rest = iter(runs)
+    while batch := list(itertools.islice(rest, most)):
+        yield batch
