@@ -17,10 +17,10 @@ FLOORS = {
     "facts": """
         errors kernel kernel.abi kernel.buffers kernel.calls kernel.holding_gil kernel.history
         kernel.gates kernel.handshake kernel.pagemap kernel.maps kernel.page_cache
-        kernel.capabilities kernel.probe""",
+        kernel.capabilities kernel.probe kernel.parent""",
     "values": """
         fds ranges events resolutions failure address_space flow
-        protocols protocols.pages
+        protocols protocols.pages migration migration.wire migration.stages migration.backlog
         protocols.criu protocols.criu.protobuf protocols.criu.images protocols.criu.page_wire
         protocols.criu.lazy_socket""",
     "asyncio": """
@@ -49,7 +49,10 @@ FLOORS = {
         protocols.criu.task_memory protocols.criu.task_source protocols.criu.checkpoint
         peers protocols.criu.page_server protocols.criu.page_client
         protocols.criu.image_folder protocols.criu.page_receiver export
-        protocols.criu.restored_tasks protocols.criu.restore""",
+        protocols.criu.restored_tasks protocols.criu.restore
+        migration.lz4_blocks migration.packing migration.channel migration.line
+        migration.figures migration.memory migration.outgoing
+        migration.incoming migration.listener migration.program migration.moving""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
@@ -73,7 +76,7 @@ FLOOR_OF = {module: floor for floor, names in FLOORS.items() for module in names
 #: All that pure logic takes from the standard library (mmap for the size of a page).
 PURE = {
     *("__future__", "bisect", "collections", "dataclasses", "enum"),
-    *("mmap", "struct", "types", "typing", "warnings"),
+    *("json", "mmap", "struct", "types", "typing", "warnings", "zlib"),
 }
 #: Optional packages, each with the few modules that may import it: one per job it is there for.
 OPTIONAL: dict[str, set[str]] = {
@@ -83,6 +86,7 @@ OPTIONAL: dict[str, set[str]] = {
     "matplotlib": {"plotting"},
     "prometheus_client": {"prometheus"},
     "rich": {"cli.top"},
+    "lz4": {"migration.lz4_blocks"},
     "pytest": {"testing.sources"},
     "redis": {"sources.redis_client"},
     "backports": {"sources.zstd_frames"},  # from 3.14 compression.zstd
