@@ -103,3 +103,8 @@ def test_figures_are_plain_numbers() -> None:
         latencies_us=tuple(sorted(waits)),
     )
     assert (figures.sent_ratio, figures.p50_us, figures.p99_us) == (1.5, 100, 198)
+    sample = figures.as_sample()
+    assert (sample["stopped_ns"], sample["total_ns"], sample["p99_ns"]) == (1e3, 1e6, 198e3)
+    assert "p50_ns" not in dataclasses.replace(figures, latencies_us=()).as_sample()
+    with pytest.raises(RunFailed, match="did not converge"):
+        dataclasses.replace(figures, converged=False).as_sample()
