@@ -7,14 +7,19 @@ Must not know: connections, memory; who reads them.
 from __future__ import annotations
 
 import dataclasses
-from array import array
+import time
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ..events import Event, PageFault
 
-_MOST_STALLS: Final = 1 << 20  # whose times are kept one by one
 _MOST_SAMPLES: Final = 4096
+_MOST_ROUNDS: Final = 64  # that are told to the other side
+_MOST_THREADS: Final = 512  # that are named; the longest waiting of them
+_STEPS: Final = 200  # of a timeline
+_STEP: Final = 0.05  # seconds, at first
+_OWN_LINES: Final = 64  # threads that are kept apart in a timeline, from the first on ...
+_SHOWN_LINES: Final = 16  # ... and those that have waited longest, which are told
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,10 @@ class Sample:
 
     Attributes:
         seconds: Since it began.
-        stage: See ``outgoing.Stage``.
+        stage: See ``stages.Stage``.
         sent_bytes: On the connections so far.
+        page_bytes: Of memory, sent with their contents so far.
+        zero_bytes: Of memory, said to be zeros so far.
         left_bytes: Of memory, still to be sent.
         dirty_rate: As of the last round, in bytes per second.
         demand: Pages that were asked for so far.
@@ -52,6 +59,8 @@ class Sample:
     seconds: float
     stage: str
     sent_bytes: int
+    page_bytes: int
+    zero_bytes: int
     left_bytes: int
     dirty_rate: float
     demand: int
@@ -68,6 +77,7 @@ class SourceFigures:
     again_bytes: int = 0  #: of memory that were sent again after a connection broke
     demand: int = 0  #: runs that the destination asked for
     demand_bytes: int = 0  #: in these
+    stopped_after: float = 0.0  #: seconds from the beginning until the order to stop
     downtime: float = 0.0  #: seconds from the order to stop until it was said to run
     seconds: float = 0.0  #: in all
     connections: int = 0  #: pairs of them
@@ -75,12 +85,18 @@ class SourceFigures:
     rounds: list[Round] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give all by name; ``sent_over_memory`` besides."""
+    def as_dict(self, *, short: bool = False) -> dict[str, Any]:
+        """Give all by name; ``sent_over_memory`` besides.
+
+        Args:
+            short: Without the samples, and the last rounds only: what one frame can carry.
+        """
         value = dataclasses.asdict(self)
         value["sent_over_memory"] = (
             self.sent_bytes / self.memory_bytes if self.memory_bytes else 0.0
         )
+        if short:
+            del value["samples"], value["rounds"][:-_MOST_ROUNDS]
         return value
 
     def sample(self, sample: Sample) -> None:
@@ -90,18 +106,142 @@ class SourceFigures:
             del self.samples[1::2]
 
 
+class Times:
+    """Durations, counted in steps of at most a sixteenth of what they are.
+
+    A quantile is then right to 3 per cent, of any number of durations, in constant memory.
+    """
+
+    __slots__ = ("_counts", "count", "longest_ns")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.longest_ns = 0
+        self._counts: dict[int, int] = {}
+
+    def add(self, elapsed_ns: int) -> None:
+        """Count one, in nanoseconds, not negative."""
+        shift = max(elapsed_ns.bit_length() - 5, 0)
+        key = shift << 5 | elapsed_ns >> shift
+        self._counts[key] = self._counts.get(key, 0) + 1
+        self.count += 1
+        self.longest_ns = max(self.longest_ns, elapsed_ns)
+
+    def quantile(self, q: float) -> float:
+        """Give a quantile in seconds; 0 if nothing was counted.
+
+        Args:
+            q: Between 0 and 1: 0.5 is the median.
+        """
+        wanted, seen = q * (self.count - 1), 0
+        for key in sorted(self._counts):
+            seen += self._counts[key]
+            if seen > wanted:
+                shift, step = key >> 5, key & 31
+                middle = (step << shift) + ((1 << shift) >> 1)
+                return min(middle, self.longest_ns) * 1e-9
+        return 0.0
+
+    @property
+    def longest(self) -> float:
+        """The longest, in seconds."""
+        return self.longest_ns * 1e-9
+
+
+class Timeline:
+    """When threads have waited, in steps of equal length; as time goes on they become longer.
+
+    Attributes:
+        step: Of so many seconds.
+    """
+
+    def __init__(self) -> None:
+        self.step = _STEP
+        self._faults: list[int] = []  # that ended in each step
+        self._stall: list[dict[int, float]] = []  # seconds in each step, by thread; -1: others
+        self._threads: set[int] = set()
+
+    def add(self, thread: int, began: float, ended: float) -> None:
+        """Add a wait, which may reach over several steps.
+
+        Args:
+            thread: Whose.
+            began: Seconds from the timeline's beginning; before it is as at it.
+            ended: The same.
+        """
+        began, ended = max(began, 0.0), max(ended, 0.0)
+        while ended >= self.step * _STEPS:
+            self._widen()
+        if thread not in self._threads:
+            if len(self._threads) < _OWN_LINES:
+                self._threads.add(thread)
+            else:
+                thread = -1
+        first, last = int(began / self.step), int(ended / self.step)
+        while len(self._faults) <= last:
+            self._faults.append(0)
+            self._stall.append({})
+        self._faults[last] += 1
+        for number in range(first, last + 1):
+            start = number * self.step
+            part = min(ended, start + self.step) - max(began, start)
+            if part > 0:
+                stall = self._stall[number]
+                stall[thread] = stall.get(thread, 0.0) + part
+
+    def _widen(self) -> None:
+        """Make one step of two."""
+        self.step *= 2
+        self._faults = [sum(self._faults[at : at + 2]) for at in range(0, len(self._faults), 2)]
+        merged = self._stall[::2]
+        for one, other in zip(merged, self._stall[1::2], strict=False):
+            for thread, each in other.items():
+                one[thread] = one.get(thread, 0.0) + each
+        self._stall = merged
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the step, and in each faults and seconds of stall by thread (``others`` too)."""
+        sums: dict[int, float] = {}
+        for each in self._stall:
+            for thread, stall in each.items():
+                sums[thread] = sums.get(thread, 0.0) + stall
+        shown = sorted(sums.keys() - {-1}, key=lambda one: -sums[one])[:_SHOWN_LINES]
+        lines = {
+            str(thread): [round(each.get(thread, 0.0), 5) for each in self._stall]
+            for thread in shown
+        }
+        if len(shown) < len(sums):
+            lines["others"] = [
+                round(sum(stall for one, stall in each.items() if one not in shown), 5)
+                for each in self._stall
+            ]
+        return {"step": self.step, "faults": list(self._faults), "stall": lines}
+
+
 class Stalls:
     """An Observer: how long which thread has waited for its memory.
+
+    Where several threads wait for the same page, it is the first one's wait that is seen.
 
     Attributes:
         by_thread: Seconds, by thread id (0 where the userfaultfd has no THREAD_ID).
         failures: Faults that went into the failure policy.
+        times: Of all faults.
+        network: Of those for which the source was asked: demand faults.
+        timeline: From ``begin_timeline`` on.
     """
 
     def __init__(self) -> None:
         self.by_thread: dict[int, float] = {}
         self.failures = 0
-        self._times = array("Q")  # nanoseconds
+        self.times = Times()
+        self.network = Times()
+        self.timeline = Timeline()
+        self._began_ns = time.perf_counter_ns()
+
+    def begin_timeline(self) -> None:
+        """Let the timeline begin now: the program runs."""
+        self._began_ns = time.perf_counter_ns()
 
     def begin(self, fault: PageFault) -> None:
         """Nothing to keep."""
@@ -109,9 +249,11 @@ class Stalls:
     def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:  # noqa: ARG002 - Observer's
         """Add a stall to its thread's."""
         thread = fault.thread_id
-        self.by_thread[thread] = self.by_thread.get(thread, 0.0) + elapsed_ns * 1e-9
-        if len(self._times) < _MOST_STALLS:
-            self._times.append(elapsed_ns)
+        stall = elapsed_ns * 1e-9
+        self.by_thread[thread] = self.by_thread.get(thread, 0.0) + stall
+        self.times.add(elapsed_ns)
+        now = (time.perf_counter_ns() - self._began_ns) * 1e-9
+        self.timeline.add(thread, now - stall, now)
 
     def event(self, event: Event) -> None:
         """Nothing to keep."""
@@ -120,20 +262,26 @@ class Stalls:
         """Count it."""
         self.failures += 1
 
-    def as_dict(self) -> dict[str, Any]:
-        """Give faults, quantiles in seconds, and the stall of each thread in seconds."""
-        times = sorted(self._times)
-        count = len(times)
+    def as_dict(self, *, timeline: bool = False) -> dict[str, Any]:
+        """Give faults, quantiles in seconds, and the stall of each thread in seconds.
 
-        def quantile(q: float) -> float:
-            return times[min(int(q * count), count - 1)] * 1e-9 if count else 0.0
-
-        return {
-            "faults": count,
+        Args:
+            timeline: With it.
+        """
+        threads = sorted(self.by_thread.items(), key=lambda item: -item[1])
+        value: dict[str, Any] = {
+            "faults": self.times.count,
             "failures": self.failures,
-            "p50": quantile(0.5),
-            "p99": quantile(0.99),
-            "longest": quantile(1.0),
+            "p50": self.times.quantile(0.5),
+            "p99": self.times.quantile(0.99),
+            "longest": self.times.longest,
+            "demand_faults": self.network.count,
+            "demand_p50": self.network.quantile(0.5),
+            "demand_p99": self.network.quantile(0.99),
+            "demand_longest": self.network.longest,
             "stall": sum(self.by_thread.values()),
-            "stall_by_thread": {str(thread): each for thread, each in self.by_thread.items()},
+            "stall_by_thread": {str(each): stall for each, stall in threads[:_MOST_THREADS]},
         }
+        if timeline:
+            value["timeline"] = self.timeline.as_dict()
+        return value

@@ -22,6 +22,7 @@ import contextlib
 import logging
 import mmap
 import secrets
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -223,6 +224,7 @@ class Incoming:
         if self.stage is not Stage.SWITCHING:
             raise RuntimeError(f"this migration is {self.stage.value}")
         self.stage = Stage.FOLLOWING
+        self.stalls.begin_timeline()
         self._state.clear()
         self._send_json(Kind.RUNNING, {})
         self._tell()
@@ -287,15 +289,18 @@ class Incoming:
             return Zero()  # it was said to be zeros, or was removed; what is there stays
         if self._error is not None:
             raise SourceError(str(self._error), fault.address) from self._error
+        began_ns = time.perf_counter_ns()
         key = number, fault.offset
         future = self._waiting.get(key)
         if future is None:
             future = self._waiting[key] = self._loop.create_future()
             self._demand(number, fault.offset, fault.length, FAULT)
         try:
-            return await asyncio.shield(future)
+            answer = await asyncio.shield(future)
         except MigrationFailed as error:
             raise SourceError(str(error), fault.address) from error
+        self.stalls.network.add(time.perf_counter_ns() - began_ns)
+        return answer
 
     def _demand(self, number: int, offset: int, length: int, priority: int) -> None:
         """Ask the source; again whenever there is a new line, until it has come."""
@@ -482,10 +487,10 @@ class Incoming:
     def _look_whether_done(self) -> None:
         if self.stage is Stage.FOLLOWING and not self._left_bytes:
             self._set_stage(Stage.DONE)
-            self._send_json(Kind.DONE, self._figures())
+            self._send_json(Kind.DONE, self._figures(timeline=True))
 
-    def _figures(self) -> dict[str, Any]:
-        return self.stalls.as_dict() | {
+    def _figures(self, *, timeline: bool = False) -> dict[str, Any]:
+        return self.stalls.as_dict(timeline=timeline) | {
             "stage": self.stage.value,
             "received_bytes": self.received_bytes,
             "left_bytes": self._left_bytes,
@@ -545,7 +550,7 @@ class Incoming:
         channel.send_json(Kind.WELCOME, value)
         if role is Role.DEMAND:
             if stage is Stage.DONE:
-                channel.send_json(Kind.DONE, self._figures())
+                channel.send_json(Kind.DONE, self._figures(timeline=True))
             return
         # Only now is there a line: what is waited for is asked again.
         if self._no_line is not None:

@@ -318,6 +318,7 @@ class Outgoing:
         plan, loop = self._plan, asyncio.get_running_loop()
         began = loop.time()
         self._stopped_at = began
+        self.figures.stopped_after = began - self._began
         self._state = await program.stop()
         if self._tracker is not None and self._round:
             for run in self._tracker.collect_now().runs:
@@ -347,7 +348,9 @@ class Outgoing:
         self.figures.seconds = asyncio.get_running_loop().time() - self._began
         self._note_line()
         if line.is_up:
-            line.channels[Role.DEMAND].send_json(Kind.END, {"figures": self.figures.as_dict()})
+            line.channels[Role.DEMAND].send_json(
+                Kind.END, {"figures": self.figures.as_dict(short=True)}
+            )
             line.hang_up()
 
     async def _give_up(self, program: Program, error: BaseException) -> BaseException:
@@ -692,6 +695,8 @@ class Outgoing:
                 asyncio.get_running_loop().time() - self._began,
                 self.stage.value,
                 self.figures.sent_bytes,
+                self.figures.page_bytes,
+                self.figures.zero_bytes,
                 self._backlog.bytes,
                 self.dirty_rate,
                 self.figures.demand,
