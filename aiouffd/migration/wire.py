@@ -6,8 +6,8 @@ Must not know: sockets, the event loop, memory, who is at which stage.
 Version 1; integers are big-endian, texts UTF-8.  docs/reference/migration-protocol.md has all of it
 for who writes another implementation.
 
-A connection begins on either side with a preamble (magic 8, newest version u16, oldest u16), then
-there are frames only: 36 bytes of head, and a body.
+A connection begins on either side with a preamble (magic 8, newest version u16, oldest u16, CRC-32
+of these u32), then there are frames only: 36 bytes of head, and a body.
 
 =========== ====== ================================================================================
 Field       Type   Meaning
@@ -27,11 +27,13 @@ Laws of this file:
 
 * Nothing here makes a system call: bytes in, frames out, in pieces of any size.
 * Nothing is allocated because a peer says so: the length of a body is checked against the limit
-  of its kind before a byte of it is taken, and so is what it decompresses to.
+  of its kind before a byte of it is taken, and so is what it decompresses to.  A long body gets
+  its room when some of it is there.
 * Every frame about memory lies in a negotiated region and is made of its whole pages, or it is
   PeerError; whoever uses the frames need not look again.
-* A head that was damaged on the way is DamagedFrame, always; a body is where both sides agreed on
-  checksums.  Another version is UnknownVersion.  The decoder is of no use afterwards.
+* What was damaged on the way is DamagedFrame, always: but for bodies of PAGES and BATCH, which
+  have a checksum only where both sides agreed on it.  Another version is UnknownVersion.  The
+  decoder is of no use afterwards.
 """
 
 from __future__ import annotations
@@ -55,20 +57,22 @@ OLDEST: Final = 1  #: the oldest
 
 MAX_DATA: Final = 1 << 20  #: bytes of memory in one frame that carries them
 MAX_RUNS: Final = 4096  #: in one frame
-MAX_SPAN: Final = 1 << 30  #: bytes that one frame without their contents may be about
+MAX_SPAN: Final = 1 << 30  #: bytes that one ZERO, or one run of MISSING, may be about
 MAX_REGIONS: Final = 1024
-MAX_TEXT: Final = 1024  #: bytes of a name, or of an error's text
+MAX_NAME: Final = 255  #: bytes of a region's
+MAX_TEXT: Final = 1024  #: characters of an error's text, and of a program's name
+MAX_EPOCH: Final = (1 << 63) - 1
 _MAX_JSON: Final = 64 << 10
 _MAX_HELLO: Final = 1 << 20
 _MAX_PAGE: Final = 1 << 20  # a frame has at least one
 
-FLAG_CHECKED: Final = 1  #: the body has a checksum
+FLAG_CHECKED: Final = 1  #: the body has a checksum; of PAGES and BATCH only if agreed on
 FLAG_ZSTD: Final = 2  #: the body is one zstd frame
 FLAG_LZ4: Final = 4  #: the body is one lz4 block
 
 #: Ways to make bodies smaller, by the name under which they are negotiated.
 COMPRESSION: Final = {"zstd": FLAG_ZSTD, "lz4": FLAG_LZ4}
-CHECKSUMS: Final = "checksums"  #: the other feature: every body has a checksum
+CHECKSUMS: Final = "checksums"  #: another feature: bodies of memory have checksums, too
 
 _PREAMBLE: Final = struct.Struct(">8sHH")
 _HEAD: Final = struct.Struct(">BBHIQQII")
@@ -76,9 +80,20 @@ _CHECK: Final = struct.Struct(">I")
 _RUN: Final = struct.Struct(">QI")
 HEAD_BYTES: Final = _HEAD.size + _CHECK.size
 RUN_BYTES: Final = _RUN.size  #: of a table in a body
-PREAMBLE: Final = _PREAMBLE.pack(MAGIC, VERSION, OLDEST)
+PREAMBLE_BYTES: Final = _PREAMBLE.size + _CHECK.size
 
+_TLS_RECORDS: Final = (b"\x15", b"\x16")  # what TLS begins with: an alert, or a handshake
 _BUFFER_BYTES: Final = 64 << 10  # what arrives is taken in these, but for long bodies
+_MUCH: Final = 32 << 10  # bytes of a long body that are there before there is room for all of it
+
+
+def preamble(newest: int, oldest: int) -> bytes:
+    """Make what a connection begins with, for who speaks these versions."""
+    begin = _PREAMBLE.pack(MAGIC, newest, oldest)
+    return begin + _CHECK.pack(zlib.crc32(begin))
+
+
+PREAMBLE: Final = preamble(VERSION, OLDEST)  #: ours
 
 
 class Kind(enum.IntEnum):
@@ -109,8 +124,9 @@ _JSON: Final = frozenset(
 #: Those about memory: their region, offset and span, or each of their runs, lie inside.
 _PLACED: Final = frozenset((Kind.PAGES, Kind.ZERO, Kind.DEMAND))
 _TABLES: Final = frozenset((Kind.BATCH, Kind.MISSING))
-#: How long a body may be.
-_LIMITS: Final = {
+_MEMORY: Final = frozenset((Kind.PAGES, Kind.BATCH))
+#: How many bytes a body may have.
+LIMITS: Final = {
     **dict.fromkeys(Kind, 0),
     **dict.fromkeys(_JSON, _MAX_JSON),
     Kind.HELLO: _MAX_HELLO,
@@ -154,9 +170,14 @@ class Extent(NamedTuple):
         Raises:
             PeerError: It is no region.
         """
-        if not isinstance(name, str) or len(name.encode(errors="replace")) > MAX_TEXT:
+        if (
+            not isinstance(name, str)
+            or not name.isprintable()
+            or len(name.encode(errors="replace")) > MAX_NAME
+        ):
             raise PeerError(
-                f"named a region {str(name)[:80]!r}; a name has at most {MAX_TEXT} bytes"
+                f"named a region {str(name)[:80]!r}; a name has at most {MAX_NAME} bytes, all of"
+                " which can be shown"
             )
         if not isinstance(page_size, int) or not (
             PAGE_SIZE <= page_size <= _MAX_PAGE and is_power_of_two(page_size)
@@ -207,7 +228,7 @@ class Frame(NamedTuple):
             PeerError: It is none, or no object.
         """
         try:
-            value = json.loads(bytes(self.body)) if memoryview(self.body) else {}
+            value = json.loads(bytes(self.body).decode()) if memoryview(self.body) else {}
         except (ValueError, RecursionError) as error:
             raise PeerError(f"sent a {self.kind.name} that is no JSON: {error}") from error
         if not isinstance(value, dict):
@@ -238,7 +259,7 @@ class Encoder:
     """
 
     def __init__(self) -> None:
-        self.checked = False  #: bodies get a checksum
+        self.checked = False  #: bodies of memory get a checksum, too
         self._compress: Compress | None = None
         self._flag = 0
 
@@ -261,15 +282,21 @@ class Encoder:
         offset: int = 0,
         span: int = 0,
     ) -> list[Part]:
-        """Make a frame: its parts, to be sent one behind the other."""
+        """Make a frame: its parts, to be sent one behind the other.
+
+        Raises:
+            ValueError: The body is longer than the other side may take.
+        """
         flags = 0
         length = len(body)
-        if self._compress is not None and length and kind in {Kind.PAGES, Kind.BATCH}:
+        if length > LIMITS[kind]:
+            raise ValueError(f"a {kind.name} has at most {LIMITS[kind]} bytes; here are {length}")
+        if self._compress is not None and length and kind in _MEMORY:
             small = self._compress(bytes(body))
             if small is not None and len(small) < length:
                 body, length, flags = small, len(small), self._flag
         check = 0
-        if self.checked and length:
+        if length and (self.checked or kind not in _MEMORY):
             flags |= FLAG_CHECKED
             check = zlib.crc32(body)
         head = _HEAD.pack(kind, flags, region, length, number, offset, span, check)
@@ -298,7 +325,7 @@ class Decoder:
     Attributes:
         regions: What was negotiated; frames about memory are refused before.
         place: Where bodies of PAGES go.
-        checked: Bodies must have a checksum.
+        checked: Bodies of memory must have a checksum, as all others must.
         version: What the other side speaks and we do; 0 until its preamble is there.
 
     Sharing: none needed; it waits for nothing.
@@ -362,7 +389,7 @@ class Decoder:
         """
         if self._body is not None:
             self._body_filled += count
-            if self._body_filled == len(self._body):
+            if self._body_filled == len(self._body) and self._has_all():
                 yield self._finish()
             return
         self._filled += count
@@ -384,8 +411,11 @@ class Decoder:
                 at += head.length
                 yield self._finish()
                 continue
-            self._body = memoryview(bytearray(head.length)) if body is None else body
             taken = min(head.length, left)
+            if body is None:
+                room = head.length if taken >= _MUCH else min(head.length, _BUFFER_BYTES)
+                body = memoryview(bytearray(room))
+            self._body = body
             self._body[:taken] = self._view[at : at + taken]
             at += taken
             self._body_filled = taken
@@ -400,17 +430,23 @@ class Decoder:
     def _take_preamble(self) -> int:
         magic = bytes(self._view[: min(self._filled, len(MAGIC))])
         if not MAGIC.startswith(magic):
-            raise PeerError(f"does not speak this protocol: it began with {magic!r}")
-        if self._filled < _PREAMBLE.size:
+            what = f": it began with {magic!r}"
+            if magic[:1] in _TLS_RECORDS and magic[1:2] in {b"", b"\x03"}:
+                what = ", but TLS, which this side was not told to speak"
+            raise PeerError(f"does not speak this protocol{what}")
+        if self._filled < PREAMBLE_BYTES:
             return 0
         _, newest, oldest = _PREAMBLE.unpack_from(self._buffer)
+        (check,) = _CHECK.unpack_from(self._buffer, _PREAMBLE.size)
+        if zlib.crc32(self._view[: _PREAMBLE.size]) != check:
+            raise DamagedFrame("began with a preamble that was damaged on the way")
         if newest < OLDEST or oldest > VERSION or oldest > newest:
             raise UnknownVersion(
                 f"speaks versions {oldest} to {newest} of the protocol; we speak {OLDEST} to"
                 f" {VERSION}"
             )
         self.version = min(newest, VERSION)
-        return _PREAMBLE.size
+        return PREAMBLE_BYTES
 
     def _take_head(self, at: int) -> Head:
         (check,) = _CHECK.unpack_from(self._buffer, at + _HEAD.size)
@@ -424,19 +460,19 @@ class Decoder:
         if kind not in self._kinds:
             raise PeerError(f"sent a {kind.name}, which is for us to send")
         head = Head(kind, flags, region, length, *rest)
-        if length > _LIMITS[kind]:
+        if length > LIMITS[kind]:
             raise PeerError(
-                f"sent a {kind.name} of {length} bytes; {_LIMITS[kind]} are the most of its kind"
+                f"sent a {kind.name} of {length} bytes; {LIMITS[kind]} are the most of its kind"
             )
         if flags & ~(FLAG_CHECKED | FLAG_ZSTD | FLAG_LZ4):
             raise PeerError(f"sent a {kind.name} with the unknown flags {flags:#x}")
         packed = flags & ~FLAG_CHECKED
-        if packed and (packed not in self._decompress or kind not in {Kind.PAGES, Kind.BATCH}):
+        if packed and (packed not in self._decompress or kind not in _MEMORY):
             raise PeerError(f"compressed a {kind.name}, which was not agreed on")
-        if self.checked and length and not flags & FLAG_CHECKED:
-            raise PeerError(f"sent a {kind.name} without the checksum that was agreed on")
+        if length and not flags & FLAG_CHECKED and (self.checked or kind not in _MEMORY):
+            raise PeerError(f"sent a {kind.name} without its checksum")
         if kind in _PLACED:
-            most = MAX_DATA if kind is Kind.PAGES else MAX_SPAN
+            most = MAX_SPAN if kind is Kind.ZERO else MAX_DATA
             self._check_run(kind, region, head.offset, head.span, most)
             if kind is Kind.PAGES and not packed and length != head.span:
                 raise PeerError(f"sent {length} bytes for {head.span} bytes of memory")
@@ -476,6 +512,16 @@ class Decoder:
         self._placed = place is not None
         return place
 
+    def _has_all(self) -> bool:
+        """Say whether a body that has filled its room is complete; if not, give it all of it."""
+        head, body = self._head, self._body
+        assert head is not None and body is not None  # noqa: S101, PT018 - both were set together
+        if len(body) == head.length:
+            return True
+        self._body = memoryview(bytearray(head.length))
+        self._body[: len(body)] = body
+        return False
+
     def _finish(self) -> Frame:
         """Make a frame of the head and its body, which is complete."""
         head, body = self._head, self._body
@@ -492,7 +538,7 @@ class Decoder:
         return Frame(kind, region, number, offset, span, body, self._placed)
 
     def _unpack(self, head: Head, packed: int, body: memoryview) -> memoryview:
-        wanted = head.span if head.kind is Kind.PAGES else _LIMITS[head.kind]
+        wanted = head.span if head.kind is Kind.PAGES else LIMITS[head.kind]
         try:
             data = memoryview(self._decompress[packed](body, wanted))
         except ValueError as error:
@@ -508,9 +554,15 @@ class Decoder:
         if len(body) < size:
             raise PeerError(f"sent a {kind.name} of {count} runs in {len(body)} bytes")
         most = MAX_DATA if kind is Kind.BATCH else MAX_SPAN
-        total = 0
+        total = end = 0
         for offset, length in _RUN.iter_unpack(body[:size]):
             self._check_run(kind, region, offset, length, most)
+            if offset < end:
+                raise PeerError(
+                    f"sent a {kind.name} whose run at offset {offset} comes behind one that ends"
+                    f" at {end}"
+                )
+            end = offset + length
             total += length
         wanted = size + (total if kind is Kind.BATCH else 0)
         if len(body) != wanted:
