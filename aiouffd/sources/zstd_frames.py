@@ -32,6 +32,7 @@ VERSION: Final = zstd.zstd_version
 #: The levels that there are.
 LEVELS: Final = zstd.CompressionParameter.compression_level.bounds()
 
+_LEAST_WINDOW: Final = 21  # as a power of two: no less is refused, whatever a frame holds
 _FRAME_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 _HAS_CHECKSUM: Final = 0x04  # in the frame header's descriptor, its fifth byte
 _CHECKSUM_BYTES: Final = 4
@@ -91,12 +92,16 @@ def decompress_at_most(frame: Buffer, most: int) -> bytes:
 
     Args:
         frame: The frame and nothing else.
-        most: In bytes; more are not made.
+        most: In bytes; more are not made.  Nor is there a window for more (2 MiB at
+            least): zstd would take memory for whatever a frame asks for.
 
     Raises:
         ZstdError: It is not one frame, or holds more.
     """
-    decompressor = zstd.ZstdDecompressor()
+    window = max((most - 1).bit_length(), _LEAST_WINDOW)
+    decompressor = zstd.ZstdDecompressor(
+        options={zstd.DecompressionParameter.window_log_max: window}
+    )
     data = decompressor.decompress(frame, most)
     if not decompressor.eof or decompressor.unused_data:
         raise ZstdError(f"not one frame of at most {most} bytes")
