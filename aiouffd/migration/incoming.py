@@ -319,6 +319,8 @@ class Incoming:
         """Say where the bytes of a frame go as they come."""
         if self.stage is Stage.COPYING:
             landing = self._landing(role, head.region)
+            # The line may break in the midst of it: then it is there in part.
+            self._landed[head.region].add(Range(head.offset, head.length))
             return landing.view[head.offset : head.offset + head.length]
         if head.length < _PLACED_BYTES or role is not Role.BULK:
             return None
