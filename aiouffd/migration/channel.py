@@ -25,6 +25,7 @@ from typing import Any, Final, TypeAlias, cast
 from .. import eager
 from ..errors import DamagedFrame, PeerError, UnknownVersion
 from . import wire
+from .stages import Stage
 from .wire import Frame, Kind
 
 log: Final = logging.getLogger("aiouffd.migration")
@@ -61,6 +62,7 @@ class Channel(asyncio.BufferedProtocol):
         on_lost: Callable[[Channel], None],
         on_turn: Callable[[Channel], None] | None = None,
         on_room: Callable[[], None] | None = None,
+        stage: Callable[[], str] | None = None,
     ) -> None:
         """Prepare for ``connection_made``.
 
@@ -71,6 +73,8 @@ class Channel(asyncio.BufferedProtocol):
             on_lost: Called once at the end.
             on_turn: Called when all frames that are here have been taken.
             on_room: Called when the kernel takes more again.
+            stage: Gives the stage of the migration, which goes with an ERROR: the other side has
+                to know what its end means.
         """
         self.encoder: Final = wire.Encoder()
         self.decoder: Final = decoder
@@ -83,6 +87,7 @@ class Channel(asyncio.BufferedProtocol):
         self._on_lost = on_lost
         self._on_turn = on_turn
         self._on_room = on_room
+        self._stage = stage
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._heard = self._said = self._loop.time()
@@ -272,7 +277,11 @@ class Channel(asyncio.BufferedProtocol):
             error: What is wrong.
         """
         if self.lost is None:
-            self.send_json(Kind.ERROR, {"code": code, "text": str(error)[: wire.MAX_TEXT]})
+            value = {"code": code, "text": str(error)[: wire.MAX_TEXT]}
+            stage = self._stage() if self._stage is not None else ""
+            if stage:
+                value["stage"] = stage
+            self.send_json(Kind.ERROR, value)
             self._part(error)
 
     def part(self) -> None:
@@ -333,23 +342,51 @@ class ToldError(PeerError):
     Attributes:
         code: In a word: ``version``, ``damaged``, ``protocol``, ``refused``, ``failed``,
             NOT_STARTED or UNKNOWN.
+        stage: That the migration had for it; "" if it has not said.
     """
 
-    def __init__(self, code: str, text: str) -> None:
+    def __init__(self, code: str, text: str, stage: str = "") -> None:
         super().__init__(f"ended the migration ({code}): {text}")
         self.code = code
+        self.stage = stage
+
+    @property
+    def not_started(self) -> bool:
+        """Whether it has let nothing run by then, and so never will."""
+        return self.code == NOT_STARTED or self.stage in {
+            Stage.OFFERED.value,
+            Stage.COPYING.value,
+        }
 
 
 class UnknownMigration(PeerError):
     """The source comes back to a migration that the destination does not know, or not any more."""
 
 
+def is_final(error: Exception | None) -> bool:
+    """Say whether what has ended a connection ends the migration: another one would not help.
+
+    It would where bytes were damaged on the way, or were lost.
+    """
+    return isinstance(error, PeerError) and not is_damage(error)
+
+
+def is_damage(error: Exception | None) -> bool:
+    """Say whether a connection has ended since bytes were changed on the way, on either side."""
+    if isinstance(error, ToldError):
+        return error.code == DAMAGED
+    return isinstance(error, DamagedFrame)
+
+
+#: The code of bytes that were changed on the way.
+DAMAGED: Final = "damaged"
+
 #: The code of a migration that is not known, or not any more.
 UNKNOWN: Final = "unknown"
 
 _CODES: Final = (
     ("version", UnknownVersion),
-    ("damaged", DamagedFrame),
+    (DAMAGED, DamagedFrame),
     (UNKNOWN, UnknownMigration),
 )
 
@@ -363,4 +400,5 @@ def _error_of(frame: Frame) -> ToldError:
     return ToldError(
         wire.text_of(value.get("code")) or "failed",
         wire.text_of(value.get("text")) or "no reason given",
+        wire.text_of(value.get("stage")),
     )

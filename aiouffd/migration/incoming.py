@@ -34,7 +34,7 @@ from ..readiness import between_pieces
 from ..region import Region
 from ..resolutions import Answer, Handler, Zero
 from . import packing, wire
-from .channel import NOT_STARTED, Channel
+from .channel import NOT_STARTED, Channel, is_final
 from .figures import Stalls
 from .memory import Landing
 from .stages import Stage
@@ -74,6 +74,7 @@ class Incoming:
         offered: Features that the source has.
         features: Those that were agreed on.
         stage: How far it has come.
+        reached: The same, but as of the moment before it was over.
         stalls: An observer for the pager.
         source: What the source has told of its progress, and its figures at the end.
         received_bytes: Of memory, with their contents.
@@ -97,7 +98,7 @@ class Incoming:
         self.features: frozenset[str] = frozenset()
         self.name: Final = name
         self.peer: Final = peer
-        self.stage = Stage.OFFERED
+        self.stage = self.reached = Stage.OFFERED
         self.stalls: Final = Stalls()
         self.source: dict[str, Any] = {}
         self.received_bytes = 0
@@ -170,7 +171,7 @@ class Incoming:
             wanted.discard(PRECOPY)
         self.features = self.offered & wanted
         self._landings = list(landings)
-        self.stage = Stage.COPYING
+        self._set_stage(Stage.COPYING)
         self._welcome(Role.DEMAND)
 
     def refuse(self, reason: str) -> None:
@@ -223,7 +224,7 @@ class Incoming:
         """Tell the source that the program runs here now."""
         if self.stage is not Stage.SWITCHING:
             raise RuntimeError(f"this migration is {self.stage.value}")
-        self.stage = Stage.FOLLOWING
+        self._set_stage(Stage.FOLLOWING)
         self.stalls.begin_timeline()
         self._state.clear()
         self._send_json(Kind.RUNNING, {})
@@ -548,6 +549,7 @@ class Incoming:
             "features": sorted(self.features),
             "stage": stage.value,
             "landed": {each.value: number for each, number in self._landed_number.items()},
+            "most_state": self._most_state,
         }
         channel.send_json(Kind.WELCOME, value)
         if role is Role.DEMAND:
@@ -575,8 +577,15 @@ class Incoming:
 
     def note_lost(self, channel: Channel) -> None:
         """Take note that a connection is gone; for the connection itself."""
-        if channel in self._channels.values():
-            self._drop_line(str(channel.lost))
+        if channel not in self._channels.values():
+            return
+        error = channel.lost
+        if self.stage in {Stage.OFFERED, Stage.COPYING} and is_final(error):
+            self._end(
+                MigrationFailed(f"{self.peer} {error}", stage=self.stage.value, outcome="source")
+            )
+        else:
+            self._drop_line(str(error))
 
     def _drop_line(self, why: str) -> None:
         """Give up both connections, and begin to count the time without them."""
@@ -640,6 +649,8 @@ class Incoming:
 
     def _set_stage(self, stage: Stage) -> None:
         self.stage = stage
+        if not stage.is_over:
+            self.reached = stage
         self._wake()
 
     def _wake(self) -> None:

@@ -7,8 +7,8 @@ Laws of this file:
 
 * Both connections stand, or none: what one carried cannot be told apart from what the other lost.
 * The first attempt fails at once, with what was wrong; from then on it is tried again until there
-  has been no line for ``deadline`` seconds.  Where the other side says that it will have no more
-  of it, it is not tried again.
+  has been no line for ``deadline`` seconds.  Where one side says that it will have no more of it
+  it is not tried again, nor where bytes are damaged on the way again and again.
 * Each pair has a number, its epoch, by which the other side knows what is left of earlier ones.
 """
 
@@ -24,9 +24,10 @@ from typing import Any, Final
 from ..errors import PeerError, UnknownVersion
 from ..peers import keep_alive
 from . import wire
-from .channel import Channel, ToldError
+from .channel import Channel, ToldError, is_damage, is_final
 from .wire import Frame, Kind, Role
 
+_MOST_DAMAGED: Final = 8  # lines on which bytes were damaged
 _FIRST_PAUSE: Final = 0.02  # seconds between two attempts ...
 _LONGEST_PAUSE: Final = 1.0  # ... and once many have failed
 
@@ -111,7 +112,7 @@ class Line:
         Cancellation: the connections are given up at once.
         """
         loop = asyncio.get_running_loop()
-        pause, since = 0.0, loop.time()
+        pause, since, damaged = 0.0, loop.time(), 0
         try:
             while True:
                 self._broken.clear()
@@ -135,9 +136,10 @@ class Line:
                 lost = [each.lost for each in self.channels.values() if each.lost is not None]
                 self.why = str(lost[0])
                 self._drop()
-                for told in lost:
-                    if isinstance(told, ToldError):
-                        raise told
+                for broken in lost:
+                    damaged += is_damage(broken)
+                    if is_final(broken) or damaged > _MOST_DAMAGED:
+                        raise broken
         finally:
             self._drop()
 

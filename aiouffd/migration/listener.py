@@ -270,7 +270,12 @@ class _Accepted(Channel):
             if incoming is not None:
                 incoming.acknowledge(channel)
 
-        super().__init__(guest._decoder, take=take, silence=silence, on_lost=lost, on_turn=turn)
+        def stage() -> str:
+            return "" if incoming is None else incoming.reached.value
+
+        super().__init__(
+            guest._decoder, take=take, silence=silence, on_lost=lost, on_turn=turn, stage=stage
+        )
         self._guest = guest
 
     def connection_lost(self, error: Exception | None) -> None:

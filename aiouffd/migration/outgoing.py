@@ -37,7 +37,7 @@ from ..flow import Flow
 from ..threads import in_thread
 from . import packing, wire
 from .backlog import Backlog, InDoubt, Taken
-from .channel import NOT_STARTED, UNKNOWN, Channel, ToldError
+from .channel import UNKNOWN, Channel, ToldError
 from .figures import Round, Sample, SourceFigures
 from .line import Line
 from .memory import SourceMemory, split
@@ -181,7 +181,9 @@ class Outgoing:
         self._asked = -math.inf  # when somebody last waited for a page
         self._demands: list[tuple[int, int, Frame]] = []  # a heap: the most urgent, then the first
         self._token = ""
+        self._offered: frozenset[str] = frozenset()
         self._features: set[str] | None = None  # None: not agreed on yet
+        self._most_state = 0  # bytes that the destination takes
         self._state = b""
         self._round = 0
         self._cancel = False
@@ -320,6 +322,13 @@ class Outgoing:
         self._stopped_at = began
         self.figures.stopped_after = began - self._began
         self._state = await program.stop()
+        if len(self._state) > self._most_state:
+            raise MigrationFailed(
+                f"its state has {len(self._state)} bytes, of which the destination takes at most"
+                f" {self._most_state}",
+                stage=self.stage.value,
+                outcome="source",
+            )
         if self._tracker is not None and self._round:
             for run in self._tracker.collect_now().runs:
                 self._backlog.add(*run)
@@ -365,7 +374,7 @@ class Outgoing:
         was_told = isinstance(error, ToldError) and error.code != UNKNOWN
         expected = isinstance(error, UffdError | OSError)
         if stage in {Stage.OFFERED, Stage.COPYING} or (
-            isinstance(error, ToldError) and error.code == NOT_STARTED
+            isinstance(error, ToldError) and error.not_started
         ):
             if self._line.is_up:
                 channel = self._line.channels[Role.DEMAND]
@@ -586,6 +595,7 @@ class Outgoing:
                 if plan.compress not in packing.available():
                     packing.codec(plan.compress)  # says what is missing
                 offered.append(plan.compress)
+            self._offered = frozenset(offered)
             hello |= {
                 "name": self._name,
                 "regions": [each._asdict() for each in self._extents],
@@ -601,7 +611,12 @@ class Outgoing:
                 raise PeerError("welcomed us without a list of features")
             if not isinstance(token, str) or not 0 < len(token) <= 64:
                 raise PeerError("welcomed us without a token to come back by")
-            self._features, self._token = set(features), token
+            if not set(features) <= self._offered:
+                raise PeerError(f"agrees to what was not offered: {str(features)[:80]}")
+            most_state = welcome.get("most_state")
+            if not isinstance(most_state, int) or most_state < 0:
+                raise PeerError("welcomed us without saying how long a state may be")
+            self._features, self._token, self._most_state = set(features), token, most_state
         channel.decoder.regions = self._extents
         if wire.CHECKSUMS in self._features:
             channel.encoder.checked = channel.decoder.checked = True
@@ -613,8 +628,8 @@ class Outgoing:
         landed = welcome.get("landed")
         for role, in_doubt in self._in_doubt.items():
             number = landed.get(role.value) if isinstance(landed, dict) else None
-            if not isinstance(number, int):
-                raise PeerError("welcomed us without saying what has landed")
+            if not isinstance(number, int) or not 0 <= number <= self._last_number:
+                raise PeerError("welcomed us without saying which of our frames have landed")
             for _ in in_doubt.landed(number):
                 pass
             for taken in in_doubt.give_back():
