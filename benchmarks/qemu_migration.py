@@ -24,8 +24,8 @@ What was seen of QEMU 7.2, 256 MiB on two cores of a virtual machine, and matter
 
 * With no cap, its bulk fills the socket's buffers, and a demanded page comes behind: 4 ms.  With
   ``preempt`` it has a connection of its own: 0.3 ms.  The latter is the strict yardstick.
-* A cap is kept by pauses of 100 ms, in which demanded pages wait too, preempt or not: the 99th
-  percentile is then 0.1 s, and the lower the cap, the nearer the median comes to it.
+* A cap is kept by pauses of 100 ms, in which many demanded pages wait too, preempt or not: the
+  99th percentile is then 0.1 s, and the median anything from 0.2 ms to that, from run to run.
 * A last pass of pre-copy is sent without the cap.  Whether pre-copy converges hangs on
   ``downtime_limit_ms``: 10 % of 256 MiB at 100 MiB/s does with 300 ms, and does not with 100.
 """
