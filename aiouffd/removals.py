@@ -173,10 +173,10 @@ def watch(
     if not holes:
         return None
     offset = mapping.offset + where.start - mapping.start
-    return Removals(where, fd, file=_open_file(mapping, pid, file), offset=offset)
+    return Removals(where, fd, file=open_file(mapping, pid, file), offset=offset)
 
 
-def _open_file(mapping: maps.Mapping, pid: int | str, file: int | None) -> int:
+def open_file(mapping: maps.Mapping, pid: int | str, file: int | None) -> int:
     """Open the file of a mapping anew, for reading, with a position of its own."""
     span = f"{mapping.start:x}-{mapping.end:x}"
     paths = [] if file is None else [f"/proc/self/fd/{file}"]

@@ -329,6 +329,23 @@ static void do_locker(uint64_t sequence, uint64_t address, uint64_t step, uint64
     reply(sequence, "values %llu %llu", (unsigned long long)done, (unsigned long long)wrong);
 }
 
+/* Count on, together with the other threads that do, until told to stop: each number is written to
+ * its slot, one after the other.  So at any instant the slots hold the last numbers, all of them.
+ */
+static void do_count(uint64_t sequence, uint64_t address, uint64_t step, uint64_t slots)
+{
+    static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+    static uint64_t number;
+    uint64_t mine = 0;
+    for (; !(stop & 1); mine++) {
+        pthread_mutex_lock(&mutex);
+        number++;
+        *(volatile uint64_t *)(uintptr_t)(address + number % slots * step) = number;
+        pthread_mutex_unlock(&mutex);
+    }
+    reply(sequence, "value %llu", (unsigned long long)mine);
+}
+
 static void do_pelt(uint64_t sequence, uint64_t thread, int number, uint64_t count,
                     uint64_t pause_us)
 {
@@ -443,6 +460,8 @@ static void perform(uint64_t sequence, char *command)
         do_churn(sequence, n[0], n[1], n[2], (int)n[3], n[4], n[5]);
     } else if (!strcmp(word, "shuttle")) {
         do_shuttle(sequence, n[0], n[1], n[2], n[3]);
+    } else if (!strcmp(word, "count")) {
+        do_count(sequence, n[0], n[1], n[2]);
     } else if (!strcmp(word, "pelt")) {
         do_pelt(sequence, n[0], (int)n[1], n[2], n[3]);
     } else if (!strcmp(word, "call")) {

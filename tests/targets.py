@@ -640,6 +640,14 @@ class Target(Process):
             convert=lambda answer: Storm(*answer),
         )
 
+    def start_count(self, thread: int = 0) -> Call[int]:
+        """Count with other threads that do, until ``stop(1)``: n goes to page n % pages.
+
+        The answer is how many of the numbers were this thread's.
+        """
+        where = (self.base, self.page_size, self.pages)
+        return self.tell(thread, "count", *where, convert=_value)
+
     def start_churn(self, advice: int, seed: int, thread: int, *, pause_us: int = 0) -> Call[int]:
         """Call madvise on random single pages until ``stop(2)``; the answer is how often."""
         where = (self.base, self.page_size, self.pages)

@@ -47,7 +47,7 @@ class SparseWriter:
         self.exact = True
         self._must_be_exact = must_be_exact
         self._size = size
-        self._put = Extents([])
+        self._put: list[tuple[int, int]] = []
         self._waiting: list[tuple[int, Buffer]] = []
         self._waiting_bytes = 0
         self._file = NewFile(path)
@@ -60,10 +60,18 @@ class SparseWriter:
     async def put(self, offset: int, data: Buffer) -> None:
         """Write data at its place, together with its neighbours.
 
+        Args:
+            offset: In the image, in bytes; in any order, but nothing twice.
+            data: Stays as it is until the next put or ``finish`` has returned.
+
         Cancellation: the thread that writes ends first.
         """
         length = memoryview(data).nbytes
-        self._put.add(offset, length)
+        if self._put and sum(self._put[-1]) == offset:  # in order, it stays short
+            offset_before, length_before = self._put.pop()
+            self._put.append((offset_before, length_before + length))
+        elif length:
+            self._put.append((offset, length))
         self._waiting.append((offset, data))
         self._waiting_bytes += length
         if self._waiting_bytes >= _BATCH_BYTES:
@@ -87,7 +95,8 @@ class SparseWriter:
         self.exact = await in_thread(self._finish)
 
     def _finish(self) -> bool:
-        exact = list(data_extents(self._file.fd, self._size)) == list(self._put)
+        put = Extents(sorted(self._put))
+        exact = list(data_extents(self._file.fd, self._size)) == list(put)
         if self._must_be_exact and not exact:
             raise NotSupported(
                 f"The file system of {self._file.path} does not keep holes as they are",

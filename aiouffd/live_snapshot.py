@@ -1,0 +1,570 @@
+"""Live snapshots: the memory of a running process as it was at one instant, without stopping it.
+
+Knows: write protection, when the instant is, what must be saved before which writer goes on.
+Must not know: how the file is written; how a target is restored from it.
+
+Everything is protected first, while nobody who wants to write is let go on.  *The instant is the
+end of the last UFFDIO_WRITEPROTECT*: from there on a page keeps its bytes until they have been
+saved and its protection is taken off.  Who writes to a page waits until it is saved, which is
+done at once; the rest follows in the background.
+
+Laws of this file:
+
+* A page's bytes count only if it was still protected after they were read: it has not changed
+  since the instant then.  If it was not, the snapshot fails; it never is of two instants.
+* A page is unprotected only when its bytes are in our hands.
+* Who gives memory back (MADV_DONTNEED and its like, which send EVENT_REMOVE) sleeps until that
+  event is read.  So it is not read before everything is saved; writers wait for that long.
+* However it ends, all protection is taken off and nobody waits.
+
+Kernel facts that matter, seen on Linux 6.18: an event that is unread makes every fill and
+unprotect say EAGAIN, by which it is known before it is read.  Between that question and the
+reading of faults an event can slip in; its memory is gone within microseconds, and the snapshot
+fails if it was not saved yet: try again.  Private anonymous memory that was removed has lost its
+protection in any case.  Shared memory keeps it, and holes that are punched into a file (fallocate)
+send no event: where somebody does that, he has to be stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from . import readiness
+from .errors import (
+    LayoutChanging,
+    NotSupported,
+    ResolutionRefused,
+    SourceError,
+    TargetGone,
+)
+from .events import Event, Forked, PageFault, Removed
+from .image.sparse import SparseWriter
+from .kernel import abi, maps, pagemap
+from .pager import Pager
+from .ranges import PAGE_SIZE, PageSet, Range, align_down, align_up, is_aligned
+from .removals import open_file
+from .resolutions import Unprotect
+from .uffd import Feature, Mode, Userfaultfd
+
+_BLOCK_BYTES: Final = 64 << 10  # saved for one writer
+_PIECE_BYTES: Final = 1 << 20  # saved at a time in the background
+_HELD_BYTES: Final = 64 << 20  # saved and not written yet; then writers wait for the file
+_ZEROS: Final = memoryview(bytes(_PIECE_BYTES))
+#: What the userfaultfd has to be opened with.
+FEATURES: Final = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED | Feature.EVENT_REMOVE
+
+_SWAPS: Final = Path("/proc/swaps")
+
+
+class Stretch(NamedTuple):
+    """Memory of the target, and where it goes."""
+
+    start: int  #: address
+    length: int  #: in bytes
+    offset: int = 0  #: in the image, in bytes
+    page_size: int = PAGE_SIZE  #: in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSnapshot:
+    """What a live snapshot took.
+
+    Attributes:
+        path: The file.
+        size: Its length, in bytes.
+        written_bytes: Of these, what is not a hole.
+        demand_bytes: What was saved because somebody wanted to write there, in bytes.
+        protect_seconds: Until everything was protected: who writes meanwhile waits.
+        longest_wait_seconds: That a writer has waited; those who waited for the protection, and
+            for a removal, count from its beginning.
+        held: Somebody gave memory back, and writers waited until everything was saved.
+        seconds: All of it.
+    """
+
+    path: str
+    size: int
+    written_bytes: int
+    demand_bytes: int
+    protect_seconds: float
+    longest_wait_seconds: float
+    held: bool
+    seconds: float
+
+
+async def take_live_snapshot(
+    uffd: Userfaultfd,
+    stretches: Sequence[Stretch],
+    path: str | os.PathLike[str],
+    *,
+    pid: int,
+    pidfd: int | None = None,
+) -> LiveSnapshot:
+    """Write what a process's memory holds at one instant, while it runs on.
+
+    Writers wait until everything is protected (some milliseconds per GiB), and then each for its
+    page to be saved.  The whole image takes its own length in time, not in memory.
+
+    Kernel: UFFDIO_WRITEPROTECT, since Linux 5.7; what was never populated since 6.4.
+
+    Args:
+        uffd: Opened by the process with ``FEATURES``, not for user-mode faults only, or its
+            system calls fail on protected pages; with WP_HUGETLBFS_SHMEM for shared or huge
+            memory.  It stays the caller's; nobody else reads it meanwhile.
+        stretches: Disjoint, in memory and in the image.
+        path: A new sparse file, for this user alone: memory holds secrets.
+        pid: Whose memory it is.
+        pidfd: Of that process, if there is one; stays the caller's.
+
+    Returns:
+        What was taken.
+
+    Raises:
+        NotSupported: The kernel or the userfaultfd cannot, or this user may not look into that
+            process.
+        ValueError: A stretch is not made of whole pages, or two overlap.
+        SourceError: A page was removed or unmapped before it was saved: there is no snapshot,
+            but there may be one of the next instant.
+        TargetGone: The process has exited or called exec.
+        LayoutChanging: It changes its memory all the time.
+        OSError: The file cannot be written.
+
+    Cancellation: no file is left, all protection is taken off, and nobody waits.
+    """
+    _check(uffd, stretches)
+    began = time.monotonic()
+    async with contextlib.AsyncExitStack() as stack:
+        memory = _Memory(pid, stack)
+        size = max(one.offset + one.length for one in stretches)
+        writer = await stack.enter_async_context(SparseWriter(path, size))
+        copying = _Copying(memory, writer)
+        pager = Pager(
+            Userfaultfd.adopt(uffd.dup()), target=pidfd, deadline=None, observers=[copying]
+        )
+        try:
+            async with pager:
+                await copying.run(pager, [_Saving(one, memory) for one in stretches])
+        except (SourceError, OSError) as error:
+            if pager.target_gone or memory.is_gone():
+                raise TargetGone("saving its memory", errno.ESRCH, 0, 0) from error
+            raise
+        finally:
+            _let_events_go(uffd)
+        await writer.finish()
+    return LiveSnapshot(
+        path=os.fspath(path),
+        size=size,
+        written_bytes=copying.written_bytes,
+        demand_bytes=copying.demand_bytes,
+        protect_seconds=round(copying.protect_seconds, 6),
+        longest_wait_seconds=round(copying.longest_wait, 6),
+        held=copying.held,
+        seconds=round(time.monotonic() - began, 6),
+    )
+
+
+def _let_events_go(uffd: Userfaultfd) -> None:
+    """Read events of before the end, for our caller's descriptor keeps their threads asleep.
+
+    No new one comes, as nothing is registered any more.  Each of these threads has been counted
+    as changing the layout by then, and runs on within the kernel once its event is read.
+    """
+    while not uffd.closed and uffd.is_changing():
+        for message in uffd.read():
+            if isinstance(message, Forked):
+                message.fd.close()
+        time.sleep(0.00002)
+
+
+def _check(uffd: Userfaultfd, stretches: Sequence[Stretch]) -> None:
+    if uffd.features & Feature.WP_ASYNC:
+        raise NotSupported(
+            "with feature WP_ASYNC nobody waits for a page to be saved",
+            "Open the userfaultfd without it; see aiouffd.dirty for what it is good for.",
+        )
+    missing = FEATURES & ~uffd.features & ~Feature.PAGEFAULT_FLAG_WP
+    if missing:
+        raise NotSupported(
+            f"this userfaultfd lacks {missing!r}",
+            "Who opens it has to ask for aiouffd.live_snapshot.FEATURES, which takes Linux 6.4.",
+        )
+    if uffd.is_own_memory():
+        raise ValueError("this is our own memory: who saves it must not wait for itself")
+    if not stretches:
+        raise ValueError("there is nothing to save")
+    for one in stretches:
+        if not (one.length and all(is_aligned(n, one.page_size) for n in one[:3])):
+            raise ValueError(f"{one} is not made of whole pages")
+    for ranges in (
+        sorted((one.start, one.length) for one in stretches),
+        sorted((one.offset, one.length) for one in stretches),
+    ):
+        for (start, length), (after, _) in itertools.pairwise(ranges):
+            if start + length > after:
+                raise ValueError(f"two stretches overlap at {after:#x}")
+
+
+class _Memory:
+    """A target's memory, seen from outside."""
+
+    def __init__(self, pid: int, stack: contextlib.AsyncExitStack) -> None:
+        self.pid = pid
+        self._scans = True
+        try:
+            self.pagemap = pagemap.open_pagemap(pid)
+            stack.callback(os.close, self.pagemap)
+            self.maps = maps.open_maps(pid)
+            stack.callback(os.close, self.maps)
+            self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise TargetGone("opening its memory", errno.ESRCH, 0, 0) from error
+        except PermissionError as error:
+            raise NotSupported(
+                f"/proc/{pid}/mem cannot be opened ({error.strerror})",
+                "It takes the process's own user (and a process that may be dumped) or"
+                " CAP_SYS_PTRACE.",
+            ) from error
+        stack.callback(os.close, self._memory)
+
+    def is_gone(self) -> bool:
+        return not maps.mappings(self.maps)
+
+    def saved(self, start: int, length: int) -> bytes:
+        """Read bytes that have been there since the instant.
+
+        Raises:
+            SourceError: They may have changed since.
+        """
+        try:
+            data = os.pread(self._memory, length, start)
+            if len(data) < length:  # the next byte gives the error, if there is one
+                data += os.pread(self._memory, length - len(data), start + len(data))
+        except OSError as error:
+            raise SourceError(f"the page near {start:#x} cannot be read: {error}", start) from error
+        if len(data) < length or not self.is_protected(start, length):
+            raise SourceError(
+                f"memory at {Range(start, length)} was removed before it was saved", start
+            )
+        return data
+
+    def is_protected(self, start: int, length: int) -> bool:
+        """Say whether every page has its protection, or its mark where none is there."""
+        if self._scans:
+            try:
+                return not pagemap.scan(
+                    self.pagemap, start, start + length, required=abi.PAGE_IS_WRITTEN, max_regions=1
+                ).regions
+            except NotSupported:  # before Linux 6.7
+                self._scans = False
+        entries = pagemap.entries(self.pagemap, start, length)
+        return len(entries) * PAGE_SIZE == length and all(one & abi.PM_UFFD_WP for one in entries)
+
+    def populated(self, where: Range, page_size: int) -> Iterator[Range]:
+        """Give what may be other than zeros.  It is protected, and stays as it is."""
+        for mapping in maps.mappings(self.maps):
+            part = where.intersection(Range.between(mapping.start, mapping.end))
+            if part is None:
+                continue
+            anonymous = not mapping.inode or (page_size > PAGE_SIZE and not mapping.shared)
+            if mapping.shared and page_size == PAGE_SIZE:
+                yield from self._data(mapping, part)
+            elif anonymous:
+                swap = 0 if page_size > PAGE_SIZE else _swap_category()
+                for run in pagemap.regions(
+                    *(self.pagemap, part.start, part.end),
+                    any_of=abi.PAGE_IS_PRESENT | swap,
+                    report=0,
+                ):
+                    yield Range.between(run.start, run.end)
+            else:
+                yield part
+
+    def _data(self, mapping: maps.Mapping, part: Range) -> Iterator[Range]:
+        try:
+            fd = open_file(mapping, self.pid, None)
+        except NotSupported:
+            yield part  # what is a hole becomes a page of zeros by being read
+            return
+        try:
+            to_file = mapping.offset - mapping.start
+            at, end = part.start + to_file, part.end + to_file
+            while at < end:
+                try:
+                    start = os.lseek(fd, at, os.SEEK_DATA)
+                except OSError:  # nothing but a hole up to the end
+                    return
+                if start >= end:
+                    return
+                at = min(os.lseek(fd, start, os.SEEK_HOLE), end)
+                yield Range.between(start - to_file, at - to_file)
+        finally:
+            os.close(fd)
+
+
+def _swap_category() -> int:
+    """Say what else may hold bytes: a mark and a page in swap look alike."""
+    try:
+        lines = _SWAPS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return abi.PAGE_IS_SWAPPED
+    return abi.PAGE_IS_SWAPPED if len(lines) > 1 else 0
+
+
+class _Saving:
+    """One stretch: which of its blocks are saved."""
+
+    def __init__(self, stretch: Stretch, memory: _Memory) -> None:
+        self.where = Range(stretch.start, stretch.length)
+        self.page_size = stretch.page_size
+        self.offset = stretch.offset
+        self.block = max(_BLOCK_BYTES, stretch.page_size)
+        self.to_offset = stretch.offset - stretch.start
+        self._memory = memory
+        self._there = PageSet()  # at the instant; what was not is not touched
+        self._todo = bytearray(-(-stretch.length // self.block))  # 1 for each block to be saved
+
+    def instant(self) -> None:
+        """Find out what there is to save: the rest is zeros."""
+        for found in self._memory.populated(self.where, self.page_size):
+            run = Range.between(align_down(found.start), align_up(found.end))
+            self._there.add(run)
+            first = (run.start - self.where.start) // self.block
+            end = -(-(run.end - self.where.start) // self.block)
+            self._todo[first:end] = b"\1" * (end - first)
+
+    def extent(self, first: int, count: int) -> Range:
+        """Give the addresses of some blocks."""
+        start = self.where.start + first * self.block
+        return Range.between(start, min(start + count * self.block, self.where.end))
+
+    def block_of(self, address: int) -> int:
+        """Give the number of the block that holds an address."""
+        return (address - self.where.start) // self.block
+
+    def needs(self, first: int) -> bool:
+        """Say whether a block is still to be saved."""
+        return bool(self._todo[first])
+
+    def save(self, first: int, count: int) -> list[tuple[int, bytes]]:
+        """Read blocks, or what is there of them; see _Memory.saved.
+
+        Returns:
+            Bytes, each with their offset in the image.
+        """
+        saved = [
+            (run.start + self.to_offset, self._memory.saved(run.start, run.length))
+            for run in self._there.runs(self.extent(first, count))
+        ]
+        self._todo[first : first + count] = bytes(count)
+        return saved
+
+    def next(self, first: int) -> tuple[int, int] | None:
+        """Give the (first, count) of blocks to be saved next, at most a piece."""
+        first = self._todo.find(1, first)
+        if first < 0:
+            return None
+        most = max(_PIECE_BYTES // self.block, 1)
+        end = self._todo.find(0, first, first + most)
+        return first, (min(first + most, len(self._todo)) if end < 0 else end) - first
+
+    def needs_any_of(self, where: Range) -> bool:
+        """Say whether a block that a range touches is still to be saved."""
+        part = self.where.intersection(where)
+        if part is None:
+            return False
+        return self._todo.find(1, self.block_of(part.start), self.block_of(part.end - 1) + 1) >= 0
+
+
+class _Copying:
+    """Saves, for writers and in the background; also the pager's observer.
+
+    Sharing: the loop's thread.
+    """
+
+    def __init__(self, memory: _Memory, writer: SparseWriter) -> None:
+        self._memory = memory
+        self._writer = writer
+        self._savings: list[_Saving] = []
+        self._instant = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._waiting: list[tuple[int, bytes]] = []  # for the file
+        self._waiting_bytes = 0
+        self._failed: Exception | None = None
+        self._since: float | None = None  # who is read about now may wait since
+        self._faults: dict[int, float] = {}
+        self.held = False
+        self.written_bytes = 0
+        self.demand_bytes = 0
+        self.protect_seconds = 0.0
+        self.longest_wait = 0.0
+
+    async def run(self, pager: Pager, savings: list[_Saving]) -> None:
+        """Protect, let go on, save."""
+        self._savings = savings
+        for saving in savings:
+            pager.register(
+                saving.where.start,
+                saving.where.length,
+                self._on_write,
+                modes=Mode.WP,
+                page_size=saving.page_size,
+                offset=saving.offset,
+            )
+        self._since = time.monotonic()
+        await self._protect(pager)
+        self.protect_seconds = time.monotonic() - self._since
+        for saving in savings:
+            saving.instant()
+        async with self._reading(pager):
+            for saving in savings:
+                await self._save_all(pager, saving)
+            await self._put_waiting()
+        self._check(pager)
+
+    async def _protect(self, pager: Pager) -> None:
+        """Protect everything; the instant is the end of the last of these calls."""
+        patience = pager.patience()
+        while True:
+            try:
+                for saving in self._savings:
+                    pager.uffd.writeprotect(saving.where.start, saving.where.length)
+            except LayoutChanging:
+                await patience.wait()
+                continue
+            # What was given back meanwhile has lost its protection.
+            if all(
+                self._memory.is_protected(piece.start, piece.length)
+                for saving in self._savings
+                for piece in saving.where.pieces(_PIECE_BYTES * 64)
+            ):
+                return
+            await patience.wait()
+
+    @contextlib.asynccontextmanager
+    async def _reading(self, pager: Pager) -> AsyncIterator[None]:
+        """Read in the pager's stead until everything is saved: faults, but no events."""
+        loop, fd = asyncio.get_running_loop(), pager.uffd.fileno()
+
+        def read() -> None:
+            if pager.uffd.closed or pager.target_gone:
+                loop.remove_reader(fd)
+            elif pager.uffd.is_changing():
+                loop.remove_reader(fd)
+                self.held, self._since = True, self._since or time.monotonic()
+            else:
+                pager.read_events()
+                self._since = None
+
+        readiness.pause_reader(loop, fd)
+        self._instant.set()
+        loop.add_reader(fd, read)
+        read()
+        try:
+            yield
+        finally:
+            loop.remove_reader(fd)
+            readiness.resume_reader(loop, fd)
+            if not pager.uffd.closed:
+                pager.read_events()
+
+    async def _on_write(self, fault: PageFault) -> Unprotect:
+        """Save what somebody wants to write to, and let him."""
+        if not self._instant.is_set():
+            await self._instant.wait()
+        while not self._room.is_set() and self._failed is None:
+            await self._room.wait()
+        saving = next(one for one in self._savings if fault.address in one.where)
+        block = saving.block_of(fault.address)
+        where = saving.extent(block, 1)
+        if self._failed is None and saving.needs(block):
+            try:
+                self._keep(saving, block)
+            except Exception as error:
+                self._fail(error)
+            else:
+                self.demand_bytes += where.length
+        return Unprotect(where.length, where.start)
+
+    def _keep(self, saving: _Saving, block: int) -> None:
+        """Save a block, for the file to have later."""
+        saved = saving.save(block, 1)
+        self._waiting += saved
+        self._waiting_bytes += sum(len(data) for _, data in saved)
+        if self._waiting_bytes > _HELD_BYTES:
+            self._room.clear()
+
+    def _fail(self, error: Exception) -> None:
+        self._failed = self._failed or error
+        self._room.set()
+
+    def _check(self, pager: Pager) -> None:
+        if self._failed is not None:
+            raise self._failed
+        if pager.target_gone:
+            raise TargetGone("saving its memory", errno.ESRCH, 0, 0)
+
+    async def _save_all(self, pager: Pager, saving: _Saving) -> None:
+        at = 0
+        while (found := saving.next(at)) is not None:
+            self._check(pager)
+            first, count = found
+            saved = saving.save(first, count)
+            where = saving.extent(first, count)
+            if not self.held:
+                try:
+                    pager.uffd.unprotect(where.start, where.length)
+                except LayoutChanging:
+                    pass  # it is unprotected in the end, with the rest
+                except ResolutionRefused as error:
+                    raise SourceError(f"{where} is not mapped any more", where.start) from error
+            await self._put(saved)
+            await self._put_waiting()
+            await readiness.between_pieces()
+            at = first + count
+
+    async def _put_waiting(self) -> None:
+        while self._waiting:
+            waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+            self._room.set()
+            await self._put(waiting)
+
+    async def _put(self, saved: list[tuple[int, bytes]]) -> None:
+        """Write what is not zeros."""
+        for offset, data in saved:
+            for at in range(0, len(data), _BLOCK_BYTES):
+                part = memoryview(data)[at : at + _BLOCK_BYTES]
+                if part != _ZEROS[: len(part)]:
+                    self.written_bytes += len(part)
+                    await self._writer.put(offset + at, part)
+
+    # --- the pager's observer ----------------------------------------------------------
+
+    def begin(self, fault: PageFault) -> None:
+        """Somebody waits."""
+        self._faults[fault.address] = self._since or time.monotonic()
+
+    def end(self, fault: PageFault, _outcome: str, _elapsed_ns: int) -> None:
+        """Nobody waits there any more."""
+        since = self._faults.pop(fault.address, None)
+        if since is not None:
+            self.longest_wait = max(self.longest_wait, time.monotonic() - since)
+
+    def event(self, event: Event) -> None:
+        """An event slipped in: what it removes may be gone before it could be saved now."""
+        if self._instant.is_set() and isinstance(event, Removed):
+            where = event.range
+            if any(saving.needs_any_of(where) for saving in self._savings):
+                self._fail(SourceError(f"{where} was removed before it was saved", where.start))
+
+    def failure(self, _fault: PageFault, error: Exception) -> None:
+        """Our handler does not fail."""
+        self._fail(error)
