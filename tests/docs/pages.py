@@ -12,6 +12,7 @@ Laws of this file:
 * An ``output`` block behind one is what it prints.  A ``sample`` block is what it has printed
   once: numbers and the widths of columns differ from run to run, the words do not.
 * A page that speaks of ``s3://`` has an S3 with a bucket named ``images``, in its environment.
+* ``examples/`` is there, as in a checkout.
 * What a page leaves in the background ends with the page, however that ends.
 """
 
@@ -56,6 +57,12 @@ def needs_criu(page: Path) -> bool:
     )
 
 
+def needs_kvm(page: Path) -> bool:
+    """Say whether a page's commands make a virtual machine, which takes rights and the hardware."""
+    blocks = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return any(block["language"] == "bash" and "kvm" in block["code"] for block in blocks)
+
+
 def run_page(page: Path, folder: Path, seconds: float) -> None:
     """Run the commands of a page.
 
@@ -70,6 +77,7 @@ def run_page(page: Path, folder: Path, seconds: float) -> None:
     programs, inside = folder / "programs", folder / "folder"
     programs.mkdir()
     inside.mkdir()
+    (inside / "examples").symlink_to(ROOT / "examples")
     for name, module in (("aiouffd", "-m aiouffd"), ("python3", "")):
         program = programs / name
         program.write_text(f'#!/bin/sh\nexec {sys.executable} -W error {module} "$@"\n')

@@ -18,7 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import BLOCK, PAGES, ROOT, blurred, has_commands, needs_criu, run_page
+from kvm_guest import why_not
+from tests.docs.pages import (
+    BLOCK,
+    PAGES,
+    ROOT,
+    blurred,
+    has_commands,
+    needs_criu,
+    needs_kvm,
+    run_page,
+)
 
 pytestmark = pytest.mark.once
 
@@ -80,6 +90,8 @@ def test_sessions_hold(block: re.Match[str]) -> None:
 )
 def test_commands_run(page: Path, tmp_path: Path, time_scale: float) -> None:
     """The commands of a page, one after the other, do what the page says."""
+    if needs_kvm(page) and (why_not() or os.geteuid() != 0):
+        pytest.skip(f"needs root, and KVM on x86-64: {why_not() or 'sudo make test'}")
     run_page(page, tmp_path, 30 * time_scale)
 
 

@@ -101,6 +101,7 @@ def test_its_writes_are_seen(seed: int) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.root
 def test_its_faults_are_served_by_its_own_process(seed: int) -> None:
     """The loop fills what the vCPU waits for; a vCPU that waits can be stopped, and started."""
     found: dict[str, int] = json.loads(run("machine", "own"))
@@ -109,6 +110,7 @@ def test_its_faults_are_served_by_its_own_process(seed: int) -> None:
 
 
 @pytest.mark.once
+@pytest.mark.root
 @pytest.mark.child
 async def test_its_faults_are_served_by_another_process(time_scale: float) -> None:
     """A pager that has never seen the machine fills its memory."""
