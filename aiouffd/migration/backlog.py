@@ -18,9 +18,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from ..ranges import PageSet, Range, align_down
+from ..ranges import CHUNK_PAGES, PAGE_SIZE, PageSet, Range, align_down
 from .wire import Extent
 
+_STRETCH: Final = CHUNK_PAGES * PAGE_SIZE
 _BEFORE: Final = 64 << 10  # bytes: programs that go backwards want what lies before, too
 
 
@@ -107,12 +108,20 @@ class Backlog:
         extent, pages = self._extents[number], self._pages[number]
         runs: list[tuple[int, int]] = []
         left = align_down(most_bytes, extent.page_size)
-        for run in pages.runs(Range.between(self._offset, extent.length)):
-            length = min(run.length, left)
-            runs.append((run.start, length))
-            left -= length
-            if not left or len(runs) == most_runs:
-                break
+        at = self._offset
+        # In stretches: where all is to be sent, a run would be looked for to the region's end.
+        while left and len(runs) < most_runs and at < extent.length:
+            stretch = Range.between(at, min(align_down(at, _STRETCH) + _STRETCH, extent.length))
+            for run in pages.runs(stretch):
+                length = min(run.length, left)
+                if runs and sum(runs[-1]) == run.start:
+                    runs[-1] = runs[-1][0], runs[-1][1] + length
+                else:
+                    runs.append((run.start, length))
+                left -= length
+                if not left or len(runs) == most_runs:
+                    break
+            at = stretch.end
         if not runs:
             return None
         for offset, length in runs:

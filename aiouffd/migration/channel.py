@@ -221,7 +221,7 @@ class Channel(asyncio.BufferedProtocol):
             transport.write(b"".join(parts))
         else:
             transport.write(head)
-            transport.write(body)
+            transport.write(memoryview(body))  # what is left of it is not copied twice
 
     def send_preamble(self) -> None:
         """Send what a connection begins with."""

@@ -48,6 +48,8 @@ log: Final = logging.getLogger("aiouffd.migration")
 PRECOPY: Final = "precopy"  #: the feature: memory may be sent before the switch
 FAULT: Final = 255  #: the priority of a demand for which a thread waits
 
+#: Frames of which the source wants to know that they have landed.
+_NUMBERED: Final = frozenset((Kind.PAGES, Kind.BATCH, Kind.ZERO, Kind.MISSING, Kind.SWITCH))
 _PLACED_BYTES: Final = 32 << 10  # received where it is installed from; shorter is copied once more
 _DISCARD_BYTES: Final = 4 << 20  # made missing at a time
 _TELL: Final = 0.5  # seconds between two messages for people
@@ -322,7 +324,7 @@ class Incoming:
             landing = self._landing(role, head.region)
             # The line may break in the midst of it: then it is there in part.
             self._landed[head.region].add(Range(head.offset, head.length))
-            return landing.view[head.offset : head.offset + head.length]
+            return landing.prepare(head.offset, head.length)
         if head.length < _PLACED_BYTES or role is not Role.BULK:
             return None
         if self._scratch is None:
@@ -338,23 +340,20 @@ class Incoming:
 
     async def _take(self, role: Role, frame: Frame) -> None:
         kind = frame.kind
-        if kind in {Kind.PAGES, Kind.BATCH, Kind.ZERO, Kind.SWITCH}:
+        if kind in _NUMBERED:
             if frame.number <= self._landed_number[role]:
                 raise PeerError(
                     f"sent frame {frame.number} behind frame {self._landed_number[role]}"
                 )
             if kind is Kind.SWITCH:
-                await self._switch(role, frame)
+                self._switch(role, frame)
+            elif kind is Kind.MISSING:
+                await self._forget(role, frame)
             elif self.stage is Stage.COPYING:
                 await self._lay_down(role, frame)
             else:
                 await self._install(frame)
             self._landed_number[role] = frame.number
-        elif kind is Kind.MISSING:
-            if self.stage is Stage.COPYING:
-                missing = self._missing[frame.region]
-                for offset, length, _ in frame.runs():
-                    missing.add(Range(offset, length))
         elif kind is Kind.STATE:
             if self.stage is Stage.COPYING:
                 self._take_state(frame)
@@ -367,7 +366,8 @@ class Incoming:
             if self.stage is not Stage.DONE:
                 raise PeerError("ended the migration, which is not over")
             self._has_ended = True
-            for channel in tuple(self._channels.values()):
+            channels, self._channels = self._channels, {}
+            for channel in channels.values():
                 channel.close()
             self._let_go()
         else:
@@ -388,46 +388,54 @@ class Incoming:
     async def _lay_down(self, role: Role, frame: Frame) -> None:
         """Put what came before the switch where it belongs."""
         number = frame.region
-        landing, landed = self._landing(role, number), self._landed[number]
+        landing, landed, missing = (
+            self._landing(role, number),
+            self._landed[number],
+            self._missing[number],
+        )
+        where = Range(frame.offset, frame.span)
         if frame.kind is Kind.ZERO:
-            where = Range(frame.offset, frame.span)
+            missing.discard(where)
             await _discard(landing, landed.runs(where))
             landed.discard(where)
             return
-        if frame.kind is Kind.PAGES:
-            if not frame.placed:
-                landing.view[frame.offset : frame.offset + frame.span] = memoryview(frame.body)
-            landed.add(Range(frame.offset, frame.span))
-            self.received_bytes += frame.span
-            return
         body = memoryview(frame.body)
-        for offset, length, at in frame.runs():
-            landing.view[offset : offset + length] = body[at : at + length]
-            landed.add(Range(offset, length))
+        runs = frame.runs() if frame.kind is Kind.BATCH else ((frame.offset, frame.span, 0),)
+        for offset, length, at in runs:
+            if not frame.placed:
+                landing.view[offset : offset + length] = body[at : at + length]
+            where = Range(offset, length)
+            landed.add(where)
+            if missing:  # it was, and goes before the switch after all
+                missing.discard(where)
             self.received_bytes += length
 
-    async def _switch(self, role: Role, frame: Frame) -> None:
-        """Make missing what is still to come; then the program may run."""
+    async def _forget(self, role: Role, frame: Frame) -> None:
+        """Make missing what is still to come, whatever was laid down for it."""
         if self.stage is not Stage.COPYING:
-            return  # the answer to the first one was lost
+            return  # the answer to the first switch was lost
+        if role is not Role.BULK:
+            raise PeerError("said what is missing on the connection for demand: bulk may be behind")
+        number = frame.region
+        landing, landed = self._landings[number], self._landed[number]
+        missing = self._missing[number]
+        for offset, length, _ in frame.runs():
+            where = Range(offset, length)
+            missing.add(where)
+            if landing is not None and landed.overlaps(where):
+                await _discard(landing, landed.runs(where))
+                landed.discard(where)
+
+    def _switch(self, role: Role, frame: Frame) -> None:
+        """Let the program run: what is missing now will follow."""
+        if self.stage is not Stage.COPYING:
+            return  # as above
         if role is not Role.BULK:
             raise PeerError("switched on the connection for demand: bulk may be behind it")
         if frame.span != len(self._state):
             raise PeerError(
                 f"switched with a state of {len(self._state)} bytes; it should have {frame.span}"
             )
-        for landed, missing, landing in zip(
-            self._landed, self._missing, self._landings, strict=True
-        ):
-            if landing is None:
-                continue
-            for number, bits in list(missing.chunks()):
-                again = PageSet()
-                both = bits & dict(landed.chunks()).get(number, 0)
-                if both:
-                    again.add_chunk(number, both)
-                await _discard(landing, again.runs(Range(0, len(landing.view))))
-        self._landed.clear()
         self._left_bytes = sum(len(missing) for missing in self._missing) * mmap.PAGESIZE
         self._set_stage(Stage.SWITCHING)
 
@@ -505,8 +513,9 @@ class Incoming:
         error = MigrationFailed(
             "the source has cancelled it", stage=self.stage.value, outcome="source"
         )
-        for channel in tuple(self._channels.values()):
-            channel.close()
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            channel.close()  # this was its last word
         self._end(error, stage=Stage.CANCELLED)
 
     # --- lines ---------------------------------------------------------------------------

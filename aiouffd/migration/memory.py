@@ -19,6 +19,8 @@ from typing import Final, Self
 from ..errors import SourceError
 from .wire import Extent
 
+_MADV_POPULATE_WRITE: Final = 23  # mmap has no name for it
+_WORTH_A_CALL: Final = 64 << 10  # bytes
 _ZEROS: Final = bytes(1 << 20)
 
 
@@ -144,6 +146,16 @@ class Landing:
         """
         self._map = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self.view: memoryview = memoryview(self._map)
+
+    def prepare(self, offset: int, length: int) -> memoryview:
+        """Give a place that is about to be written from end to end.
+
+        Kernel: MADV_POPULATE_WRITE, since Linux 5.14: one call instead of a fault for each page.
+        """
+        if length >= _WORTH_A_CALL:
+            with contextlib.suppress(OSError):  # an older kernel, or no room: the write will tell
+                self._map.madvise(_MADV_POPULATE_WRITE, offset, length)
+        return self.view[offset : offset + length]
 
     def discard(self, offset: int, length: int) -> None:
         """Make pages missing again.

@@ -48,11 +48,12 @@ log: Final = logging.getLogger("aiouffd.migration")
 
 PRECOPY: Final = "precopy"  #: the feature: memory may be sent before the switch
 
-_FRAME_BYTES: Final = 256 << 10  # of memory
+_FRAME_BYTES: Final = 512 << 10  # of memory
 _SMALL_FRAME_BYTES: Final = 64 << 10  # while somebody waits for pages
 _RECENT: Final = 0.02  # seconds since the last demand
-_LEAST_WINDOW: Final = 256 << 10  # bytes of bulk on their way
-_MOST_WINDOW: Final = 16 << 20
+_WINDOW: Final = 4 << 20  # bytes of bulk on their way while nobody waits for anything
+_LEAST_WINDOW: Final = 256 << 10  # and while somebody does, at least
+_WAITS: Final = 0.5  # seconds since the last demand
 _MOMENT: Final = 0.005  # seconds that one frame may take under a bandwidth
 _CATCH_UP: Final = 0.02  # seconds' worth of it that may be sent at once after a pause
 _SAMPLE: Final = 0.05  # seconds
@@ -204,7 +205,7 @@ class Outgoing:
             prepare=self._prepare,
             take=self._take,
             on_up=self._on_up,
-            on_change=self._changed.set,
+            on_change=self._on_change,
         )
 
     @property
@@ -468,7 +469,9 @@ class Outgoing:
         line = self._line
         if not line.is_up:
             return False
-        window = min(max(self._flow.window, _LEAST_WINDOW), _MOST_WINDOW)
+        window = _WINDOW
+        if asyncio.get_running_loop().time() - self._asked < _WAITS:
+            window = min(max(self._flow.window, _LEAST_WINDOW), _WINDOW)
         return not line.channels[Role.BULK].full and self._in_doubt[Role.BULK].bytes < window
 
     async def _until_it_may(self) -> None:
@@ -513,14 +516,31 @@ class Outgoing:
             self._send(role, channel, Kind.PAGES, Taken(taken.region, runs), pieces[0])
         elif runs:
             body = b"".join((wire.table(runs), *pieces))
-            self._send(role, channel, Kind.BATCH, Taken(taken.region, runs), body)
+            self._send(role, channel, Kind.BATCH, Taken(taken.region, runs), body, len(runs))
         self.figures.page_bytes += sum(map(len, pieces))
 
-    def _send(self, role: Role, channel: Channel, kind: Kind, taken: Taken, body: bytes) -> None:
-        """Send one frame about memory, which is in doubt from here on."""
+    def _send(
+        self,
+        role: Role,
+        channel: Channel,
+        kind: Kind,
+        taken: Taken,
+        body: bytes,
+        span: int | None = None,
+    ) -> None:
+        """Send one frame, which is in doubt from here on.
+
+        Args:
+            role: Of the channel.
+            channel: Where to.
+            kind: What it is.
+            taken: What has to be sent again if it does not land.
+            body: Of the frame.
+            span: Of the frame; by default that of its one run.
+        """
         now = asyncio.get_running_loop().time()
         number = self._last_number = next(self._numbers)
-        offset, length = (0, len(taken.runs)) if kind is Kind.BATCH else taken.runs[0]
+        offset, length = taken.runs[0] if span is None else (0, span)
         before = channel.sent_bytes
         channel.send(
             channel.encoder.frame(
@@ -532,35 +552,44 @@ class Outgoing:
         if self._plan.bandwidth is not None:
             self._due = max(self._due, now - _CATCH_UP) + size / self._plan.bandwidth
 
+    async def _tell_missing(self) -> None:
+        """Say what is missing so far; return when the destination has forgotten it."""
+        line = self._line
+        await self._until(lambda: line.is_up)
+        epoch = line.epoch
+        if await self._send_missing(epoch):
+            await self._until(lambda: not self._in_doubt[Role.BULK] or not self._is_line(epoch))
+
+    async def _send_missing(self, epoch: int) -> bool:
+        """Say what will follow after the switch; say whether it is still that line."""
+        channel = self._line.channels[Role.BULK]
+        for region, runs in _tables(self._backlog.runs()):
+            taken = Taken(region, [])  # nothing to be sent again
+            self._send(Role.BULK, channel, Kind.MISSING, taken, wire.table(runs), len(runs))
+            if not await self._room(channel, epoch):
+                return False
+        return self._is_line(epoch)
+
     async def _send_switch(self, epoch: int) -> None:
         """Say what is missing, and the state, and that the program may run."""
-        line = self._line
-        channel = line.channels[Role.BULK]
-
-        async def room() -> bool:
-            """Wait for the kernel to take more; say whether it is still that line."""
-            await self._until(lambda: not channel.full or line.epoch != epoch or not line.is_up)
-            return line.epoch == epoch and line.is_up
-
-        def send(kind: Kind, body: bytes = b"", **head: int) -> None:
-            channel.send(channel.encoder.frame(kind, body, **head))
-
-        tables = itertools.groupby(
-            _pieces(self._backlog.runs(), wire.MAX_SPAN), lambda piece: piece[0]
-        )
-        for region, pieces in tables:
-            for runs in _batched(((at, length) for _, at, length in pieces), wire.MAX_RUNS):
-                send(Kind.MISSING, wire.table(runs), region=region, span=len(runs))
-                if not await room():
-                    return
+        channel = self._line.channels[Role.BULK]
+        if not await self._send_missing(epoch):
+            return
         state = self._state
         for at in range(0, len(state), wire.MAX_DATA):
             part = state[at : at + wire.MAX_DATA]
-            send(Kind.STATE, part, offset=at, span=len(state))
-            if not await room():
+            channel.send(channel.encoder.frame(Kind.STATE, part, offset=at, span=len(state)))
+            if not await self._room(channel, epoch):
                 return
-        self._last_number = next(self._numbers)
-        send(Kind.SWITCH, number=self._last_number, span=len(state))
+        self._send(Role.BULK, channel, Kind.SWITCH, Taken(0, []), b"", len(state))
+
+    def _is_line(self, epoch: int) -> bool:
+        return self._line.is_up and self._line.epoch == epoch
+
+    async def _room(self, channel: Channel, epoch: int) -> bool:
+        """Wait for the kernel to take more; say whether it is still that line."""
+        await self._until(lambda: not channel.full or not self._is_line(epoch))
+        return self._is_line(epoch)
 
     def _serve_demands(self) -> None:
         """Send what is waited for, the most urgent first, as far as the kernel takes it."""
@@ -622,6 +651,11 @@ class Outgoing:
             channel.encoder.checked = channel.decoder.checked = True
         if self._plan.compress in self._features:
             channel.encoder.compress_by(self._plan.compress, packing.codec(self._plan.compress)[0])
+
+    def _on_change(self) -> None:
+        """The line has come, is gone, or takes more again."""
+        self._serve_demands()
+        self._changed.set()
 
     def _on_up(self, welcome: dict[str, Any]) -> None:
         """Take up where the last line broke: what did not land goes again."""
@@ -727,15 +761,15 @@ class Outgoing:
                 await asyncio.sleep(_SAMPLE)
 
 
-def _pieces(runs: Iterable[tuple[int, int, int]], most: int) -> Iterator[tuple[int, int, int]]:
-    """Cut (region, offset, length) runs that are too long for one entry of a table."""
-    for region, offset, length in runs:
-        for at in range(offset, offset + length, most):
-            yield region, at, min(most, offset + length - at)
-
-
-def _batched(runs: Iterable[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
-    """Give so many at a time: itertools has it from Python 3.12 on."""
-    rest = iter(runs)
-    while batch := list(itertools.islice(rest, most)):
-        yield batch
+def _tables(
+    runs: Iterable[tuple[int, int, int]],
+) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Cut (region, offset, length) runs into tables, each of one region, that fit into a frame."""
+    for region, group in itertools.groupby(runs, lambda run: run[0]):
+        pieces = (
+            (at, min(wire.MAX_SPAN, offset + length - at))
+            for _, offset, length in group
+            for at in range(offset, offset + length, wire.MAX_SPAN)
+        )
+        while table := list(itertools.islice(pieces, wire.MAX_RUNS)):
+            yield region, table

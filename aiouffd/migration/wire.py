@@ -105,7 +105,9 @@ class Kind(enum.IntEnum):
     PAGES = 4  #: S: the bytes of one run; number: of the frame
     BATCH = 5  #: S: a table of runs, then their bytes; span: how many; number: of the frame
     ZERO = 6  #: S: a run of zeros; number: of the frame
-    MISSING = 7  #: S: a table of runs that will follow after the switch; span: how many
+    MISSING = (
+        7  #: S: a table of runs that follow after the switch; span: how many; number: as above
+    )
     STATE = 8  #: S: a part of the state; offset: where in it, span: how long it is in all
     SWITCH = 9  #: S: all before it is there: run; number: of the frame
     RUNNING = 10  #: D: it runs; JSON
