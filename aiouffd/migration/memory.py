@@ -142,7 +142,8 @@ class Landing:
             length: In bytes.
 
         Raises:
-            ValueError: It is shorter, or not to be mapped.
+            ValueError: It is shorter.
+            OSError: It is not to be mapped.
         """
         self._map = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self.view: memoryview = memoryview(self._map)
