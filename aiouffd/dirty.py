@@ -40,6 +40,7 @@ from types import TracebackType
 from typing import Final, NamedTuple, Self
 
 from .errors import ClosedError, NotSupported, ResolutionRefused, TargetGone, refusal
+from .fds import OwnedFd
 from .kernel import abi, calls, maps, pagemap
 from .ranges import PAGE_SIZE, Range, is_aligned, is_power_of_two
 from .readiness import between_pieces
@@ -47,6 +48,7 @@ from .removals import Removals, watch
 from .threads import in_thread
 from .uffd import Feature, Mode, Userfaultfd
 
+_MANY: Final = 1000  # mappings of a process: to read their list holds up the loop for a while
 _PIECE_BYTES: Final = 64 << 20  # of memory in one scan: some tenths of a millisecond
 _WRITTEN: Final = abi.PAGE_IS_WRITTEN
 _GET_AND_CLEAR: Final = pagemap.WP_MATCHING | pagemap.CHECK_WPASYNC
@@ -145,13 +147,12 @@ class DirtyTracker:
         self._in_order = True  # as they were found
         self._collecting = False
         self._closed = False
+        self._long = False  # the list of mappings is
         self._over: asyncio.Event | None = None
         with contextlib.ExitStack() as stack:
             try:
-                self._pagemap = pagemap.open_pagemap(pid)
-                stack.callback(os.close, self._pagemap)
-                self._maps = maps.open_maps(pid)
-                stack.callback(os.close, self._maps)
+                self._pagemap = stack.enter_context(OwnedFd(pagemap.open_pagemap(pid))).fileno()
+                self._maps = stack.enter_context(OwnedFd(maps.open_maps(pid))).fileno()
             except FileNotFoundError as error:
                 raise TargetGone("opening its pagemap", errno.ESRCH, 0, 0) from error
             if pidfd is not None and calls.pid_of(pidfd) != (os.getpid() if pid == "self" else pid):
@@ -276,7 +277,7 @@ class DirtyTracker:
         """Protect everything: from now on it is known what is written.
 
         Pages never touched get a mark as well, which takes the process 2 MiB of page tables per
-        GiB.  The call takes its time (see docs/how-to/track-dirty-pages.md); the GIL is free.
+        GiB.  The call takes some milliseconds per GiB; the GIL is free meanwhile.
 
         Kernel: PAGEMAP_SCAN without a vector, since Linux 6.7; for huge pages that are not there
         UFFDIO_WRITEPROTECT as well.
@@ -320,9 +321,11 @@ class DirtyTracker:
                 self._scan(*piece)
                 await between_pieces()
                 self._check_open()
-            if any(region.removals for region in self._regions.values()):
+            if self._long or any(region.removals for region in self._regions.values()):
                 await in_thread(self._look)
                 self._check_open()
+            else:
+                self._look()
             return self._end_round(began)
         finally:
             self._stop_round()
@@ -382,7 +385,6 @@ class DirtyTracker:
         return time.monotonic()
 
     def _end_round(self, began: float) -> DirtyRound:
-        self._check_mapped(self._regions.values())
         runs = self._found if self._in_order else merged(self._found)
         self._found, self._in_order = [], True
         self._number += 1
@@ -427,6 +429,7 @@ class DirtyTracker:
                 if lost := removals.look():
                     self._found += region.runs(lost)
                     self._in_order = False
+        self._check_mapped(tuple(self._regions.values()))
 
     # --- checks ------------------------------------------------------------------------
 
@@ -440,7 +443,9 @@ class DirtyTracker:
         if not todo:
             return
         at = todo[-1].where.start
-        for mapping in maps.mappings(self._maps):
+        found = maps.mappings(self._maps)
+        self._long = len(found) > _MANY
+        for mapping in found:
             while mapping.start <= at < mapping.end:
                 where = todo[-1].where
                 at = min(where.end, mapping.end)
@@ -452,7 +457,7 @@ class DirtyTracker:
                 at = todo[-1].where.start
             if mapping.start > at:
                 break
-        number = errno.ENOENT if maps.mappings(self._maps) else errno.ESRCH
+        number = errno.ENOENT if found else errno.ESRCH
         where = todo[-1].where
         raise refusal("PAGEMAP_SCAN", number, where.start, where.length)
 

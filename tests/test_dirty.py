@@ -317,6 +317,28 @@ async def test_holes_may_be_left_out() -> None:
         assert tracked.pages(await tracked.tracker.collect()) == [5]
 
 
+async def test_a_process_with_many_mappings() -> None:
+    """Their list is read in a thread; what is tracked is found among them."""
+    with tracking() as tracked:
+        target = tracked.target
+        for page in range(1200):
+            target.call("mmap", 0, PAGE, page % 2 * 2 + 1, 0x22, -1, 0).result()
+        for _ in range(3):
+            tracked.write(3)
+            assert tracked.pages(await tracked.tracker.collect()) == [3]
+        assert target.start_munmap(4).result() == 0
+        with pytest.raises(RangeGone):
+            await tracked.tracker.collect()
+
+
+async def test_a_tracker_that_is_dropped_warns() -> None:
+    """It holds descriptors, and protection that nobody collects."""
+    with tracking() as tracked:
+        tracker = DirtyTracker(tracked.uffd, pid=tracked.target.pid)
+        with pytest.warns(ResourceWarning, match="never closed"):
+            del tracker
+
+
 # --- no round is lost ------------------------------------------------------------------
 
 
@@ -467,6 +489,21 @@ async def test_memory_that_moves_is_an_error() -> None:
             tracker.collect_now()
         tracker.remove(0)
         assert tracker.collect_now().runs == [DirtyRun(1, 0, PAGE)]
+
+
+async def test_memory_that_grows_in_place() -> None:
+    """The new tail is not part of the region, and may be added as another."""
+    with tracking(pages=2 * PAGES) as tracked:
+        target, tracker = tracked.target, tracked.tracker
+        tracker.remove(0)
+        assert target.start_munmap(PAGES, PAGES).result() == 0
+        tracker.add(target.base, PAGES * PAGE)
+        assert target.start_mremap(0, PAGES, PAGES + 4, flags=0).result() == target.base
+        tracked.write(1, PAGES, PAGES + 1)
+        assert (await tracker.collect()).runs == [DirtyRun(1, PAGE, PAGE)]
+        tracker.add(target.at(PAGES), 4 * PAGE)
+        tracked.write(PAGES + 1)
+        assert (await tracker.collect()).runs == [DirtyRun(2, PAGE, PAGE)]
 
 
 @pytest.mark.parametrize("page", [0, 4, PAGES - 2])
