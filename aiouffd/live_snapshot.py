@@ -33,9 +33,8 @@ import errno
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, NamedTuple
 
 from . import readiness
@@ -48,21 +47,16 @@ from .errors import (
 )
 from .events import Event, Forked, PageFault, Removed
 from .image.sparse import SparseWriter
-from .kernel import abi, maps, pagemap
 from .pager import Pager
-from .ranges import PAGE_SIZE, PageSet, Range, align_down, align_up, is_aligned
-from .removals import open_file
+from .protected_memory import BLOCK_BYTES, PIECE_BYTES, ProtectedMemory, Saving
+from .ranges import PAGE_SIZE, Range, is_aligned
 from .resolutions import Unprotect
 from .uffd import Feature, Mode, Userfaultfd
 
-_BLOCK_BYTES: Final = 64 << 10  # saved for one writer
-_PIECE_BYTES: Final = 1 << 20  # saved at a time in the background
 _HELD_BYTES: Final = 64 << 20  # saved and not written yet; then writers wait for the file
-_ZEROS: Final = memoryview(bytes(_PIECE_BYTES))
+_ZEROS: Final = memoryview(bytes(PIECE_BYTES))
 #: What the userfaultfd has to be opened with.
 FEATURES: Final = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED | Feature.EVENT_REMOVE
-
-_SWAPS: Final = Path("/proc/swaps")
 
 
 class Stretch(NamedTuple):
@@ -113,7 +107,8 @@ async def take_live_snapshot(
     Writers wait until everything is protected (some milliseconds per GiB), and then each for its
     page to be saved.  The whole image takes its own length in time, not in memory.
 
-    Kernel: UFFDIO_WRITEPROTECT, since Linux 5.7; what was never populated since 6.4.
+    Kernel: UFFDIO_WRITEPROTECT, since Linux 5.7, of what was never populated since 6.4;
+    PAGEMAP_SCAN, since Linux 6.7.
 
     Args:
         uffd: Opened by the process with ``FEATURES``, not for user-mode faults only, or its
@@ -142,16 +137,20 @@ async def take_live_snapshot(
     _check(uffd, stretches)
     began = time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
-        memory = _Memory(pid, stack)
+        memory = ProtectedMemory(pid, stack)
         size = max(one.offset + one.length for one in stretches)
         writer = await stack.enter_async_context(SparseWriter(path, size))
+        savings = [
+            Saving(memory, Range(one.start, one.length), one.offset, one.page_size)
+            for one in stretches
+        ]
         copying = _Copying(memory, writer)
         pager = Pager(
             Userfaultfd.adopt(uffd.dup()), target=pidfd, deadline=None, observers=[copying]
         )
         try:
             async with pager:
-                await copying.run(pager, [_Saving(one, memory) for one in stretches])
+                await copying.run(pager, savings)
         except (SourceError, OSError) as error:
             if pager.target_gone or memory.is_gone():
                 raise TargetGone("saving its memory", errno.ESRCH, 0, 0) from error
@@ -194,7 +193,7 @@ def _check(uffd: Userfaultfd, stretches: Sequence[Stretch]) -> None:
     if missing:
         raise NotSupported(
             f"this userfaultfd lacks {missing!r}",
-            "Who opens it has to ask for aiouffd.live_snapshot.FEATURES, which takes Linux 6.4.",
+            "Who opens it has to ask for aiouffd.live_snapshot.FEATURES, on Linux 6.7 or newer.",
         )
     if uffd.is_own_memory():
         raise ValueError("this is our own memory: who saves it must not wait for itself")
@@ -212,187 +211,16 @@ def _check(uffd: Userfaultfd, stretches: Sequence[Stretch]) -> None:
                 raise ValueError(f"two stretches overlap at {after:#x}")
 
 
-class _Memory:
-    """A target's memory, seen from outside."""
-
-    def __init__(self, pid: int, stack: contextlib.AsyncExitStack) -> None:
-        self.pid = pid
-        self._scans = True
-        try:
-            self.pagemap = pagemap.open_pagemap(pid)
-            stack.callback(os.close, self.pagemap)
-            self.maps = maps.open_maps(pid)
-            stack.callback(os.close, self.maps)
-            self._memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise TargetGone("opening its memory", errno.ESRCH, 0, 0) from error
-        except PermissionError as error:
-            raise NotSupported(
-                f"/proc/{pid}/mem cannot be opened ({error.strerror})",
-                "It takes the process's own user (and a process that may be dumped) or"
-                " CAP_SYS_PTRACE.",
-            ) from error
-        stack.callback(os.close, self._memory)
-
-    def is_gone(self) -> bool:
-        return not maps.mappings(self.maps)
-
-    def saved(self, start: int, length: int) -> bytes:
-        """Read bytes that have been there since the instant.
-
-        Raises:
-            SourceError: They may have changed since.
-        """
-        try:
-            data = os.pread(self._memory, length, start)
-            if len(data) < length:  # the next byte gives the error, if there is one
-                data += os.pread(self._memory, length - len(data), start + len(data))
-        except OSError as error:
-            raise SourceError(f"the page near {start:#x} cannot be read: {error}", start) from error
-        if len(data) < length or not self.is_protected(start, length):
-            raise SourceError(
-                f"memory at {Range(start, length)} was removed before it was saved", start
-            )
-        return data
-
-    def is_protected(self, start: int, length: int) -> bool:
-        """Say whether every page has its protection, or its mark where none is there."""
-        if self._scans:
-            try:
-                return not pagemap.scan(
-                    self.pagemap, start, start + length, required=abi.PAGE_IS_WRITTEN, max_regions=1
-                ).regions
-            except NotSupported:  # before Linux 6.7
-                self._scans = False
-        entries = pagemap.entries(self.pagemap, start, length)
-        return len(entries) * PAGE_SIZE == length and all(one & abi.PM_UFFD_WP for one in entries)
-
-    def populated(self, where: Range, page_size: int) -> Iterator[Range]:
-        """Give what may be other than zeros.  It is protected, and stays as it is."""
-        for mapping in maps.mappings(self.maps):
-            part = where.intersection(Range.between(mapping.start, mapping.end))
-            if part is None:
-                continue
-            anonymous = not mapping.inode or (page_size > PAGE_SIZE and not mapping.shared)
-            if mapping.shared and page_size == PAGE_SIZE:
-                yield from self._data(mapping, part)
-            elif anonymous:
-                swap = 0 if page_size > PAGE_SIZE else _swap_category()
-                for run in pagemap.regions(
-                    *(self.pagemap, part.start, part.end),
-                    any_of=abi.PAGE_IS_PRESENT | swap,
-                    report=0,
-                ):
-                    yield Range.between(run.start, run.end)
-            else:
-                yield part
-
-    def _data(self, mapping: maps.Mapping, part: Range) -> Iterator[Range]:
-        try:
-            fd = open_file(mapping, self.pid, None)
-        except NotSupported:
-            yield part  # what is a hole becomes a page of zeros by being read
-            return
-        try:
-            to_file = mapping.offset - mapping.start
-            at, end = part.start + to_file, part.end + to_file
-            while at < end:
-                try:
-                    start = os.lseek(fd, at, os.SEEK_DATA)
-                except OSError:  # nothing but a hole up to the end
-                    return
-                if start >= end:
-                    return
-                at = min(os.lseek(fd, start, os.SEEK_HOLE), end)
-                yield Range.between(start - to_file, at - to_file)
-        finally:
-            os.close(fd)
-
-
-def _swap_category() -> int:
-    """Say what else may hold bytes: a mark and a page in swap look alike."""
-    try:
-        lines = _SWAPS.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return abi.PAGE_IS_SWAPPED
-    return abi.PAGE_IS_SWAPPED if len(lines) > 1 else 0
-
-
-class _Saving:
-    """One stretch: which of its blocks are saved."""
-
-    def __init__(self, stretch: Stretch, memory: _Memory) -> None:
-        self.where = Range(stretch.start, stretch.length)
-        self.page_size = stretch.page_size
-        self.offset = stretch.offset
-        self.block = max(_BLOCK_BYTES, stretch.page_size)
-        self.to_offset = stretch.offset - stretch.start
-        self._memory = memory
-        self._there = PageSet()  # at the instant; what was not is not touched
-        self._todo = bytearray(-(-stretch.length // self.block))  # 1 for each block to be saved
-
-    def instant(self) -> None:
-        """Find out what there is to save: the rest is zeros."""
-        for found in self._memory.populated(self.where, self.page_size):
-            run = Range.between(align_down(found.start), align_up(found.end))
-            self._there.add(run)
-            first = (run.start - self.where.start) // self.block
-            end = -(-(run.end - self.where.start) // self.block)
-            self._todo[first:end] = b"\1" * (end - first)
-
-    def extent(self, first: int, count: int) -> Range:
-        """Give the addresses of some blocks."""
-        start = self.where.start + first * self.block
-        return Range.between(start, min(start + count * self.block, self.where.end))
-
-    def block_of(self, address: int) -> int:
-        """Give the number of the block that holds an address."""
-        return (address - self.where.start) // self.block
-
-    def needs(self, first: int) -> bool:
-        """Say whether a block is still to be saved."""
-        return bool(self._todo[first])
-
-    def save(self, first: int, count: int) -> list[tuple[int, bytes]]:
-        """Read blocks, or what is there of them; see _Memory.saved.
-
-        Returns:
-            Bytes, each with their offset in the image.
-        """
-        saved = [
-            (run.start + self.to_offset, self._memory.saved(run.start, run.length))
-            for run in self._there.runs(self.extent(first, count))
-        ]
-        self._todo[first : first + count] = bytes(count)
-        return saved
-
-    def next(self, first: int) -> tuple[int, int] | None:
-        """Give the (first, count) of blocks to be saved next, at most a piece."""
-        first = self._todo.find(1, first)
-        if first < 0:
-            return None
-        most = max(_PIECE_BYTES // self.block, 1)
-        end = self._todo.find(0, first, first + most)
-        return first, (min(first + most, len(self._todo)) if end < 0 else end) - first
-
-    def needs_any_of(self, where: Range) -> bool:
-        """Say whether a block that a range touches is still to be saved."""
-        part = self.where.intersection(where)
-        if part is None:
-            return False
-        return self._todo.find(1, self.block_of(part.start), self.block_of(part.end - 1) + 1) >= 0
-
-
 class _Copying:
     """Saves, for writers and in the background; also the pager's observer.
 
     Sharing: the loop's thread.
     """
 
-    def __init__(self, memory: _Memory, writer: SparseWriter) -> None:
+    def __init__(self, memory: ProtectedMemory, writer: SparseWriter) -> None:
         self._memory = memory
         self._writer = writer
-        self._savings: list[_Saving] = []
+        self._savings: list[Saving] = []
         self._instant = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
@@ -407,7 +235,7 @@ class _Copying:
         self.protect_seconds = 0.0
         self.longest_wait = 0.0
 
-    async def run(self, pager: Pager, savings: list[_Saving]) -> None:
+    async def run(self, pager: Pager, savings: list[Saving]) -> None:
         """Protect, let go on, save."""
         self._savings = savings
         for saving in savings:
@@ -444,7 +272,7 @@ class _Copying:
             if all(
                 self._memory.is_protected(piece.start, piece.length)
                 for saving in self._savings
-                for piece in saving.where.pieces(_PIECE_BYTES * 64)
+                for piece in saving.where.pieces(PIECE_BYTES * 64)
             ):
                 return
             await patience.wait()
@@ -494,7 +322,7 @@ class _Copying:
                 self.demand_bytes += where.length
         return Unprotect(where.length, where.start)
 
-    def _keep(self, saving: _Saving, block: int) -> None:
+    def _keep(self, saving: Saving, block: int) -> None:
         """Save a block, for the file to have later."""
         saved = saving.save(block, 1)
         self._waiting += saved
@@ -512,7 +340,7 @@ class _Copying:
         if pager.target_gone:
             raise TargetGone("saving its memory", errno.ESRCH, 0, 0)
 
-    async def _save_all(self, pager: Pager, saving: _Saving) -> None:
+    async def _save_all(self, pager: Pager, saving: Saving) -> None:
         at = 0
         while (found := saving.next(at)) is not None:
             self._check(pager)
@@ -540,8 +368,8 @@ class _Copying:
     async def _put(self, saved: list[tuple[int, bytes]]) -> None:
         """Write what is not zeros."""
         for offset, data in saved:
-            for at in range(0, len(data), _BLOCK_BYTES):
-                part = memoryview(data)[at : at + _BLOCK_BYTES]
+            for at in range(0, len(data), BLOCK_BYTES):
+                part = memoryview(data)[at : at + BLOCK_BYTES]
                 if part != _ZEROS[: len(part)]:
                     self.written_bytes += len(part)
                     await self._writer.put(offset + at, part)

@@ -86,8 +86,9 @@ class Removals:
         if self._file is not None:
             data = PageSet()
             for run in fresh.runs(self._where):
-                for extent in self._data(run):
-                    data.add(extent)
+                at, to_file = run.start, self._to_file
+                for start, end in data_between(self._file, at + to_file, run.end + to_file):
+                    data.add(Range.between(align_down(start), align_up(end)).moved(-to_file))
             self._unsure = bool(data)
             fresh, empty = without(fresh, data), without(absent, data)
         self._scanned, self._empty = scanned, empty
@@ -116,23 +117,6 @@ class Removals:
             if raw:
                 found.append(bytes(raw))
         return found
-
-    def _data(self, run: Range) -> Iterator[Range]:
-        """Give where the file has data, in addresses, by whole pages."""
-        assert self._file is not None  # noqa: S101 - the caller has looked
-        at, end = run.start + self._to_file, run.end + self._to_file
-        while at < end:
-            try:
-                start = os.lseek(self._file, at, os.SEEK_DATA)
-                if start >= end:
-                    return
-                at = min(os.lseek(self._file, start, os.SEEK_HOLE), end)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # a hole up to the end of the file, or behind it
-                    return
-                raise
-            extent = Range.between(align_down(start), align_up(at))
-            yield extent.moved(-self._to_file)
 
 
 def watch(
@@ -174,6 +158,30 @@ def watch(
         return None
     offset = mapping.offset + where.start - mapping.start
     return Removals(where, fd, file=open_file(mapping, pid, file), offset=offset)
+
+
+def data_between(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Walk the data of a part of a file.
+
+    Args:
+        fd: Its position moves.
+        start: Offset, in bytes.
+        end: One past the last.
+
+    Returns:
+        The (start, end) of each stretch that is no hole, clipped.
+    """
+    while start < end:
+        try:
+            data = os.lseek(fd, start, os.SEEK_DATA)
+            start = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a hole up to the end of the file, or behind it
+                return
+            raise
+        if data >= end:
+            return
+        yield data, start
 
 
 def open_file(mapping: maps.Mapping, pid: int | str, file: int | None) -> int:

@@ -58,7 +58,7 @@ FLOORS = {
         cli.image_options cli.prefetch_options
         plotting working_set_plot cli.picture cli.working_set
         image image.new_file image.sparse image.packed image.copying image.survey
-        snapshot live_snapshot
+        snapshot protected_memory live_snapshot
         page_map status prometheus http_site control
         cli.control_client cli.sessions cli.top cli.complete cli.snapshot cli.drain
         cli.output cli.orders cli.report_fields cli.diagnostics

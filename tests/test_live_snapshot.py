@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import resource
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from aiouffd import live_snapshot
+from aiouffd import live_snapshot, protected_memory
 from aiouffd.errors import NotSupported, SourceError, TargetGone
 from aiouffd.image.sparse import SparseWriter
+from aiouffd.kernel import calls
 from aiouffd.live_snapshot import FEATURES, LiveSnapshot, Stretch, take_live_snapshot
 from aiouffd.uffd import Feature, Userfaultfd
 from tests.targets import KINDS, PAGE, SMALL_KINDS, Target, TargetLate, until
@@ -164,6 +166,52 @@ async def test_the_image_is_the_memory(tmp_path: Path, kind: str, seed: int) -> 
             assert [target.is_present(page) for page in range(pages)] == present
         elif kind == "shmem":
             assert os.fstat(target.memfd).st_blocks * 512 == sum(present) * size
+
+
+async def test_a_mark_may_be_a_page_where_there_is_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then everything is read."""
+    swaps = tmp_path / "swaps"
+    swaps.write_text("Filename Type Size Used Priority\n/dev/sda2 partition 1 1 -2\n")
+    monkeypatch.setattr(protected_memory, "_SWAPS", swaps)
+    async with running(tmp_path) as it:
+        await it.target.start_number(it.target.base, 3 * PAGE, 80)
+        await it.snapshot()
+        assert it.path.read_bytes() == it.target.memory(it.target.base, it.target.length)
+        assert sum(it.words()) == sum(range(1, 81))
+
+
+async def test_a_kernel_without_pagemap_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is said before anybody waits."""
+
+    def refuse(fd: int, argument: bytearray) -> int:
+        raise OSError(errno.ENOTTY, "no such ioctl")
+
+    async with running(tmp_path) as it:
+        monkeypatch.setattr(calls, "pagemap_scan", refuse)
+        with pytest.raises(NotSupported, match=r"PAGEMAP_SCAN.*Linux 6\.7"):
+            await it.snapshot()
+        assert "uw" not in it.target.vm_flags(it.target.base)
+
+
+async def test_a_fork_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child is free to write, and the image is its parent's."""
+    held = Held(monkeypatch)
+    async with running(tmp_path, pages=1024, threads=1) as it:
+        target = it.target
+        await target.start_number(target.base, PAGE, 1024)
+        snapshot = asyncio.create_task(it.snapshot())
+        await held.reached.wait()
+        child = await target.fork()
+        assert await child.start_write(900, 77) == 77
+        assert await target.start_write(901, 99) == 99
+        held.go.set()
+        await snapshot
+        assert it.words() == list(range(1, 1025))
+        assert it.is_free()
 
 
 async def test_stretches_have_places(tmp_path: Path) -> None:
@@ -379,15 +427,21 @@ async def test_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         await it.snapshot()  # and again
 
 
-async def test_a_target_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", ["exit", "exec"])
+async def test_a_target_that_dies(
+    tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the middle, or before it begins."""
     held = Held(monkeypatch)
     async with running(tmp_path, pages=1024) as it:
         await it.target.start_number(it.target.base, PAGE, 1024)
         snapshot = asyncio.create_task(it.snapshot())
         await held.reached.wait()
-        it.target.kill()
-        it.target.reap()
+        if end == "exit":
+            it.target.kill()
+            it.target.reap()
+        else:
+            await it.target.start_exec()
         held.go.set()
         with pytest.raises(TargetGone):
             await snapshot
@@ -442,7 +496,7 @@ async def test_features_that_are_needed(tmp_path: Path) -> None:
         with pytest.raises(NotSupported, match="WP_ASYNC"):
             await it.snapshot()
     async with running(tmp_path, features=Feature.EVENT_REMOVE) as it:
-        with pytest.raises(NotSupported, match=r"WP_UNPOPULATED.*Linux 6\.4"):
+        with pytest.raises(NotSupported, match=r"WP_UNPOPULATED.*Linux 6\.7"):
             await it.snapshot()
 
 
