@@ -9,12 +9,14 @@ where its vCPU waits for one, and the rest as fast as the connection takes it.
 """
 
 import asyncio
+import signal
 import subprocess
 import sys
 import tempfile
 from typing import Final
 
 from aiouffd import NotSupported, Userfaultfd
+from aiouffd.kernel.parent import die_with_parent
 from aiouffd.migration.listener import Listener
 from aiouffd.migration.moving import Leaving, arriving
 from aiouffd.migration.outgoing import Outgoing, Plan
@@ -29,6 +31,7 @@ PLAN: Final = Plan(rounds=2, downtime=0.0, bandwidth=40e6)  # nothing is waited 
 
 def source(path: str) -> None:
     """Run a new machine, until it has moved."""
+    die_with_parent(signal.SIGKILL)  # nobody else would look after it
     memory = ProgramMemory.create("ram", RAM)
     fill_ram(memory.map)
     with Machine(memory.map) as machine:
@@ -113,7 +116,7 @@ def main() -> None:
             print(vmm.stdout.readline(), end="", flush=True)
             status = asyncio.run(migrate(f"{folder}/vmm.sock"))
         except BaseException:
-            vmm.kill()  # the machine runs on there, with nobody to look after it
+            vmm.kill()  # the machine runs on there
             raise
     sys.exit(status)
 
