@@ -529,15 +529,17 @@ class Incoming:
             channel: The connection; nothing was said on it yet.
 
         Raises:
-            PeerError: It comes too late, or does not belong to a pair.
+            ConnectionAbortedError: It belongs to a pair that is gone, or half gone: the source
+                makes another one.
         """
         if role is Role.DEMAND:
             if epoch <= self.epoch:
-                raise PeerError(f"comes back as pair {epoch}; there was a pair {self.epoch}")
+                raise ConnectionAbortedError(f"pair {epoch} comes after pair {self.epoch}")
             self._drop_line("another one has taken its place")
             self.epoch = epoch
         elif epoch != self.epoch or role in self._channels or Role.DEMAND not in self._channels:
-            raise PeerError(f"brings a second connection to pair {epoch}, which is not there")
+            # Its first connection may have broken a moment ago, which the source need not know.
+            raise ConnectionAbortedError(f"there is no pair {epoch} that lacks a connection")
         self._channels[role] = channel
         if self.stage is not Stage.OFFERED:
             self._welcome(role)

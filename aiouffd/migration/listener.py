@@ -224,7 +224,7 @@ class _Guest(Peer):
         channel.send_preamble()
         try:
             incoming.welcome(Role(role), epoch, channel)
-        except PeerError as error:
+        except ConnectionError as error:
             channel.fail(error)
             self.error = str(error)
 
