@@ -243,7 +243,7 @@ class Outgoing:
         keeper = loop.create_task(self._keep_line(), name="aiouffd migration line")
         sampler = loop.create_task(self._sample(), name="aiouffd migration samples")
         try:
-            await self._until(lambda: self._line.is_up)
+            await self._until(lambda: self._line.is_up or self._is_there)
             if self.stage in {Stage.OFFERED, Stage.COPYING}:
                 await self._copy()
                 await self._switch(program)
@@ -344,7 +344,7 @@ class Outgoing:
         """Make the destination run, and send what is left."""
         line = self._line
         while not self._running_there:
-            await self._until(lambda: line.is_up)
+            await self._until(lambda: line.is_up or self._running_there)
             epoch = line.epoch
             if not self._running_there:  # the line may have come with that news
                 await self._send_switch(epoch)
@@ -616,6 +616,9 @@ class Outgoing:
     # --- what comes ----------------------------------------------------------------------
 
     def _hello(self, role: Role, epoch: int) -> dict[str, Any]:
+        if role is Role.DEMAND:
+            # They are asked again, on this very connection, maybe before the other one stands.
+            self._demands.clear()
         hello: dict[str, Any] = {"role": role.value, "token": self._token, "epoch": epoch}
         if not self._token:
             plan = self._plan
@@ -669,7 +672,6 @@ class Outgoing:
             for taken in in_doubt.give_back():
                 for offset, length in taken.runs:
                     self.figures.again_bytes += self._backlog.add(taken.region, offset, length)
-        self._demands.clear()  # they are asked again
         self._flow = Flow()
         if welcome.get("stage") in {Stage.FOLLOWING.value, Stage.DONE.value}:
             if self.stage is not Stage.SWITCHING and not self._running_there:
@@ -700,8 +702,10 @@ class Outgoing:
                 raise PeerError("says that the program runs there, where we have not let it")
             self._note_running()
         elif kind is Kind.DONE:
-            if not self._running_there:
+            # RUNNING may have been lost; DONE follows a welcome before its line is complete.
+            if self.stage not in {Stage.SWITCHING, Stage.FOLLOWING}:
                 raise PeerError("says that all is there, where we have not let it run")
+            self._note_running()
             self.destination = frame.json()
             self._is_there = True
             self._changed.set()
