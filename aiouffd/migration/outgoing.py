@@ -188,6 +188,7 @@ class Outgoing:
         self._state = b""
         self._round = 0
         self._cancel = False
+        self._leaves = False  # it is being told: too late to cancel
         self._is_there = False  # the destination has said that all is there
         self._running_there = False
         self._stopped_at = 0.0
@@ -266,7 +267,7 @@ class Outgoing:
         Returns:
             Whether it was in time: once the program was told to leave it is not.
         """
-        if self.stage not in {Stage.OFFERED, Stage.COPYING}:
+        if self._leaves or self.stage not in {Stage.OFFERED, Stage.COPYING}:
             return False
         self._cancel = True
         self._changed.set()
@@ -337,6 +338,7 @@ class Outgoing:
         if self._round and (too_much or self._fits()):
             await self._push()
         self._check()
+        self._leaves = True
         await program.leave()
         self.stage = Stage.SWITCHING
 
