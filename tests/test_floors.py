@@ -52,7 +52,8 @@ FLOORS = {
         protocols.criu.restored_tasks protocols.criu.restore
         migration.lz4_blocks migration.packing migration.channel migration.line
         migration.figures migration.memory migration.outgoing
-        migration.incoming migration.listener migration.program migration.moving""",
+        migration.incoming migration.listener migration.program migration.moving
+        migration.tls migration.report""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
@@ -60,14 +61,17 @@ FLOORS = {
         image image.new_file image.sparse image.packed image.copying image.survey
         snapshot protected_memory live_snapshot
         page_map status prometheus http_site control
+        migration.report_plot migration.prometheus
         cli.control_client cli.sessions cli.top cli.complete cli.snapshot cli.drain
         cli.output cli.orders cli.report_fields cli.diagnostics
-        cli.operating cli.operation
+        cli.metrics_site cli.operating cli.operation
         cli.restore_count cli.store_options cli.export cli.criu_options
         cli.progress cli.jobs cli.image
         protocols.criu.survey protocols.criu.plot protocols.criu.strip
         cli.criu cli.criu_show cli.criu_strip
         cli.criu_lazy_pages cli.criu_page_server
+        cli.migrate cli.migrate_figures cli.migrate_options cli.migrate_progress
+        cli.migrate_send cli.migrate_receive cli.migrate_restart cli.migrate_report
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]
@@ -84,7 +88,7 @@ OPTIONAL: dict[str, set[str]] = {
     "obstore": {"sources.object_store"},
     "yarl": {"sources.http_places"},  # aiohttp's own URLs
     "matplotlib": {"plotting"},
-    "prometheus_client": {"prometheus"},
+    "prometheus_client": {"prometheus", "migration.prometheus"},
     "rich": {"cli.top"},
     "lz4": {"migration.lz4_blocks"},
     "pytest": {"testing.sources"},

@@ -36,6 +36,7 @@ COMMANDS: Final[dict[str, str]] = {
     "export": "let other aiouffd servers read an image over the network",
     "keep": "run a server so that nothing is lost when it dies",
     "criu": "checkpoints of processes, restored lazily by CRIU",
+    "migrate": "move a running program to another machine, its memory before and behind it",
     "image": "pack, unpack, compare and check images",
     "working-set": "look at recorded sets of pages, combine and compare them",
     "sessions": "list who is served by a running server",
@@ -47,7 +48,7 @@ COMMANDS: Final[dict[str, str]] = {
 }
 
 #: Those whose own commands are modules, too.
-GROUPS: Final = frozenset({"criu"})
+GROUPS: Final = frozenset({"criu", "migrate"})
 
 _DESCRIPTION: Final = "Page faults as coroutines: serve the memory of processes from user space."
 
@@ -59,6 +60,7 @@ start here:
   aiouffd export IMAGE                   the image for other servers to read
   aiouffd keep -- aiouffd serve …         the same, and nothing is lost when it dies
   aiouffd criu show DIR                  what a checkpoint of CRIU's holds
+  aiouffd migrate send, receive          move a running program to another machine
   aiouffd image pack IMAGE OUT           a compressed image, served as it is
   aiouffd working-set show FILE          what `serve --record` has seen
   aiouffd sessions, aiouffd top          who is served by one that runs (with --control)

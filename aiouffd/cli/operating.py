@@ -10,22 +10,17 @@ import argparse
 import asyncio
 import contextlib
 import errno
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
 
 from .. import prometheus
-from ..control import METRICS_TYPE, Control
-from ..http_site import HttpSite, text_response
+from ..control import Control
 from ..server import Server
 from ..sources.measured import Reads
 from ..sources.shared import SharedImage
 from ..status import Status
 from .control_client import ask
+from .metrics_site import giving
 from .statuses import CommandError
-
-if TYPE_CHECKING:
-    from aiohttp import web
 
 
 @contextlib.asynccontextmanager
@@ -62,7 +57,8 @@ async def around(
                 await stack.enter_async_context(control(replace=True))
             where["control"] = path
         if args.metrics is not None:
-            where["metrics"] = await stack.enter_async_context(_listening(status, *args.metrics))
+            give = prometheus.text_of(status)
+            where["metrics"] = await stack.enter_async_context(giving(give, *args.metrics))
         yield where
 
 
@@ -84,22 +80,3 @@ def _metrics_if_there(status: Status) -> Callable[[], Awaitable[bytes]] | None:
         return prometheus.text_of(status)
     except ImportError:
         return None
-
-
-@contextlib.asynccontextmanager
-async def _listening(status: Status, host: str, port: int) -> AsyncIterator[str]:
-    """Give metrics on a TCP address."""
-    give = prometheus.text_of(status)
-
-    async def answer(request: web.Request) -> web.Response:  # noqa: ARG001 - aiohttp's
-        return text_response(await give(), METRICS_TYPE)
-
-    site = HttpSite([("GET", "/metrics", answer)])
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family) as sock:
-        await site.start(sock.fileno())
-        try:
-            name = f"[{host}]" if family == socket.AF_INET6 else host
-            yield f"http://{name}:{sock.getsockname()[1]}/metrics"
-        finally:
-            await site.aclose()

@@ -32,17 +32,22 @@ class Lines:
         self._lost = 0
         self._thread = threading.Thread(target=self._write, daemon=True, name="aiouffd output")
 
-    def put(self, line: str) -> None:
-        """Write one line soon; never waits."""
+    def put(self, line: str, *, end: str = "\n") -> None:
+        """Write one line soon; never waits.
+
+        Args:
+            line: Without its end.
+            end: Written behind it.
+        """
         if self._lines.qsize() < self._LIMIT:
-            self._lines.put(line)
+            self._lines.put(line + end)
         else:
             self._lost += 1
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
             try:
-                self._stream.write(line + "\n")
+                self._stream.write(line)
                 self._stream.flush()
             except (OSError, ValueError):
                 break  # nobody reads any more
@@ -58,7 +63,7 @@ class Lines:
         traceback: TracebackType | None,
     ) -> None:
         if self._lost:
-            self._lines.put(f"{self._lost} lines were lost: nobody read them in time")
+            self._lines.put(f"{self._lost} lines were lost: nobody read them in time\n")
         self._lines.put(None)
         self._thread.join(self._PATIENCE_S)
         try:

@@ -17,6 +17,8 @@ CUT_SHORT: Final = 3  #: living targets were closed by the policy: a second SIGT
 NO_SERVER: Final = 4  #: nobody answers on the control socket
 NO_SESSION: Final = 5  #: no such session lives there
 REFUSED: Final = 6  #: the server says no, or this user may not ask
+STANDS_STILL: Final = 7  #: whether the program runs at the other side is not known
+LOST: Final = 8  #: what a program did since it moved is gone
 INTERRUPTED: Final = 130  #: Ctrl-C
 NO_READER: Final = 141  #: who read the output has gone
 

@@ -153,10 +153,12 @@ class Timeline:
 
     Attributes:
         step: Of so many seconds.
+        ran_after: Seconds from the beginning, until which the program was said to run.
     """
 
     def __init__(self) -> None:
         self.step = _STEP
+        self.ran_after = 0.0
         self._faults: list[int] = []  # that ended in each step
         self._stall: list[dict[int, float]] = []  # seconds in each step, by thread; -1: others
         self._threads: set[int] = set()
@@ -215,20 +217,27 @@ class Timeline:
                 round(sum(stall for one, stall in each.items() if one not in shown), 5)
                 for each in self._stall
             ]
-        return {"step": self.step, "faults": list(self._faults), "stall": lines}
+        return {
+            "step": self.step,
+            "ran_after": self.ran_after,
+            "faults": list(self._faults),
+            "stall": lines,
+        }
 
 
 class Stalls:
     """An Observer: how long which thread has waited for its memory.
 
-    Where several threads wait for the same page, it is the first one's wait that is seen.
+    Where several threads wait for the same page, it is the first one's wait that is seen.  A
+    fault may end in our books a moment after its thread was woken, which may wait for the next
+    page by then: a thread's time is never counted twice.
 
     Attributes:
         by_thread: Seconds, by thread id (0 where the userfaultfd has no THREAD_ID).
         failures: Faults that went into the failure policy.
         times: Of all faults.
         network: Of those for which the source was asked: demand faults.
-        timeline: From ``begin_timeline`` on.
+        timeline: From the switch on.
     """
 
     def __init__(self) -> None:
@@ -238,21 +247,29 @@ class Stalls:
         self.network = Times()
         self.timeline = Timeline()
         self._began_ns = time.perf_counter_ns()
+        self._ended_ns: dict[int, int] = {}  # when a thread's last wait ended
 
-    def begin_timeline(self) -> None:
-        """Let the timeline begin now: the program runs."""
+    def note_switched(self) -> None:
+        """Let the timeline begin: from now on the program may run."""
         self._began_ns = time.perf_counter_ns()
+
+    def note_running(self) -> None:
+        """Take note that it was said to run; threads of it may have waited before."""
+        self.timeline.ran_after = (time.perf_counter_ns() - self._began_ns) * 1e-9
 
     def begin(self, fault: PageFault) -> None:
         """Nothing to keep."""
 
     def end(self, fault: PageFault, outcome: str, elapsed_ns: int) -> None:  # noqa: ARG002 - Observer's
         """Add a stall to its thread's."""
-        thread = fault.thread_id
+        thread, now_ns = fault.thread_id, time.perf_counter_ns()
+        self.times.add(elapsed_ns)
+        if thread:
+            elapsed_ns = min(elapsed_ns, now_ns - self._ended_ns.get(thread, 0))
+            self._ended_ns[thread] = now_ns
         stall = elapsed_ns * 1e-9
         self.by_thread[thread] = self.by_thread.get(thread, 0.0) + stall
-        self.times.add(elapsed_ns)
-        now = (time.perf_counter_ns() - self._began_ns) * 1e-9
+        now = (now_ns - self._began_ns) * 1e-9
         self.timeline.add(thread, now - stall, now)
 
     def event(self, event: Event) -> None:

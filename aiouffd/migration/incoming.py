@@ -80,6 +80,7 @@ class Incoming:
         stalls: An observer for the pager.
         source: What the source has told of its progress, and its figures at the end.
         received_bytes: Of memory, with their contents.
+        zero_bytes: Of memory that was only said to be zeros.
 
     Sharing: the loop's thread.
     """
@@ -104,6 +105,7 @@ class Incoming:
         self.stalls: Final = Stalls()
         self.source: dict[str, Any] = {}
         self.received_bytes = 0
+        self.zero_bytes = 0
         self.token: Final = secrets.token_hex(16)
         self.epoch = 0
         self._deadline = deadline
@@ -227,7 +229,7 @@ class Incoming:
         if self.stage is not Stage.SWITCHING:
             raise RuntimeError(f"this migration is {self.stage.value}")
         self._set_stage(Stage.FOLLOWING)
-        self.stalls.begin_timeline()
+        self.stalls.note_running()
         self._state.clear()
         self._send_json(Kind.RUNNING, {})
         self._tell()
@@ -396,6 +398,7 @@ class Incoming:
         where = Range(frame.offset, frame.span)
         if frame.kind is Kind.ZERO:
             missing.discard(where)
+            self.zero_bytes += frame.span
             await _discard(landing, landed.runs(where))
             landed.discard(where)
             return
@@ -436,6 +439,7 @@ class Incoming:
             raise PeerError(
                 f"switched with a state of {len(self._state)} bytes; it should have {frame.span}"
             )
+        self.stalls.note_switched()
         self._left_bytes = sum(len(missing) for missing in self._missing) * mmap.PAGESIZE
         self._set_stage(Stage.SWITCHING)
 
@@ -446,6 +450,7 @@ class Incoming:
         if region is None or self.stage not in {Stage.SWITCHING, Stage.FOLLOWING, Stage.DONE}:
             raise PeerError(f"sent memory of a migration that is {self.stage.value}")
         if frame.kind is Kind.ZERO:
+            self.zero_bytes += frame.span
             self._arrived(number, frame.offset, frame.span, Zero())
             return
         body: Buffer = frame.body

@@ -109,6 +109,7 @@ class Leaving:
         memory: Its regions.
         tracker: Knows them, too; None where it could not be had, see ``untracked``.
         untracked: Why there is no tracker.
+        stage: How it stood when it was asked: ``running``, ``stopped`` or ``left``.
 
     Sharing: the loop's thread.
     """
@@ -119,6 +120,7 @@ class Leaving:
         self.memory: list[SourceMemory] = []
         self.tracker: DirtyTracker | None = None
         self.untracked = ""
+        self.stage = ""
         self._line: Final = line
         self._uffd: Userfaultfd | None = None
 
@@ -170,6 +172,7 @@ class Leaving:
         if len(fds) != len(regions) + tracked:
             raise PeerError(f"gave {len(fds)} descriptors for {len(regions)} regions")
         self.name = str(description.get("name", ""))[:200]
+        self.stage = str(description.get("stage", ""))[:20]
         self.untracked = str(description.get("untracked", ""))[:1000]
         starts = []
         for each, fd in zip(regions, fds, strict=False):

@@ -73,6 +73,16 @@ def test_stalls_are_summed_by_thread() -> None:
     assert "timeline" not in value
 
 
+def test_a_threads_time_is_not_counted_twice() -> None:
+    """Waits that overlap in the books are one wait; of unknown threads they are two."""
+    stalls = Stalls()
+    for thread in (7, 7, 0, 0):
+        stalls.end(PageFault(4096, 0, 4096, 0, thread, 4096), "copy", 10**9)
+    assert stalls.by_thread[7] == pytest.approx(1, abs=0.2)
+    assert stalls.by_thread[0] == pytest.approx(2)
+    assert stalls.times.count == 4
+
+
 def test_what_is_told_to_the_other_side_fits_into_a_frame() -> None:
     """After hours, with thousands of threads and hundreds of rounds."""
     stalls = _stalled(5000)
