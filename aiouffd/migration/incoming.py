@@ -120,6 +120,7 @@ class Incoming:
         self._landed = [PageSet() for _ in self.extents]  # before the switch
         self._missing = [PageSet() for _ in self.extents]  # from the switch on: still to come
         self._left_bytes = 0
+        self._more = False  # memory comes another way
         self._state = bytearray()
         self._waiting: dict[tuple[int, int], asyncio.Future[Answer]] = {}  # region, offset
         self._wanted: dict[tuple[int, int, int], int] = {}  # region, offset, length: priority
@@ -224,15 +225,25 @@ class Incoming:
         await self._until(lambda: self.stage not in {Stage.OFFERED, Stage.COPYING})
         return bytes(self._state)
 
-    def note_running(self) -> None:
-        """Tell the source that the program runs here now."""
+    def note_running(self, *, more: bool = False) -> None:
+        """Tell the source that the program runs here now.
+
+        Args:
+            more: It has memory that comes another way; ``note_all_here`` says when it is there.
+        """
         if self.stage is not Stage.SWITCHING:
             raise RuntimeError(f"this migration is {self.stage.value}")
+        self._more = more
         self._set_stage(Stage.FOLLOWING)
         self.stalls.note_running()
         self._state.clear()
         self._send_json(Kind.RUNNING, {})
         self._tell()
+        self._look_whether_done()
+
+    def note_all_here(self) -> None:
+        """Say that what has come another way is here; see ``note_running``."""
+        self._more = False
         self._look_whether_done()
 
     def note_failed(self, reason: str) -> None:
@@ -501,7 +512,7 @@ class Incoming:
             del self._wanted[wanted]
 
     def _look_whether_done(self) -> None:
-        if self.stage is Stage.FOLLOWING and not self._left_bytes:
+        if self.stage is Stage.FOLLOWING and not self._left_bytes and not self._more:
             self._set_stage(Stage.DONE)
             self._send_json(Kind.DONE, self._figures(timeline=True))
 
