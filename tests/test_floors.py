@@ -53,7 +53,9 @@ FLOORS = {
         migration.lz4_blocks migration.packing migration.channel migration.line
         migration.figures migration.memory migration.outgoing
         migration.incoming migration.listener migration.program migration.moving
-        migration.tls migration.report""",
+        migration.tls migration.report
+        protocols.criu.parcel protocols.criu.command migration.tree_leaving
+        migration.tree_arriving""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
@@ -72,6 +74,7 @@ FLOORS = {
         cli.criu_lazy_pages cli.criu_page_server
         cli.migrate cli.migrate_figures cli.migrate_options cli.migrate_progress
         cli.migrate_send cli.migrate_receive cli.migrate_restart cli.migrate_report
+        cli.migrate_tree_options cli.migrate_send_tree cli.migrate_receive_tree
         cli.info cli.serve cli.keep cli.demo_target cli.demo __main__""",  # "." is aiouffd itself
 }
 ORDER = [module for names in FLOORS.values() for module in names.split()]
