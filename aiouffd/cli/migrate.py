@@ -23,6 +23,8 @@ COMMANDS: Final[dict[str, str]] = {
     "receive": "take a program that another machine sends",
     "send": "send a running program to another machine",
     "restart": "let a program go on here whose move has failed half-way",
+    "receive-tree": "take a process and all that descend from it, by CRIU",
+    "send-tree": "send a process and all that descend from it, by CRIU",
     "report": "show what a migration was, in figures or as a picture",
 }
 
@@ -34,6 +36,11 @@ as it does.
   here:   aiouffd migrate send /run/worker.sock 10.0.0.7:7440 TLS --report move.json
   then:   aiouffd migrate report move.json --output move.png
 
+any program, and all that descend from it, moves by CRIU:
+
+  there:  aiouffd migrate receive-tree 10.0.0.7:7441 TLS
+  here:   aiouffd migrate send-tree 4711 10.0.0.7:7441 TLS
+
 TLS stands for --tls-cert, --tls-key and --tls-cacert, or for --plain.
 
 `aiouffd migrate COMMAND --help` explains a command.
@@ -41,7 +48,7 @@ TLS stands for --tls-cert, --tls-key and --tls-cacert, or for --plain.
 
 
 def _module(command: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.migrate_{command}")
+    return importlib.import_module(f"{__package__}.migrate_{command.replace('-', '_')}")
 
 
 def add_parser(subparsers: Subparsers, command: str | None = None) -> argparse.ArgumentParser:

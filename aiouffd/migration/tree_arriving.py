@@ -1,0 +1,284 @@
+"""Arriving, for a tree of processes: made anew by CRIU, its memory brought from the source.
+
+Knows: ``criu restore --lazy-pages``, the server of restored processes, whom they get pages from.
+Must not know: what goes over the migration's own connections, and when.
+
+Laws of this file:
+
+* The tree runs when ``criu restore`` has ended well, and not before that; if it ends otherwise, or
+  is too slow, whatever it has made is killed before the source hears that nothing was started.
+* A tree that cannot get all of its memory is killed: half of it would read as zeros.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
+
+from ..errors import MigrationFailed, PeerError, UffdError
+from ..failure import Action, FailurePolicy
+from ..fds import OwnedFd
+from ..prefetch import Pace
+from ..protocols.criu import parcel
+from ..protocols.criu.checkpoint import Checkpoint
+from ..protocols.criu.command import Criu
+from ..protocols.criu.lazy_socket import NAME
+from ..protocols.criu.page_client import PageClient
+from ..protocols.criu.restore import Restores
+from ..reports import Report, log_report
+from ..server import Server
+from ..service import Service
+from ..threads import in_thread
+from .incoming import Incoming
+from .stages import Stage
+
+if TYPE_CHECKING:
+    import ssl
+
+    from ..fd_store import FdStore
+
+log: Final = logging.getLogger("aiouffd.migration")
+
+_CHUNK: Final = 64 << 10  # bytes around a fault
+_MAX_CHILDREN: Final = 4096  # forked ones, served at once
+_HEADER_BYTES: Final = 32  # of both sides' page protocol
+
+
+class ArrivingTree:
+    """A tree of processes that is made anew from what arrives.
+
+    ::
+
+        incoming = await listener.accept()
+        async with ArrivingTree(incoming, folder, ssl=context) as tree:
+            await tree.run()
+            await tree.complete()
+
+    A tree that is not complete at the end of the block is killed.
+
+    Attributes:
+        folder: Where the images are, and the logs.
+        processes: How many there are, from ``run`` on.
+        memory_bytes: That is brought after they run.
+        server: Of their memory, while that comes.
+
+    Sharing: the loop's thread.
+    """
+
+    def __init__(
+        self,
+        incoming: Incoming,
+        folder: str,
+        *,
+        criu: str = "criu",
+        options: Sequence[str] = (),
+        namespace: bool = False,
+        ssl: ssl.SSLContext | None = None,
+        store: FdStore | None = None,
+        timeout: float = 60.0,
+        deadline: float = 30.0,
+        report: Callable[[Report], None] = log_report,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            incoming: Not prepared yet; closed at the end.
+            folder: For the images; it is there, and has none.
+            criu: The program.
+            options: More of them, for ``criu restore``.
+            namespace: Make the tree in a pid namespace of its own, where no pid is taken.
+            ssl: A client's context, for the connection that memory comes by; None is plain TCP.
+            store: Keeps what must outlive this process; see Server.
+            timeout: Seconds that ``criu restore`` may take.
+            deadline: Seconds that a fault may take.
+            report: Told of the processes whose memory comes.
+        """
+        self.folder: Final = os.path.abspath(folder)
+        self.processes = 0
+        self.memory_bytes = 0
+        self.server: Server | None = None
+        self._incoming = incoming
+        self._program = criu
+        self._options = list(options)
+        self._before = (
+            ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child") if namespace else ()
+        )
+        self._ssl = ssl
+        self._store = store
+        self._timeout = timeout
+        self._report = report
+        self._service = Service(
+            failure=FailurePolicy(then=Action.KILL),
+            on_close=Action.KILL,
+            deadline=deadline,
+            chunk=_CHUNK,
+            max_children=_MAX_CHILDREN,
+            hydrate=Pace.FULL,
+            let_go=True,
+        )
+        self._client: PageClient | None = None
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        incoming = self._incoming
+        self._stack.push_async_callback(incoming.aclose)
+        if incoming.extents:
+            incoming.refuse("trees of processes are received here, and it is none")
+            await self._stack.aclose()
+            raise MigrationFailed("what has come is no tree of processes", outcome="source")
+        await incoming.prepare([])
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    async def run(self) -> None:
+        """Wait for the switch, and make the tree run.
+
+        Raises:
+            MigrationFailed: It runs on at the source.
+
+        Cancellation: what was made is killed, and the source hears that nothing was started.
+        """
+        incoming = self._incoming
+        state = await incoming.switched()
+        try:
+            await self._make(state)
+            if incoming.stage is not Stage.SWITCHING:
+                raise PeerError("has given the migration up meanwhile", incoming.peer)
+        except BaseException as error:
+            if self.server is not None:
+                await self.server.aclose()
+            text = str(error) or type(error).__name__
+            if not incoming.stage.is_over:
+                incoming.note_failed(f"the processes do not run: {text}")
+            if isinstance(error, UffdError | OSError):
+                raise MigrationFailed(
+                    f"the processes do not run here: {text}", stage="switching", outcome="source"
+                ) from error
+            raise
+        incoming.note_running(more=True)
+
+    async def _make(self, state: bytes) -> None:
+        notes = await in_thread(parcel.unpack, state, self.folder)
+        host, port, tls = notes.get("host"), notes.get("port"), notes.get("tls")
+        if not isinstance(host, str) or not isinstance(port, int) or not 0 < port < 1 << 16:
+            raise PeerError("has not said where the memory is", self._incoming.peer)
+        if bool(tls) != (self._ssl is not None):
+            raise PeerError(
+                "gives the memory over TLS, which was not asked for here"
+                if tls
+                else "gives the memory without TLS, which was asked for here",
+                self._incoming.peer,
+            )
+        stack = self._stack
+        checkpoint = await stack.enter_async_context(await Checkpoint.open(self.folder))
+        client = self._client = await stack.enter_async_context(
+            await PageClient.connect(host, port, header_bytes=_HEADER_BYTES, ssl=self._ssl)
+        )
+        living = [task.pid for task in checkpoint.tasks if not task.dead]
+        self.processes = len(living)
+        self.memory_bytes = sum(checkpoint.memory(pid).lazy_bytes for pid in living)
+        restores = Restores(checkpoint, client)
+        self.server = await stack.enter_async_context(
+            Server(
+                os.path.join(self.folder, NAME),
+                restores.receive,
+                restores,
+                service=self._service,
+                handshake_timeout=None,
+                senders=True,
+                store=self._store,
+                report=self._report,
+            )
+        )
+        await self._restore()
+
+    async def _restore(self) -> None:
+        criu = await Criu.start(
+            self._program,
+            "restore",
+            self.folder,
+            *("--lazy-pages", "--restore-detached", *self._options),
+            before=self._before,
+        )
+        try:
+            async with asyncio.timeout(self._timeout):
+                status = await criu.wait()
+        except BaseException as error:
+            await _kill_all(criu)
+            if isinstance(error, TimeoutError):
+                raise MigrationFailed(
+                    f"criu restore has not ended within {self._timeout:g} s; see {criu.log}"
+                ) from error
+            raise
+        if status != 0:
+            raise MigrationFailed(criu.why())
+
+    async def complete(self) -> None:
+        """Wait until all of the memory is here, and let the tree live on by itself.
+
+        Raises:
+            MigrationFailed: That will not be; the tree is killed.
+
+        Cancellation: nothing happens; call again.
+        """
+        incoming, server, client = self._incoming, self.server, self._client
+        assert server is not None  # noqa: S101 - it runs
+        assert client is not None  # noqa: S101 - it runs
+        served = asyncio.ensure_future(server.drain())
+        lost = asyncio.ensure_future(client.wait_lost())
+        failed = asyncio.ensure_future(incoming.wait_done())
+        try:
+            await asyncio.wait((served, lost, failed), return_when=asyncio.FIRST_COMPLETED)
+            if not served.done():
+                if failed.done():
+                    await failed
+                raise MigrationFailed(f"the connection for memory is lost: {lost.result()}")
+            if server.failed:
+                raise MigrationFailed("memory could not be brought; see the lines above")
+            await client.finish()
+        except (UffdError, OSError) as error:
+            await server.aclose()
+            text = f"the processes were killed, as memory of theirs is missing: {error}"
+            if not incoming.stage.is_over:
+                incoming.note_failed(text)
+            raise MigrationFailed(text, stage="following", outcome="lost") from error
+        finally:
+            for task in (served, lost, failed):
+                task.cancel()
+            await asyncio.wait((served, lost, failed))
+            if failed.done() and not failed.cancelled():
+                failed.exception()
+        incoming.note_all_here()
+
+
+async def _kill_all(criu: Criu) -> None:
+    """End a restore that is not to go on, with whatever it has made."""
+    pids = await in_thread(_tree_of, criu.pid)
+    for pid in reversed(pids):
+        with contextlib.suppress(ProcessLookupError), OwnedFd(os.pidfd_open(pid)) as pidfd:
+            signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+    await criu.wait()
+
+
+def _tree_of(pid: int) -> list[int]:
+    """List a process and what descends from it, as far as it is to be seen while that changes."""
+    found = [pid]
+    for each in found:  # which grows meanwhile
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{each}/task"):
+                with open(f"/proc/{each}/task/{thread}/children", encoding="ascii") as file:
+                    found += map(int, file.read().split())
+    return found

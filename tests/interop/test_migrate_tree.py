@@ -1,0 +1,118 @@
+"""A tree of processes moved by one command on either side, with real CRIU in between."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.interop.criu_certificates import Certificates
+from tests.interop.moving_trees import MovingStage, files_of
+from tests.suites import Foreign
+
+pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.once, pytest.mark.limit(60)]
+
+
+@pytest.fixture
+def stage(criu: Foreign) -> Iterator[MovingStage]:
+    """A folder with whatever runs on it, ended afterwards."""
+    with MovingStage(criu) as stage:
+        yield stage
+
+
+def test_a_tree_moves(stage: MovingStage, seed: int) -> None:
+    """All its processes count on where they were, nothing is counted twice, nothing is lost."""
+    tree = stage.counting(seed=seed)
+    there = stage.receive()
+    sending = stage.send(tree, there)
+    assert there.status() == 0, there.running.text()
+    sending.wait()
+    tree.wait(-signal.SIGKILL)
+    assert not list(stage.here.iterdir())
+    assert not list(there.folder.iterdir())
+    stage.check(machines=2)
+    there.end()
+
+
+def test_a_tree_moves_over_a_network_and_tls(stage: MovingStage, seed: int) -> None:
+    """Memory comes from the address that the other machine is reached from, encrypted."""
+    certificates = Certificates.make(stage.folder / "tls")
+    tls = certificates.options[1:]
+    tree = stage.counting(seed=seed)
+    there = stage.receive(*tls, network=True)
+    sending = stage.send(tree, there, *tls, "--server-name", "localhost", "--keep")
+    assert there.status() == 0, there.running.text()
+    sending.wait()
+    tree.wait(-signal.SIGKILL)
+    assert "pstree.img" in files_of(stage.here, [".img"])
+    stage.check(machines=2)
+    there.end()
+
+
+def test_a_restore_that_fails_leaves_the_tree_where_it_was(stage: MovingStage, seed: int) -> None:
+    """Where its pids are taken it cannot be: the source hears so, and it counts on there."""
+    tree = stage.counting(seed=seed)
+    there = stage.receive(alone=False)
+    sending = stage.send(tree, there)
+    sending.wait(1)
+    assert there.status() == 1
+    for said in (sending.text(), there.running.text()):
+        assert "criu restore ended with status 1" in said, said
+        assert str(there.folder / "restore.log") in said
+    assert "runs on here" in sending.text()
+    assert not files_of(stage.here, [".img"])
+    assert not files_of(there.folder, [".img"])
+    stage.check(machines=1)
+    tree.wait()
+
+
+def test_cancelled_before_the_switch(stage: MovingStage, seed: int) -> None:
+    """A signal while CRIU works: the tree goes on, and has noticed nothing."""
+    tree = stage.counting(seed=seed)
+    there = stage.receive()
+    sending = stage.send(tree, there, criu=_slow(stage, "dump"))
+    stage.until((stage.folder / "begun").exists, "criu dump was asked for")
+    sending.popen.send_signal(signal.SIGINT)
+    (stage.folder / "go").touch()
+    sending.wait(1)
+    assert "runs on here: it was cancelled" in sending.text()
+    assert there.status() == 1
+    assert (stage.here / "dump.log").exists()
+    assert not files_of(stage.here, [".img"])
+    stage.check(machines=1)
+    assert not stage.was_continued()
+    tree.wait()
+    there.end()
+
+
+def test_a_dump_that_fails(stage: MovingStage) -> None:
+    """The tree runs on, and the sentence says why, and where there is more."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        tree = stage.counting(server.getsockname()[1])
+        there = stage.receive()
+        sending = stage.send(tree, there)
+        sending.wait(1)
+        said = sending.text()
+        assert "runs on here: criu dump ended with status 1: " in said
+        assert "--tcp-established" in said, "CRIU's own reason"
+        assert f"({stage.here}/dump.log)" in said
+        assert there.status() == 1
+        stage.check(machines=1)
+        assert not stage.was_continued()
+        tree.wait()
+        there.end()
+
+
+def _slow(stage: MovingStage, verb: str) -> Path:
+    """Make a CRIU that waits before it does one thing."""
+    path = stage.folder / f"slow-{verb}"
+    path.write_text(
+        f'#!/bin/sh\n[ "$1" = {verb} ] && touch {stage.folder}/begun'
+        f" && until [ -e {stage.folder}/go ]; do sleep 0.01; done\n"
+        f'exec {stage.criu.command} "$@"\n'
+    )
+    path.chmod(0o755)
+    return path
