@@ -9,8 +9,9 @@ Laws of this file:
   is the memory itself.
 * Frames are taken one after the other, each before the next is looked at.  One that has to wait
   holds up its channel, and nothing else: nothing more is read meanwhile.
-* A side that is silent for ``silence`` seconds is lost, as is one that breaks the protocol; it is
-  told why, if it still listens.  Each side says something at least three times as often.
+* A side that is silent for ``silence`` seconds is lost, as is one that breaks the protocol, or
+  does not take what is said to it; it is told why, if it still listens.  Each side says something
+  at least three times as often.
 * What is lost is said once.  A lost channel is of no use; there is no coming back.
 """
 
@@ -31,6 +32,7 @@ from .wire import Frame, Kind
 log: Final = logging.getLogger("aiouffd.migration")
 
 _HIGH, _LOW = 1 << 20, 1 << 18  # of frames that the kernel has not taken yet, in bytes
+_MOST_UNTAKEN: Final = 8 << 20  # of these: a side that talks and does not listen is lost
 _LONG: Final = 32 << 10  # bytes of a body from which on joining it to its head is not worth it
 _DROPPED_BYTES: Final = 64 << 10  # of what nobody takes any more, at a time
 _LISTENS: Final = 3  # a side says something so many times in the time that the other waits for it
@@ -210,18 +212,15 @@ class Channel(asyncio.BufferedProtocol):
         if transport is None or self.lost is not None:
             return
         self._said = self._loop.time()
-        if len(parts) == 1:
-            self.sent_bytes += len(parts[0])
-            transport.write(parts[0])
-            return
-        head, body = parts
-        length = len(body)
-        self.sent_bytes += wire.HEAD_BYTES + length
+        length = sum(map(len, parts))
+        self.sent_bytes += length
         if length < _LONG:
             transport.write(b"".join(parts))
         else:
-            transport.write(head)
-            transport.write(memoryview(body))  # what is left of it is not copied twice
+            for part in parts:
+                transport.write(memoryview(part))  # what is left of it is not copied twice
+        if self.full and transport.get_write_buffer_size() > _MOST_UNTAKEN:
+            self.fail(ConnectionAbortedError("the other side takes nothing of what is said to it"))
 
     def send_preamble(self) -> None:
         """Send what a connection begins with."""

@@ -50,7 +50,11 @@ FAULT: Final = 255  #: the priority of a demand for which a thread waits
 
 #: Frames of which the source wants to know that they have landed.
 _NUMBERED: Final = frozenset((Kind.PAGES, Kind.BATCH, Kind.ZERO, Kind.MISSING, Kind.SWITCH))
+#: What is in order with bulk, and what must not stand in line behind it.
+_ON_BULK: Final = frozenset((Kind.MISSING, Kind.STATE, Kind.SWITCH))
+_ON_DEMAND: Final = frozenset((Kind.PROGRESS, Kind.END, Kind.CANCEL))
 _PLACED_BYTES: Final = 32 << 10  # received where it is installed from; shorter is copied once more
+_MOST_ASKED: Final = wire.MAX_DEMANDS // 2  # demands that the source may not have served yet
 _DISCARD_BYTES: Final = 4 << 20  # made missing at a time
 _TELL: Final = 0.5  # seconds between two messages for people
 
@@ -124,6 +128,7 @@ class Incoming:
         self._state = bytearray()
         self._waiting: dict[tuple[int, int], asyncio.Future[Answer]] = {}  # region, offset
         self._wanted: dict[tuple[int, int, int], int] = {}  # region, offset, length: priority
+        self._asked: set[tuple[int, int, int]] = set()  # of these, on this line
         self._scratch: mmap.mmap | None = None
         self._scratch_view = memoryview(b"")
         self._error: MigrationFailed | None = None
@@ -320,7 +325,24 @@ class Incoming:
 
     def _demand(self, number: int, offset: int, length: int, priority: int) -> None:
         """Ask the source; again whenever there is a new line, until it has come."""
-        self._wanted[number, offset, length] = priority
+        wanted = number, offset, length
+        self._wanted[wanted] = priority
+        # Half of what the source takes is kept for threads that wait.
+        most = wire.MAX_DEMANDS if priority == FAULT else _MOST_ASKED
+        if len(self._asked) < most or wanted in self._asked:
+            self._ask(wanted)
+
+    def _ask_more(self) -> None:
+        """Ask for what was held back, what is most wanted first."""
+        for wanted in sorted(
+            self._wanted.keys() - self._asked, key=lambda each: -self._wanted[each]
+        )[: _MOST_ASKED - len(self._asked)]:
+            self._ask(wanted)
+
+    def _ask(self, wanted: tuple[int, int, int]) -> None:
+        self._asked.add(wanted)
+        number, offset, length = wanted
+        priority = self._wanted[wanted]
         channel = self._channels.get(Role.DEMAND)
         if channel is not None:
             channel.send(
@@ -353,15 +375,19 @@ class Incoming:
 
     async def _take(self, role: Role, frame: Frame) -> None:
         kind = frame.kind
+        if self.stage is Stage.OFFERED and kind is not Kind.CANCEL:
+            raise PeerError("went on before it was welcomed")
+        if kind in (_ON_BULK if role is Role.DEMAND else _ON_DEMAND):
+            raise PeerError(f"sent a {kind.name} on the connection for {role.value}")
         if kind in _NUMBERED:
             if frame.number <= self._landed_number[role]:
                 raise PeerError(
                     f"sent frame {frame.number} behind frame {self._landed_number[role]}"
                 )
             if kind is Kind.SWITCH:
-                self._switch(role, frame)
+                self._switch(frame)
             elif kind is Kind.MISSING:
-                await self._forget(role, frame)
+                await self._forget(frame)
             elif self.stage is Stage.COPYING:
                 await self._lay_down(role, frame)
             else:
@@ -424,12 +450,10 @@ class Incoming:
                 missing.discard(where)
             self.received_bytes += length
 
-    async def _forget(self, role: Role, frame: Frame) -> None:
+    async def _forget(self, frame: Frame) -> None:
         """Make missing what is still to come, whatever was laid down for it."""
         if self.stage is not Stage.COPYING:
             return  # the answer to the first switch was lost
-        if role is not Role.BULK:
-            raise PeerError("said what is missing on the connection for demand: bulk may be behind")
         number = frame.region
         landing, landed = self._landings[number], self._landed[number]
         missing = self._missing[number]
@@ -440,12 +464,10 @@ class Incoming:
                 await _discard(landing, landed.runs(where))
                 landed.discard(where)
 
-    def _switch(self, role: Role, frame: Frame) -> None:
+    def _switch(self, frame: Frame) -> None:
         """Let the program run: what is missing now will follow."""
         if self.stage is not Stage.COPYING:
             return  # as above
-        if role is not Role.BULK:
-            raise PeerError("switched on the connection for demand: bulk may be behind it")
         if frame.span != len(self._state):
             raise PeerError(
                 f"switched with a state of {len(self._state)} bytes; it should have {frame.span}"
@@ -507,9 +529,15 @@ class Incoming:
         for wanted in [
             each
             for each in self._wanted
-            if each[0] == number and where.start <= each[1] and each[1] + each[2] <= where.end
+            if each[0] == number
+            and each[1] < where.end
+            and where.start < each[1] + each[2]
+            and not self._missing[number].overlaps(Range(each[1], each[2]))
         ]:
             del self._wanted[wanted]
+            self._asked.discard(wanted)
+        if len(self._asked) < min(len(self._wanted), _MOST_ASKED // 2):
+            self._ask_more()
 
     def _look_whether_done(self) -> None:
         if self.stage is Stage.FOLLOWING and not self._left_bytes and not self._more:
@@ -587,8 +615,8 @@ class Incoming:
         if self._no_line is not None:
             self._no_line.cancel()
             self._no_line = None
-        for (number, offset, length), priority in tuple(self._wanted.items()):
-            self._demand(number, offset, length, priority)
+        self._asked.clear()
+        self._ask_more()
 
     def take(self, role: Role, frame: Frame) -> Any:
         """Take a frame of a connection; for its channel."""

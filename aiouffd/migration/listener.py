@@ -154,7 +154,7 @@ class Listener(Peers):
             raise PeerError(f"{_WAITING} migrations wait to be taken already")
         extents = wire.extents_of(hello.get("regions"), self._most_memory)
         offered = hello.get("features")
-        if not isinstance(offered, list) or not all(isinstance(each, str) for each in offered):
+        if not wire.are_features(offered):
             raise PeerError("sent a hello without a list of features")
         incoming = Incoming(
             extents,
@@ -176,6 +176,8 @@ class Listener(Peers):
 
     def _forget_migration(self, incoming: Incoming) -> None:
         self._known.pop(incoming.token, None)
+        if incoming in self._waiting:  # or those that have gone would keep others out
+            self._waiting.remove(incoming)
 
 
 _CERT_REQUIRED: Final = ssl.CERT_REQUIRED
@@ -189,11 +191,12 @@ class _Guest(Peer):
         self._listener = listener
         self._decoder = wire.Decoder(from_source=True)
         self._is_silent = True
+        self._is_refused = False
 
     @property
     def silent(self) -> bool:
-        """Whether it has not said yet what it wants."""
-        return self._is_silent
+        """Whether it has not said yet what it wants, or has said something else."""
+        return self._is_silent or self._is_refused
 
     def data_received(self, data: bytes) -> None:
         """Take the greeting."""
@@ -213,7 +216,7 @@ class _Guest(Peer):
         role, epoch = hello.get("role"), hello.get("epoch")
         if role not in {each.value for each in Role}:
             raise PeerError(f"sent a hello with the role {str(role)[:40]!r}")
-        if not isinstance(epoch, int) or epoch < 1:
+        if not isinstance(epoch, int) or not 0 < epoch <= wire.MAX_EPOCH:
             raise PeerError("sent a hello without an epoch")
         incoming = self._listener.greet(hello, self.peer)
         self._is_silent = False
@@ -235,7 +238,7 @@ class _Guest(Peer):
         if transport is None:
             return
         if self._is_silent:
-            self._is_silent = False
+            self._is_silent, self._is_refused = False, True
             self._stop_waiting()
             channel = _Accepted(self, None, Role.DEMAND, self._listener._silence)
             transport.set_protocol(channel)

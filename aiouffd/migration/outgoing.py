@@ -596,19 +596,20 @@ class Outgoing:
     def _serve_demands(self) -> None:
         """Send what is waited for, the most urgent first, as far as the kernel takes it."""
         line = self._line
+        in_doubt = self._in_doubt[Role.DEMAND]
         while self._demands and line.is_up and not line.channels[Role.DEMAND].full:
+            if len(in_doubt) >= wire.MAX_DEMANDS:
+                return  # until it says what has landed
             _, _, frame = heapq.heappop(self._demands)
             region, offset, length = frame.region, frame.offset, frame.span
             self._asked = asyncio.get_running_loop().time()
             self.figures.demand += 1
             self.figures.demand_bytes += length
             try:
-                for at in range(offset, offset + length, wire.MAX_DATA):
-                    size = min(wire.MAX_DATA, offset + length - at)
-                    self._backlog.discard(region, at, size)
-                    self._send_runs(
-                        Role.DEMAND, line.channels[Role.DEMAND], Taken(region, [(at, size)])
-                    )
+                self._backlog.discard(region, offset, length)
+                self._send_runs(
+                    Role.DEMAND, line.channels[Role.DEMAND], Taken(region, [(offset, length)])
+                )
             except SourceError as error:
                 self._error = self._error or error
                 self._changed.set()
@@ -641,7 +642,7 @@ class Outgoing:
         """Do on a connection what was agreed on."""
         if self._features is None:
             features, token = welcome.get("features"), welcome.get("token")
-            if not isinstance(features, list) or not all(isinstance(x, str) for x in features):
+            if not wire.are_features(features):
                 raise PeerError("welcomed us without a list of features")
             if not isinstance(token, str) or not 0 < len(token) <= 64:
                 raise PeerError("welcomed us without a token to come back by")
@@ -691,12 +692,16 @@ class Outgoing:
             for size, when in self._in_doubt[role].landed(frame.number):
                 if role is Role.BULK:
                     self._flow.note(size, when, now)
+            if self._demands:
+                self._serve_demands()
             self._changed.set()
+        elif role is Role.BULK:
+            raise PeerError(f"sent a {kind.name} on the connection for bulk")
         elif kind is Kind.DEMAND:
             if self.stage not in {Stage.SWITCHING, Stage.FOLLOWING, Stage.DONE}:
                 raise PeerError("asks for memory before the switch")
-            if len(self._demands) >= wire.MAX_RUNS:
-                raise PeerError(f"has {wire.MAX_RUNS} demands waiting, and asks for more")
+            if len(self._demands) >= wire.MAX_DEMANDS:
+                raise PeerError(f"has {wire.MAX_DEMANDS} demands waiting, and asks for more")
             heapq.heappush(self._demands, (-frame.number, next(self._numbers), frame))
             self._serve_demands()
         elif kind is Kind.RUNNING:

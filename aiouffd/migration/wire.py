@@ -43,7 +43,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeGuard
 
 from ..errors import DamagedFrame, PeerError, UnknownVersion
 from ..ranges import PAGE_SIZE, is_aligned, is_power_of_two
@@ -58,7 +58,9 @@ OLDEST: Final = 1  #: the oldest
 MAX_DATA: Final = 1 << 20  #: bytes of memory in one frame that carries them
 MAX_RUNS: Final = 4096  #: in one frame
 MAX_SPAN: Final = 1 << 30  #: bytes that one ZERO, or one run of MISSING, may be about
+MAX_DEMANDS: Final = 4096  #: that may wait at the source
 MAX_REGIONS: Final = 1024
+MAX_FEATURES: Final = 64  #: that may be offered, of MAX_NAME characters each
 MAX_NAME: Final = 255  #: bytes of a region's
 MAX_TEXT: Final = 1024  #: characters of an error's text, and of a program's name
 MAX_EPOCH: Final = (1 << 63) - 1
@@ -594,6 +596,15 @@ def extents_of(value: object, most_bytes: int) -> list[Extent]:
     if total > most_bytes:
         raise PeerError(f"wants to bring {total} bytes of memory; {most_bytes} are allowed")
     return regions
+
+
+def are_features(value: object) -> TypeGuard[list[str]]:
+    """Say whether it is a list of names, known or not, as a hello and a welcome have one."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_FEATURES
+        and all(isinstance(each, str) and len(each) <= MAX_NAME for each in value)
+    )
 
 
 def text_of(value: object) -> str:
