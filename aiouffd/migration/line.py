@@ -231,5 +231,5 @@ def is_loopback(host: str) -> bool:
     Raises:
         OSError: There is no such name.
     """
-    found = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return all(address[0] == "::1" or str(address[0]).startswith("127.") for *_, address in found)

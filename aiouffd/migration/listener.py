@@ -202,8 +202,10 @@ class _Guest(Peer):
         """Take the greeting."""
         try:
             for frame in self._decoder.feed(data):
-                if not self._is_silent or frame.kind is not Kind.HELLO:
-                    raise PeerError("went on before it was answered")
+                if not self._is_silent:
+                    raise PeerError("went on before it was welcomed")
+                if frame.kind is not Kind.HELLO:
+                    raise PeerError(f"began with a {frame.kind.name}")
                 self._greet(frame)
         except PeerError as error:
             self._refuse(error)
@@ -214,7 +216,7 @@ class _Guest(Peer):
             return
         hello = frame.json()
         role, epoch = hello.get("role"), hello.get("epoch")
-        if role not in {each.value for each in Role}:
+        if role not in [each.value for each in Role]:  # it may be anything
             raise PeerError(f"sent a hello with the role {str(role)[:40]!r}")
         if not isinstance(epoch, int) or not 0 < epoch <= wire.MAX_EPOCH:
             raise PeerError("sent a hello without an epoch")

@@ -676,7 +676,7 @@ class Outgoing:
                 for offset, length in taken.runs:
                     self.figures.again_bytes += self._backlog.add(taken.region, offset, length)
         self._flow = Flow()
-        if welcome.get("stage") in {Stage.FOLLOWING.value, Stage.DONE.value}:
+        if welcome.get("stage") in [Stage.FOLLOWING.value, Stage.DONE.value]:  # it may be anything
             if self.stage is not Stage.SWITCHING and not self._running_there:
                 raise PeerError("says that the program runs there, where we have not let it")
             self._note_running()
