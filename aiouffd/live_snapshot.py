@@ -33,11 +33,11 @@ import errno
 import itertools
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from . import readiness
 from .errors import (
     LayoutChanging,
     NotSupported,
@@ -48,12 +48,16 @@ from .errors import (
 from .events import Event, Forked, PageFault, Removed
 from .image.sparse import SparseWriter
 from .pager import Pager
+from .parking import Patience
 from .protected_memory import BLOCK_BYTES, PIECE_BYTES, ProtectedMemory, Saving
 from .ranges import PAGE_SIZE, Range, is_aligned
+from .readiness import between_pieces
 from .resolutions import Unprotect
+from .threads import in_thread
 from .uffd import Feature, Mode, Userfaultfd
 
 _HELD_BYTES: Final = 64 << 20  # saved and not written yet; then writers wait for the file
+_PROTECTED_BYTES: Final = 64 << 20  # in one call: some milliseconds at most
 _ZEROS: Final = memoryview(bytes(PIECE_BYTES))
 #: What the userfaultfd has to be opened with.
 FEATURES: Final = Feature.PAGEFAULT_FLAG_WP | Feature.WP_UNPOPULATED | Feature.EVENT_REMOVE
@@ -101,6 +105,7 @@ async def take_live_snapshot(
     *,
     pid: int,
     pidfd: int | None = None,
+    deadline: float = 30.0,
 ) -> LiveSnapshot:
     """Write what a process's memory holds at one instant, while it runs on.
 
@@ -118,6 +123,7 @@ async def take_live_snapshot(
         path: A new sparse file, for this user alone: memory holds secrets.
         pid: Whose memory it is.
         pidfd: Of that process, if there is one; stays the caller's.
+        deadline: Seconds to wait at most, while it protects, for changes of the layout to end.
 
     Returns:
         What was taken.
@@ -144,7 +150,7 @@ async def take_live_snapshot(
             Saving(memory, Range(one.start, one.length), one.offset, one.page_size)
             for one in stretches
         ]
-        copying = _Copying(memory, writer)
+        copying = _Copying(memory, writer, deadline)
         pager = Pager(
             Userfaultfd.adopt(uffd.dup()), target=pidfd, deadline=None, observers=[copying]
         )
@@ -217,14 +223,15 @@ class _Copying:
     Sharing: the loop's thread.
     """
 
-    def __init__(self, memory: ProtectedMemory, writer: SparseWriter) -> None:
+    def __init__(self, memory: ProtectedMemory, writer: SparseWriter, deadline: float) -> None:
         self._memory = memory
         self._writer = writer
+        self._deadline = deadline
         self._savings: list[Saving] = []
         self._instant = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
-        self._waiting: list[tuple[int, bytes]] = []  # for the file
+        self._waiting: deque[tuple[int, bytes]] = deque()  # for the file
         self._waiting_bytes = 0
         self._failed: Exception | None = None
         self._since: float | None = None  # who is read about now may wait since
@@ -248,37 +255,46 @@ class _Copying:
                 offset=saving.offset,
             )
         self._since = time.monotonic()
-        await self._protect(pager)
-        self.protect_seconds = time.monotonic() - self._since
-        for saving in savings:
-            saving.instant()
-        async with self._reading(pager):
+        try:
+            await self._protect(pager)
+            self.protect_seconds = time.monotonic() - self._since
+            for saving in savings:
+                await in_thread(saving.instant)
+            self._read_on(pager)
             for saving in savings:
                 await self._save_all(pager, saving)
             await self._put_waiting()
+        finally:
+            self._stop_reading(pager)
         self._check(pager)
 
     async def _protect(self, pager: Pager) -> None:
-        """Protect everything; the instant is the end of the last of these calls."""
-        patience = pager.patience()
+        """Protect everything; the instant is the end of the last of these calls.
+
+        In the end nobody reads: neither faults, whose threads would go on, nor events.
+        """
+        uffd = pager.uffd
+        patience = Patience(self._deadline)
         while True:
             try:
-                for saving in self._savings:
-                    pager.uffd.writeprotect(saving.where.start, saving.where.length)
+                for piece in self._pieces():
+                    uffd.writeprotect(piece.start, piece.length)
+                    await between_pieces()
             except LayoutChanging:
                 await patience.wait()
                 continue
             # What was given back meanwhile has lost its protection.
-            if all(
-                self._memory.is_protected(piece.start, piece.length)
-                for saving in self._savings
-                for piece in saving.where.pieces(PIECE_BYTES * 64)
-            ):
+            pager.hold_reading()
+            if all(self._memory.is_protected(one.start, one.length) for one in self._pieces()):
                 return
+            pager.resume_reading()
             await patience.wait()
 
-    @contextlib.asynccontextmanager
-    async def _reading(self, pager: Pager) -> AsyncIterator[None]:
+    def _pieces(self) -> Iterator[Range]:
+        for saving in self._savings:
+            yield from saving.where.pieces(max(_PROTECTED_BYTES, saving.page_size))
+
+    def _read_on(self, pager: Pager) -> None:
         """Read in the pager's stead until everything is saved: faults, but no events."""
         loop, fd = asyncio.get_running_loop(), pager.uffd.fileno()
 
@@ -289,20 +305,18 @@ class _Copying:
                 loop.remove_reader(fd)
                 self.held, self._since = True, self._since or time.monotonic()
             else:
-                pager.read_events()
+                pager.read_events(1)  # by the next read an event may have come
                 self._since = None
 
-        readiness.pause_reader(loop, fd)
         self._instant.set()
         loop.add_reader(fd, read)
         read()
-        try:
-            yield
-        finally:
-            loop.remove_reader(fd)
-            readiness.resume_reader(loop, fd)
-            if not pager.uffd.closed:
-                pager.read_events()
+
+    def _stop_reading(self, pager: Pager) -> None:
+        if not pager.uffd.closed:
+            asyncio.get_running_loop().remove_reader(pager.uffd.fileno())
+            pager.resume_reading()
+            pager.read_events()
 
     async def _on_write(self, fault: PageFault) -> Unprotect:
         """Save what somebody wants to write to, and let him."""
@@ -356,14 +370,17 @@ class _Copying:
                     raise SourceError(f"{where} is not mapped any more", where.start) from error
             await self._put(saved)
             await self._put_waiting()
-            await readiness.between_pieces()
+            await between_pieces()
             at = first + count
 
     async def _put_waiting(self) -> None:
+        """Write what was saved for writers; who waits for room goes on as soon as there is some."""
         while self._waiting:
-            waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-            self._room.set()
-            await self._put(waiting)
+            offset, data = self._waiting.popleft()
+            await self._put([(offset, data)])
+            self._waiting_bytes -= len(data)
+            if self._waiting_bytes <= _HELD_BYTES:
+                self._room.set()
 
     async def _put(self, saved: list[tuple[int, bytes]]) -> None:
         """Write what is not zeros."""

@@ -35,7 +35,7 @@ from .kernel import calls
 from .metrics import Counters, Observer
 from .parking import Patience
 from .ranges import PAGE_SIZE, Range, is_aligned, is_power_of_two
-from .reader import number_of
+from .reader import READ_ROUNDS, number_of
 from .region import Region
 from .resolutions import Handler
 from .settling import Settling
@@ -249,6 +249,7 @@ class Pager:
                 return
             self._dispatcher.start()  # what is registered has missing pages: to settle them
         if self._close_task is None:
+            self.resume_reading()
             self._dispatcher.closing = action
             coro = self._close(action)
             self._close_task = self._dispatcher.loop.create_task(coro, name="aiouffd close")
@@ -444,10 +445,27 @@ class Pager:
         """
         await Settling(self._dispatcher, region).run()
 
-    def read_events(self) -> None:
-        """Read and apply what is pending, without waiting for the loop to find it."""
+    def read_events(self, rounds: int = READ_ROUNDS) -> None:
+        """Read and apply what is pending, without waiting for the loop to find it.
+
+        Args:
+            rounds: Reads at most, each of a batch: after one, others may have become pending.
+        """
         if self._dispatcher.started and not self.target_gone and not self.uffd.closed:
-            self._dispatcher.reader.read_all()
+            self._dispatcher.reader.read_some(rounds)
+
+    def hold_reading(self) -> None:
+        """Read nothing by itself from now on, only in ``read_events``; see ``live_snapshot``.
+
+        Who faults waits, and whose event is unread sleeps, until ``resume_reading``.
+        """
+        if self._dispatcher.started and not self.target_gone and not self.uffd.closed:
+            self._dispatcher.reader.hold()
+
+    def resume_reading(self) -> None:
+        """Read whenever there is something, again.  Closing does so by itself."""
+        if self._dispatcher.started and not self.target_gone and not self.uffd.closed:
+            self._dispatcher.reader.let_go()
 
     def detaching(
         self,

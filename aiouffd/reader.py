@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger("aiouffd")
 
 _BATCH: Final = 64  # messages per read
-_ROUNDS: Final = 64  # reads per wake-up: other work of the loop must run too
+READ_ROUNDS: Final = 64  #: reads per wake-up: other work of the loop must run too
 _FD_SHORTAGE_PAUSE: Final = 0.05  # seconds without reading while no descriptor is to be had
 
 _OF_RANGES: Final = frozenset((abi.UFFD_EVENT_REMOVE, abi.UFFD_EVENT_UNMAP))
@@ -81,6 +81,7 @@ class Reader:
         self._on_child = on_child
         self._pausing = False
         self._reading = False
+        self._held = False
         self._given_up: Journal | None = None  # too small for the books, and to be ended still
         self.read_into(memoryview(bytearray(_BATCH * MESSAGE_SIZE)))
 
@@ -126,10 +127,22 @@ class Reader:
         readiness.remove_reader(dispatcher.loop, dispatcher.fd)
         self._reading = False
 
+    def hold(self) -> None:
+        """Read only by ``read_some``, from now on."""
+        self._held = True
+        readiness.pause_reader(self._dispatcher.loop, self._dispatcher.fd)
+
+    def let_go(self) -> None:
+        """Read whenever there is something, again."""
+        self._held = False
+        if not self._pausing:
+            readiness.resume_reader(self._dispatcher.loop, self._dispatcher.fd)
+
     def _resume(self) -> None:
         """Read again, after a pause."""
         self._pausing = False
-        readiness.resume_reader(self._dispatcher.loop, self._dispatcher.fd)
+        if not self._held:
+            readiness.resume_reader(self._dispatcher.loop, self._dispatcher.fd)
 
     def read_on(self) -> None:
         """Read what came meanwhile, from within a task, in a context as the loop's.
@@ -141,8 +154,12 @@ class Reader:
             self._context.run(self.read_all)
 
     def read_all(self) -> None:
-        """Read until nothing is pending, apply events, serve faults; never raises."""
-        self.read_some(_ROUNDS)
+        """Read until nothing is pending, apply events, serve faults; never raises.
+
+        Nothing while it is held: then only who holds it knows when to read.
+        """
+        if not self._held:
+            self.read_some(READ_ROUNDS)
 
     def read_some(self, rounds: int) -> int:
         """Read so often at most, apply events, serve faults; never raises.
@@ -160,6 +177,9 @@ class Reader:
         The order does not matter where the batch has nothing to do with ``where``; if it
         has, ``fill`` is left out.
         """
+        if self._held:
+            fill()
+            return
 
         def read_fill_apply(_rounds: int) -> int:
             count = self._take(self._read() or 0)
@@ -232,7 +252,7 @@ class Reader:
         faults: list[tuple[int, int, int]] = []
         failed: Exception | None = None
         try:
-            for _ in range(_ROUNDS):
+            for _ in range(READ_ROUNDS):
                 messages = self._buffer[:count]
                 for n, (kind, flags, address, thread_id) in enumerate(_each_fault(messages)):
                     if kind == PAGEFAULT:
