@@ -1,6 +1,7 @@
 """A virtual machine moves to another process while it runs, and checks its memory all the while.
 
-    sudo python examples/migrate_kvm.py
+    sudo python examples/migrate_kvm.py             all of it, on this machine
+    sudo python examples/migrate_kvm.py SOCKET      a VMM alone, for `aiouffd migrate send SOCKET`
 
 There are three processes: two VMMs, and this one, which sends the machine away from the one and
 receives it for the other, over TCP.  Its RAM is copied while it runs, twice over; then it stops,
