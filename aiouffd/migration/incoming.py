@@ -308,6 +308,8 @@ class Incoming:
     async def _serve(self, number: int, fault: PageFault) -> Answer:
         if self.stage in {Stage.OFFERED, Stage.COPYING}:
             await self._until(lambda: self.stage not in {Stage.OFFERED, Stage.COPYING})
+            if self._error is not None:  # what is missing was not told
+                raise SourceError(str(self._error), fault.address) from self._error
         if fault.offset not in self._missing[number]:
             return Zero()  # it was said to be zeros, or was removed; what is there stays
         if self._error is not None:

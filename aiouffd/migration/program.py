@@ -320,6 +320,40 @@ class Movable:
             line.say(value, [*fds, uffd.fileno()])
 
 
+class _Tie:
+    """Ends this process with the one that started it, until it is cut.
+
+    The signal that does it belongs to the thread that has asked for it: another one cannot take it
+    back, and it is gone with that thread.  So it has a thread of its own.
+    """
+
+    def __init__(self) -> None:
+        self._error: OSError | None = None
+        self._tied = threading.Event()
+        self._cut = threading.Event()
+        self._thread = threading.Thread(target=self._hold, name="aiouffd tie", daemon=True)
+        self._thread.start()
+        self._tied.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _hold(self) -> None:
+        try:
+            die_with_parent(signal.SIGKILL)
+        except OSError as error:
+            self._error = error
+            return
+        finally:
+            self._tied.set()
+        self._cut.wait()
+        die_with_parent(0)
+
+    def cut(self) -> None:
+        """Let this process outlive it."""
+        self._cut.set()
+        self._thread.join()
+
+
 class Arrival:
     """A program that has come here with its state, and whose memory follows.
 
@@ -331,12 +365,18 @@ class Arrival:
     """
 
     def __init__(
-        self, memory: dict[str, ProgramMemory], state: bytes, line: _Line, uffd: Userfaultfd
+        self,
+        memory: dict[str, ProgramMemory],
+        state: bytes,
+        line: _Line,
+        uffd: Userfaultfd,
+        tie: _Tie,
     ) -> None:
         self.memory: Final = memory
         self.state: Final = state
         self._line = line
         self._uffd = uffd
+        self._tie = tie
         self._complete = threading.Event()
 
     def note_running(self) -> None:
@@ -367,7 +407,7 @@ class Arrival:
             order = {}
         if order.get("do") != "complete":
             os.kill(os.getpid(), signal.SIGKILL)  # else what is missing would read zeros
-        die_with_parent(0)
+        self._tie.cut()
         self._uffd.close()
         self._line.socket.close()
         self._complete.set()
@@ -389,7 +429,7 @@ def arrive() -> Arrival | None:
     number = os.environ.pop(ARRIVAL_VARIABLE, "")
     if not number:
         return None
-    die_with_parent(signal.SIGKILL)
+    tie = _Tie()
     line = _Line(socket.socket(fileno=int(number)))
     os.set_inheritable(line.socket.fileno(), False)
     order, fds = line.hear()
@@ -419,7 +459,7 @@ def arrive() -> Arrival | None:
         state = read_state(fds[0])
     finally:
         _close(fds)
-    return Arrival({each.name: each for each in memory}, state, line, uffd)
+    return Arrival({each.name: each for each in memory}, state, line, uffd, tie)
 
 
 def _listen_at(path: str) -> socket.socket:
