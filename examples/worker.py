@@ -68,6 +68,11 @@ class Writer(threading.Thread):
         return wrong
 
 
+def say(**value: object) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
     arrival = arrive()
     if arrival is None:
@@ -97,9 +102,9 @@ def main() -> None:
         for writer in writers:
             writer.start()
         if arrival is None:
-            print(json.dumps({"ready": steps()}), flush=True)
+            say(ready=steps())
             movable.wait_ended()  # it has moved; nothing has run here since
-            print(json.dumps({"left": steps()}), flush=True)
+            say(left=steps())
             return
         arrival.note_running()
         arrival.wait_complete()
@@ -108,7 +113,7 @@ def main() -> None:
             time.sleep(0.01)
         stop()
         wrong = sum(writer.wrong_pages() for writer in writers)
-        print(json.dumps({"began": began, "ended": steps(), "wrong": wrong}), flush=True)
+        say(began=began, ended=steps(), wrong=wrong)
 
 
 if __name__ == "__main__":
