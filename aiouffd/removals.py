@@ -15,8 +15,9 @@ Laws of this file:
 * A huge page that is not there and has no mark has had bytes that were not marked, and lost them
   since: it is told, and marked.  (Small ones like it count as written.)
 
-One removal stays unseen: of a page that is read again, and not written, before the next look.
-It then is a page of zeros with a mark, like any other that is clean.
+Two removals stay unseen: of a page that is read again, and not written, before the next look,
+for it then is a page of zeros with a mark, like any other that is clean; and in a private mapping
+of a file of a page that had gone to swap, which was told when it went there.
 """
 
 from __future__ import annotations

@@ -592,3 +592,46 @@ async def test_a_userfaultfd_that_its_owner_closed_before() -> None:
         served.pager.uffd.close()
         await within(served.pager.aclose(Action.ZERO))
         await within(served.pager.wait_closed())
+
+
+# --- reading held ----------------------------------------------------------------------
+
+
+async def test_held_reading_is_only_by_request() -> None:
+    """A fault waits, and so does who gives memory back, however many answers end meanwhile."""
+    gate = Gate()
+    async with serving(gate, features=LAYOUT) as served:
+        target, pager = served.target, served.pager
+        first = target.start_read(1)
+        await until(lambda: gate.faults, "the handler is asked")
+        pager.hold_reading()
+        second = target.start_read(2, thread=1)
+        await target.blocked(1)
+        removal = target.start_madvise(MADV_DONTNEED, 9, thread=2)
+        await target.in_event(2)
+        gate.let_go()  # its answer gets EAGAIN, and is tried again by a timer
+        await until(lambda: pager.counters.parked, "the answer waits for the event")
+        await asyncio.sleep(0.02)  # several tries
+        assert (len(gate.faults), pager.counters.events) == (1, 0)
+        assert not any(call.done for call in (first, second, removal))
+        pager.read_events(1)
+        assert (len(gate.faults), pager.counters.events) == (2, 1)
+        assert (await first, await second, await removal) == (2, 3, 0)
+        third = target.start_read(3)
+        await target.blocked()
+        await asyncio.sleep(0)
+        assert len(gate.faults) == 2
+        pager.resume_reading()
+        assert await third == 4
+
+
+async def test_closing_reads_though_it_is_held() -> None:
+    """Or whoever gives memory back would sleep on."""
+    async with serving(features=LAYOUT) as served:
+        served.pager.hold_reading()
+        removal = served.target.start_madvise(MADV_DONTNEED, 9)
+        await served.target.in_event()
+        await within(served.pager.aclose())  # nothing can be poisoned before it is read
+        assert await removal == 0
+        served.pager.hold_reading()  # does nothing any more
+        served.pager.resume_reading()
