@@ -55,7 +55,7 @@ FLOORS = {
         migration.incoming migration.listener migration.program migration.moving
         migration.tls migration.report
         protocols.criu.parcel protocols.criu.command migration.tree_leaving
-        migration.tree_arriving""",
+        migration.tree_pages migration.tree_arriving""",
     "tools": """
         . testing testing.sources cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options

@@ -14,14 +14,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import logging
+import os
 import sys
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ClosedError, MigrationFailed
+from ..fd_store import FdStore
 from ..migration.listener import Listener
 from ..migration.tree_arriving import ArrivingTree
 from ..migration.tree_leaving import MOST_IMAGES
+from ..protection import PREFIX
 from . import operation, statuses
 from .arguments import host_and_port
 from .diagnostics import logging_to
@@ -39,10 +44,14 @@ from .output import Lines
 from .progress import amount, counted
 
 if TYPE_CHECKING:
+    import ssl
+
     from ..migration.incoming import Incoming
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+_WORDS: Final = ("migrate", "receive-tree")
+_OWN_FDS: Final = 64  # of the keeper; what it keeps is there twice for a moment
 _STATUSES: Final = {"source": statuses.FAILED, "lost": statuses.LOST}
 
 _EPILOG: Final = """\
@@ -50,8 +59,9 @@ examples:
   aiouffd migrate receive-tree 10.0.0.7:7441 --tls-cert me.pem --tls-cacert ca.pem
   aiouffd migrate receive-tree 10.0.0.7:7441 --plain
 
-The processes get the pids that they had, which must be free here, and the files that they had
-open, which must be here under the same names.  It takes root: whoever may send can run anything.
+The processes get the pids that they had, which must be free here (or --pid-namespace), and the
+files that they had open, which must be here under the same names.  It takes root, and whoever
+may send can run anything.
 
 exit status:
   0  they run here, with all of their memory
@@ -71,9 +81,16 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("at", metavar="HOST:PORT", type=host_and_port, help="where to wait")
-    add_criu_options(parser, "restore")
+    criu = add_criu_options(parser, "restore")
+    criu.add_argument(
+        "--pid-namespace",
+        action="store_true",
+        help="make them in a pid namespace of their own, where no pid is taken; CRIU stays as its"
+        " first process",
+    )
     add_trust_options(parser)
     add_output_options(parser)
+    parser.add_argument("--kept", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -81,12 +98,42 @@ def run(args: argparse.Namespace) -> int:
     """Take one in; give the exit status."""
     tls = has_tls(args, args.at[0], doing="waiting for processes on")
     operation.raise_descriptor_limit()
+    if not args.kept and tuple(sys.argv[1:3]) == _WORDS:  # the program is this command alone
+        return _keep()
+    if args.kept:
+        os.setpgid(0, 0)  # what a terminal sends comes from the keeper, once
     with (
         Lines(sys.stdout) as out,
         LiveLines(sys.stderr) as diagnostics,
         logging_to(diagnostics, as_json=args.json, level=args.log_level),
     ):
         return asyncio.run(_Receiving(args, tls, Tell(out, diagnostics, as_json=args.json)).run())
+
+
+def _keep() -> int:
+    """Run ourselves under a keeper: who is killed cannot kill what it has left half-way."""
+    from ..keeper import Keeper, Kept, Patience, kill_targets
+
+    killed: list[str] = []
+
+    async def kill(kept: Kept) -> set[str]:
+        from ..takeover import fail_all_closed
+
+        killed.extend(name for name in kept if name.startswith(PREFIX))
+        left = await kill_targets(kept)  # forked children have no pidfd
+        return await fail_all_closed({name: kept[name] for name in left})
+
+    logging.getLogger("aiouffd.keeper").setLevel(logging.CRITICAL + 1)  # we say it ourselves
+    command = [sys.executable, *sys.orig_argv[1:], "--kept"]
+    most = (operation.descriptor_limit() - _OWN_FDS) // 2
+    keeper = Keeper(command, fail_closed=kill, patience=Patience(tries=1), max_fds=most)
+    status = asyncio.run(keeper.run())
+    if killed:
+        raise statuses.CommandError(
+            statuses.LOST,
+            "what brought the memory was killed, and so were the processes that lacked some of it",
+        )
+    return status
 
 
 class _Receiving:
@@ -108,6 +155,17 @@ class _Receiving:
             # is: by an address that no certificate needs to have.
             client.check_hostname = False
         self._orders.take()
+        store = FdStore.from_environment() if args.kept else None
+        with contextlib.nullcontext() if store is None else store:
+            return await self._receive(server, client, store)
+
+    async def _receive(
+        self,
+        server: ssl.SSLContext | None,
+        client: ssl.SSLContext | None,
+        store: FdStore | None,
+    ) -> int:
+        args = self._args
         async with Listener(
             *args.at,
             ssl=server,
@@ -134,7 +192,9 @@ class _Receiving:
                 images.path,
                 criu=args.criu,
                 options=args.criu_option,
+                namespace=args.pid_namespace,
                 ssl=client,
+                store=store,
                 deadline=args.deadline,
             )
             try:

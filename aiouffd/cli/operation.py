@@ -37,6 +37,13 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def descriptor_limit() -> int:
+    """Say how many descriptors we may have."""
+    import resource  # not on every system: importing this module must not fail there
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_control_options(parser)

@@ -16,7 +16,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import signal
+import tempfile
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -29,7 +31,6 @@ from ..protocols.criu import parcel
 from ..protocols.criu.checkpoint import Checkpoint
 from ..protocols.criu.command import Criu
 from ..protocols.criu.lazy_socket import NAME
-from ..protocols.criu.page_client import PageClient
 from ..protocols.criu.restore import Restores
 from ..reports import Report, log_report
 from ..server import Server
@@ -37,6 +38,7 @@ from ..service import Service
 from ..threads import in_thread
 from .incoming import Incoming
 from .stages import Stage
+from .tree_pages import TreePages
 
 if TYPE_CHECKING:
     import ssl
@@ -47,7 +49,13 @@ log: Final = logging.getLogger("aiouffd.migration")
 
 _CHUNK: Final = 64 << 10  # bytes around a fault
 _MAX_CHILDREN: Final = 4096  # forked ones, served at once
-_HEADER_BYTES: Final = 32  # of both sides' page protocol
+#: Does not wait for whoever should read it: the tree runs, and that is no reason to hold it up.
+_SCRIPT: Final = """\
+#!/bin/sh
+# Run by criu restore
+[ "$CRTOOLS_SCRIPT_ACTION" = post-resume ] || exit 0
+echo it runs 1<> {path}
+"""
 
 
 class ArrivingTree:
@@ -92,7 +100,8 @@ class ArrivingTree:
             folder: For the images; it is there, and has none.
             criu: The program.
             options: More of them, for ``criu restore``.
-            namespace: Make the tree in a pid namespace of its own, where no pid is taken.
+            namespace: Make the tree in a pid namespace of its own, where no pid is taken; CRIU
+                stays as its first process, until the last one of the tree has ended.
             ssl: A client's context, for the connection that memory comes by; None is plain TCP.
             store: Keeps what must outlive this process; see Server.
             timeout: Seconds that ``criu restore`` may take.
@@ -106,9 +115,7 @@ class ArrivingTree:
         self._incoming = incoming
         self._program = criu
         self._options = list(options)
-        self._before = (
-            ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child") if namespace else ()
-        )
+        self._namespace = namespace
         self._ssl = ssl
         self._store = store
         self._timeout = timeout
@@ -122,7 +129,8 @@ class ArrivingTree:
             hydrate=Pace.FULL,
             let_go=True,
         )
-        self._client: PageClient | None = None
+        self._deadline = deadline
+        self._pages: TreePages | None = None
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -184,13 +192,13 @@ class ArrivingTree:
             )
         stack = self._stack
         checkpoint = await stack.enter_async_context(await Checkpoint.open(self.folder))
-        client = self._client = await stack.enter_async_context(
-            await PageClient.connect(host, port, header_bytes=_HEADER_BYTES, ssl=self._ssl)
+        pages = self._pages = await stack.enter_async_context(
+            TreePages(host, port, ssl=self._ssl, deadline=self._deadline)
         )
         living = [task.pid for task in checkpoint.tasks if not task.dead]
         self.processes = len(living)
         self.memory_bytes = sum(checkpoint.memory(pid).lazy_bytes for pid in living)
-        restores = Restores(checkpoint, client)
+        restores = Restores(checkpoint, pages)
         self.server = await stack.enter_async_context(
             Server(
                 os.path.join(self.folder, NAME),
@@ -206,25 +214,32 @@ class ArrivingTree:
         await self._restore()
 
     async def _restore(self) -> None:
-        criu = await Criu.start(
-            self._program,
-            "restore",
-            self.folder,
-            *("--lazy-pages", "--restore-detached", *self._options),
-            before=self._before,
-        )
-        try:
-            async with asyncio.timeout(self._timeout):
-                status = await criu.wait()
-        except BaseException as error:
-            await _kill_all(criu)
-            if isinstance(error, TimeoutError):
-                raise MigrationFailed(
-                    f"criu restore has not ended within {self._timeout:g} s; see {criu.log}"
-                ) from error
-            raise
-        if status != 0:
+        options = ["--lazy-pages", *self._options]
+        before: Sequence[str] = ()
+        with contextlib.ExitStack() as stack:
+            told = None
+            if self._namespace:
+                before = ("unshare", "--fork", "--pid", "--mount-proc")
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aiouffd-tree-"))
+                script, fd = _make_teller(folder)
+                told = stack.enter_context(fd).fileno()
+                options += ("--action-script", script)
+            else:
+                options.append("--restore-detached")
+            criu = Criu(self._program, "restore", self.folder, *options, before=before)
+            try:
+                async with asyncio.timeout(self._timeout):
+                    ended = await _until_it_runs(criu, told)
+            except BaseException as error:
+                await _kill_all(criu)
+                if isinstance(error, TimeoutError):
+                    raise MigrationFailed(
+                        f"criu restore has not ended within {self._timeout:g} s; see {criu.log}"
+                    ) from error
+                raise
+        if ended and (told is not None or criu.status != 0):
             raise MigrationFailed(criu.why())
+        criu.let_go()
 
     async def complete(self) -> None:
         """Wait until all of the memory is here, and let the tree live on by itself.
@@ -234,21 +249,21 @@ class ArrivingTree:
 
         Cancellation: nothing happens; call again.
         """
-        incoming, server, client = self._incoming, self.server, self._client
+        incoming, server, pages = self._incoming, self.server, self._pages
         assert server is not None  # noqa: S101 - it runs
-        assert client is not None  # noqa: S101 - it runs
+        assert pages is not None  # noqa: S101 - it runs
         served = asyncio.ensure_future(server.drain())
-        lost = asyncio.ensure_future(client.wait_lost())
         failed = asyncio.ensure_future(incoming.wait_done())
+        ends = served, failed, pages.given_up
         try:
-            await asyncio.wait((served, lost, failed), return_when=asyncio.FIRST_COMPLETED)
-            if not served.done():
-                if failed.done():
-                    await failed
-                raise MigrationFailed(f"the connection for memory is lost: {lost.result()}")
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                await failed
+            if pages.given_up.done():
+                raise MigrationFailed(pages.given_up.result())
             if server.failed:
-                raise MigrationFailed("memory could not be brought; see the lines above")
-            await client.finish()
+                raise MigrationFailed("pages could not be brought")
+            await pages.finish()
         except (UffdError, OSError) as error:
             await server.aclose()
             text = f"the processes were killed, as memory of theirs is missing: {error}"
@@ -256,12 +271,41 @@ class ArrivingTree:
                 incoming.note_failed(text)
             raise MigrationFailed(text, stage="following", outcome="lost") from error
         finally:
-            for task in (served, lost, failed):
+            for task in (served, failed):
                 task.cancel()
-            await asyncio.wait((served, lost, failed))
-            if failed.done() and not failed.cancelled():
+            await asyncio.wait((served, failed))
+            if not failed.cancelled():
                 failed.exception()
         incoming.note_all_here()
+
+
+def _make_teller(folder: str) -> tuple[str, OwnedFd]:
+    """Make a command that CRIU runs when the tree runs; give it, and what is readable then."""
+    path, script = os.path.join(folder, "told"), os.path.join(folder, "tell")
+    os.mkfifo(path, 0o600)
+    fd = OwnedFd(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    with open(script, "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o700)
+        file.write(_SCRIPT.format(path=shlex.quote(path)))
+    return script, fd
+
+
+async def _until_it_runs(criu: Criu, told: int | None) -> bool:
+    """Wait until CRIU has ended, or has told that the tree runs; say whether it has ended."""
+    if told is None:
+        await criu.wait()
+        return True
+    loop, runs = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(told, runs.set)
+    tasks = asyncio.ensure_future(runs.wait()), asyncio.ensure_future(criu.wait())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return not runs.is_set()
+    finally:
+        loop.remove_reader(told)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def _kill_all(criu: Criu) -> None:

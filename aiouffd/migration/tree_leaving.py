@@ -289,7 +289,7 @@ class LeavingTree:
                 asked.set_result(writer)
 
         self._asking = await asyncio.start_unix_server(answer, path)
-        self._criu = await Criu.start(
+        self._criu = Criu(
             self._program,
             "dump",
             self.folder,

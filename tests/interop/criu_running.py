@@ -345,7 +345,7 @@ class Crew:
     def _strays(self) -> list[str]:
         """End what fell to us because its parent has gone, and name it."""
         left = []
-        for pid in _children():
+        for pid in children_of():
             with suppress(ChildProcessError, FileNotFoundError, ProcessLookupError):
                 name = Path(f"/proc/{pid}/comm").read_text().strip()
                 if os.waitpid(pid, os.WNOHANG)[0] == 0:
@@ -364,13 +364,14 @@ def _become_subreaper(on: bool) -> None:
 
 def descendants(pid: int) -> list[int]:
     """List what a process has started, and what that has, nearest first."""
-    found = _children(pid)
+    found = children_of(pid)
     for child in found:  # which grows meanwhile
-        found += _children(child)
+        found += children_of(child)
     return found
 
 
-def _children(pid: int | str = "self") -> list[int]:
+def children_of(pid: int | str = "self") -> list[int]:
+    """List what a process has started, by any of its threads."""
     found: list[int] = []
     with suppress(FileNotFoundError):
         for thread in os.listdir(f"/proc/{pid}/task"):

@@ -11,6 +11,7 @@ either.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,13 +19,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.interop.criu import HERE, Stage, at_page_start
-from tests.interop.criu_running import Running, descendants, free_port
+from tests.interop.criu_running import Running, children_of, descendants, free_port
 
 PROCESSES: Final = 4
 OURS: Final = (sys.executable, "-m", "aiouffd", "migrate")
 
 _ALONE: Final = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
-_LIVE_ON: Final = '"$@"; echo "status $?"; exec sleep 1000000'  # as the first process there
+_LIVE_ON: Final = (
+    '"$@"; echo "ended here with $?"; exec sleep 1000000'  # as the first process there
+)
 #: CRIU looks at what TCP can do, on the loopback address.
 _PLUG_IN: Final = (
     "ip link set lo up; until ip addr add $0/30 dev aiouffd1; do sleep 0.01; done 2> /dev/null;"
@@ -52,17 +55,28 @@ class Machine:
 
     def status(self) -> int:
         """Wait for the command's end; give its status."""
-        self.said("status ")
-        return int(self.running.text().rpartition("status ")[2])
+        self.said("ended here with ")
+        return int(self.running.text().rpartition("ended here with ")[2])
 
     def receiver(self) -> int:
-        """Give the process of the command."""
+        """Give the process that brings memory; another one keeps what it must not lose."""
         return next(
             pid
             for pid in descendants(self.running.pid)
-            if b"receive-tree" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            and b"sh" not in Path(f"/proc/{pid}/comm").read_bytes()
+            if Path(f"/proc/{pid}/cmdline").read_bytes().endswith(b"\0--kept\0")
         )
+
+    def others(self) -> list[str]:
+        """Name what lives there besides its first process."""
+        init = self._init
+        place = os.readlink(f"/proc/{init}/ns/pid")
+        found = []
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            with suppress(OSError):
+                if pid != init and os.readlink(f"/proc/{pid}/ns/pid") == place:
+                    name = Path(f"/proc/{pid}/comm").read_text().strip()
+                    found.append(f"{name} ({state_of(pid)})")
+        return [each for each in found if "(Z)" not in each]
 
     def end(self) -> None:
         """Switch it off."""
@@ -159,6 +173,15 @@ class MovingStage(Stage):
         """Let all processes compare their memory, and end."""
         (self.run / "stop").touch()
 
+    def left_to_us(self, name: str) -> int:
+        """Give the process of a name that has outlived who started it."""
+        ours = {running.pid for running in self._running}
+        return next(
+            pid
+            for pid in children_of("self")
+            if pid not in ours and Path(f"/proc/{pid}/comm").read_text().strip() == name
+        )
+
     def check(self, *, machines: int) -> None:
         """See that each process has counted on so many machines, each number once, all right."""
         self.until_counted_on()
@@ -189,3 +212,8 @@ def _is_whole(path: Path) -> bool:
 def files_of(folder: Path, endings: Sequence[str]) -> list[str]:
     """List the files of a folder that end like one of these."""
     return sorted(path.name for path in folder.iterdir() if path.name.endswith(tuple(endings)))
+
+
+def state_of(pid: int) -> str:
+    """Give a process's state, as /proc says it: T is stopped by a signal."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.interop.criu_certificates import Certificates
-from tests.interop.moving_trees import MovingStage, files_of
+from tests.interop.criu_running import descendants
+from tests.interop.moving_trees import MovingStage, files_of, state_of
 from tests.suites import Foreign
 
 pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.once, pytest.mark.limit(60)]
@@ -50,6 +52,19 @@ def test_a_tree_moves_over_a_network_and_tls(stage: MovingStage, seed: int) -> N
     assert "pstree.img" in files_of(stage.here, [".img"])
     stage.check(machines=2)
     there.end()
+
+
+def test_a_tree_moves_into_a_pid_namespace(stage: MovingStage, seed: int) -> None:
+    """Its pids are taken where it is received: CRIU is the first process of a namespace then."""
+    tree = stage.counting(seed=seed)
+    there = stage.receive("--pid-namespace", alone=False)
+    sending = stage.send(tree, there)
+    assert there.status() == 0, there.running.text()
+    sending.wait()
+    tree.wait(-signal.SIGKILL)
+    first = stage.left_to_us("unshare")
+    stage.check(machines=2)
+    stage.until_gone(first)  # the tree ends, and so does its namespace
 
 
 def test_a_restore_that_fails_leaves_the_tree_where_it_was(stage: MovingStage, seed: int) -> None:
@@ -106,13 +121,57 @@ def test_a_dump_that_fails(stage: MovingStage) -> None:
         there.end()
 
 
+def test_who_receives_is_killed(stage: MovingStage, seed: int) -> None:
+    """Nobody reads zeros: the tree there is killed.  Here it stands still, and can go on."""
+    tree = stage.counting(seed=seed)
+    pids = [tree.pid, *descendants(tree.pid)]
+    there = stage.receive(f"--criu-option=--action-script={_ask_before_it_runs(stage)}")
+    sending = stage.send(tree, there, "--deadline", 1)
+    stage.until((stage.folder / "begun").exists, "criu has restored it, but for its memory")
+    sending.popen.send_signal(signal.SIGSTOP)  # nothing comes from now on
+    (stage.folder / "go").touch()
+    there.said("runs here: 4 processes")
+    os.kill(there.receiver(), signal.SIGKILL)
+    assert there.status() == 8
+    assert "was killed, and so were the processes" in there.running.text()
+    assert there.others() == []
+    there.end()
+    sending.popen.send_signal(signal.SIGCONT)
+    sending.wait(7)
+    assert f"`kill -CONT {' '.join(map(str, pids))}`" in sending.text()
+    assert "pages-1.img" in files_of(stage.here, [".img"])
+    for pid in pids:
+        assert state_of(pid) == "T", sending.text()
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    stage.check(machines=1)
+    tree.wait()
+
+
 def _slow(stage: MovingStage, verb: str) -> Path:
     """Make a CRIU that waits before it does one thing."""
-    path = stage.folder / f"slow-{verb}"
-    path.write_text(
-        f'#!/bin/sh\n[ "$1" = {verb} ] && touch {stage.folder}/begun'
-        f" && until [ -e {stage.folder}/go ]; do sleep 0.01; done\n"
-        f'exec {stage.criu.command} "$@"\n'
+    return _script(
+        stage,
+        f'[ "$1" = {verb} ] && touch {stage.folder}/begun && {_wait(stage)}\n'
+        f'exec {stage.criu.command} "$@"',
     )
+
+
+def _ask_before_it_runs(stage: MovingStage) -> Path:
+    """Make an action script that waits when all is restored, and no memory is brought ahead yet."""
+    return _script(
+        stage,
+        f'[ "$CRTOOLS_SCRIPT_ACTION" = post-restore ] || exit 0\ntouch {stage.folder}/begun\n'
+        f"{_wait(stage)}",
+    )
+
+
+def _wait(stage: MovingStage) -> str:
+    return f"until [ -e {stage.folder}/go ]; do sleep 0.01; done"
+
+
+def _script(stage: MovingStage, text: str) -> Path:
+    path = stage.folder / "script"
+    path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Final, TextIO
 
 from ...errors import NotSupported
+from ...fds import OwnedFd
 
 #: What is said in every container, and is no reason for anything.
 _NOISE: Final = ("RLIMIT_NOFILE", "kdat cache")
@@ -33,16 +34,9 @@ class Criu:
     Sharing: the loop's thread.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, verb: str, log: str) -> None:
-        self.log: Final = log
-        self._verb = verb
-        self._process = process
-        self._exited = asyncio.ensure_future(process.wait())
-
-    @classmethod
-    async def start(
-        cls, program: str, verb: str, folder: str, *options: str, before: Sequence[str] = ()
-    ) -> Criu:
+    def __init__(
+        self, program: str, verb: str, folder: str, *options: str, before: Sequence[str] = ()
+    ) -> None:
         """Start it; its log lies in the folder.
 
         Args:
@@ -62,16 +56,17 @@ class Criu:
                 f"there is no program {program}",
                 "Install CRIU 4.1 or newer, or say where it is (--criu PATH)",
             )
-        log = os.path.join(folder, f"{verb}.log")
-        with open(os.path.join(folder, f"{verb}.out"), "wb") as out:  # noqa: ASYNC230 - empty
-            process = await asyncio.create_subprocess_exec(
-                *(*before, found, verb, "-D", folder, "-W", folder, "-o", log, "-v3", *options),
+        self.log: Final = os.path.join(folder, f"{verb}.log")
+        self._verb = verb
+        words = (*before, found, verb, "-D", folder, "-W", folder, "-o", self.log, "-v3", *options)
+        with open(os.path.join(folder, f"{verb}.out"), "wb") as out:
+            self._process = subprocess.Popen(
+                words,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
             )
-        return cls(process, verb, log)
 
     @property
     def pid(self) -> int:
@@ -81,14 +76,26 @@ class Criu:
     @property
     def status(self) -> int | None:
         """Its exit status; None while it runs."""
-        return self._process.returncode
+        return self._process.poll()
 
     async def wait(self) -> int:
         """Wait for its end; give the exit status.
 
         Cancellation: it runs on; call again.
         """
-        return await asyncio.shield(self._exited)
+        while (status := self._process.poll()) is None:
+            loop, exited = asyncio.get_running_loop(), asyncio.Event()
+            with OwnedFd(os.pidfd_open(self.pid)) as pidfd:  # it is ours: the number is not reused
+                loop.add_reader(pidfd.fileno(), exited.set)
+                try:
+                    await exited.wait()
+                finally:
+                    loop.remove_reader(pidfd.fileno())
+        return status
+
+    def let_go(self) -> None:
+        """Let it run on, if it does, without us."""
+        self._process.returncode = self._process.poll() or 0  # else it is missed when we end
 
     def why(self) -> str:
         """Say how it has ended: the first error of its log, and where that lies."""
