@@ -69,7 +69,7 @@ def runs(*each: tuple[int, int]) -> bytes:
     return b"".join(struct.pack(">QI", offset, length) for offset, length in each)
 
 
-def hello(role: str = "demand", *, token: str = "", epoch: int = 1, **more: Any) -> bytes:
+def hello(role: str = "demand", *, token: Any = "", epoch: Any = 1, **more: Any) -> bytes:
     """Greet as a source of EXTENTS does."""
     value: dict[str, Any] = {"role": role, "token": token, "epoch": epoch}
     if not token:
