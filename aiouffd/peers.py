@@ -418,7 +418,8 @@ class Peers:
                 ssl_handshake_timeout=self._limits.patience if self._ssl else None,
             )
         except OSError as error:  # SSLError is one, TimeoutError too
-            connection.error = connection.error or f"failed to connect: {error}"
+            text = str(error) or "it broke the handshake off"
+            connection.error = connection.error or f"failed to connect: {text}"
 
     def _forget(self, connection: Peer, error: Exception | None) -> None:
         if connection not in self._connections:

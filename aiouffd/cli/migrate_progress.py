@@ -176,7 +176,7 @@ def line_of(figures: dict[str, Any]) -> str:
     if stage == Stage.COPYING.value and figures["round"]:
         what = f"round {figures['round']}"
     parts = [
-        f"{what}: {amount(figures['dirty_rate'])}/s dirty",
+        *([f"{amount(figures['dirty_rate'])}/s dirty"] if figures["dirty_rate"] else []),
         f"{amount(figures['sent_bytes'])} sent",
         f"{amount(figures['zero_bytes'])} zero",
         f"{amount(figures['left_bytes'])} left",
@@ -187,4 +187,4 @@ def line_of(figures: dict[str, Any]) -> str:
     if end is not None:
         seconds = math.ceil(end)
         parts.append(f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} to go")
-    return ", ".join(parts)
+    return f"{what}: {', '.join(parts)}"

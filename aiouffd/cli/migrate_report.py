@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Final
 
-from ..migration.report import load
+from ..migration.report import ReportError, load
 from .migrate_figures import table
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     report = load(args.file)
+    try:
+        lines = table(report)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReportError(f"{args.file} is not what it should be: {error!r}") from error
     if args.output is not None:
         from ..migration.report_plot import plot
 
@@ -58,5 +62,5 @@ def run(args: argparse.Namespace) -> int:
         kept = ("version", "side", "name", "peer", "outcome", "error", "stage", "figures")
         print(json.dumps({name: report.get(name) for name in kept}))
     else:
-        print("\n".join(table(report)))
+        print("\n".join(lines))
     return 0

@@ -27,6 +27,7 @@ from ..migration import report as reports
 from ..migration.channel import ToldError
 from ..migration.moving import Leaving
 from ..migration.outgoing import Cancelled, Outgoing, Plan
+from ..migration.stages import Stage
 from . import statuses
 from .arguments import byte_count, count, host_and_port, seconds_or_none
 from .diagnostics import logging_to
@@ -303,7 +304,7 @@ class _Sending:
 
     def _given_up(self, outgoing: Outgoing) -> int:
         """It was broken off by a second signal."""
-        if outgoing.stage.value == "cancelled":
+        if outgoing.stage is Stage.CANCELLED:
             return self._failed(Cancelled("it was cancelled", outcome="source"))
         return self._failed(
             MigrationFailed("it was given up", stage=outgoing.stage.value, outcome="unknown")
@@ -331,7 +332,7 @@ class _Sending:
         if not isinstance(error, MigrationFailed) or not isinstance(cause, OSError | ToldError):
             return str(error)
         here = "the program runs on here" if error.outcome == "source" else str(error).split(":")[0]
-        return f"{here}: {_trouble(cause, self._to)}"
+        return f"{here}: {_trouble(cause, self._to, error.stage)}"
 
     def _report(self, *, outcome: str = "", error: str = "", short: bool = False) -> dict[str, Any]:
         assert self._outgoing is not None  # noqa: S101 - there is one before anybody can ask
@@ -366,7 +367,7 @@ class _Sending:
 
     def _facts(self, outgoing: Outgoing) -> dict[str, Any]:
         figures, there = outgoing.figures, outgoing.destination
-        copying = outgoing.stage.value == "copying"
+        copying = outgoing.stage is Stage.COPYING
         return {
             "stage": outgoing.stage.value,
             "seconds": round(figures.samples[-1].seconds, 3),
@@ -386,10 +387,10 @@ class _Sending:
         }
 
 
-def _trouble(cause: OSError | ToldError, to: str) -> str:
+def _trouble(cause: OSError | ToldError, to: str, stage: str) -> str:
     """Say what is wrong with the other side, or the way there."""
     if isinstance(cause, ToldError):
-        return f"{to} says: {cause}"
+        return f"{to} says: {str(cause).partition(': ')[2]}"
     if isinstance(cause, ssl.SSLCertVerificationError):
         return (
             f"{to} does not show that it is who it should be: {cause.verify_message}  (--tls-cacert"
@@ -403,4 +404,9 @@ def _trouble(cause: OSError | ToldError, to: str) -> str:
         return f"nobody listens at {to}: is `aiouffd migrate receive` running there?"
     if isinstance(cause, TimeoutError):
         return f"{to} does not answer"
+    if isinstance(cause, ConnectionError) and stage == Stage.OFFERED.value:
+        return (
+            f"{to} has closed the connection before it took the program; it says there why (TLS on"
+            " one side only, or a certificate for another name?)"
+        )
     return f"{to}: {cause.strerror or cause}"
