@@ -354,7 +354,7 @@ class Move:
             try:
                 await self._let_run(incoming)
                 await incoming.wait_done()
-            except BaseException:
+            except asyncio.CancelledError:
                 await pager.aclose(Action.POISON)  # whoever waits gets on
                 raise
             finally:

@@ -38,7 +38,8 @@ class Passed(NamedTuple):
     """One frame that went by."""
 
     kind: wire.Kind
-    end: int  #: bytes of its direction up to its end
+    begin: int  #: bytes of its direction before it
+    end: int  #: and up to its end
 
 
 class _Frames:
@@ -50,6 +51,7 @@ class _Frames:
         self._at = 0
         self._skip = len(wire.PREAMBLE)
         self._kind: wire.Kind | None = None
+        self._begin = 0
 
     def see(self, data: bytes) -> None:
         """Take note of bytes."""
@@ -64,13 +66,13 @@ class _Frames:
             self._at += self._skip
             self._skip = 0
             if self._kind is not None:
-                self.found.append(Passed(self._kind, self._at))
+                self.found.append(Passed(self._kind, self._begin, self._at))
                 self._kind = None
             if len(data) < wire.HEAD_BYTES:
                 self._rest = data
                 return
             kind, _, _, length = _HEAD.unpack_from(data)
-            self._kind = wire.Kind(kind)
+            self._kind, self._begin = wire.Kind(kind), self._at
             self._skip = wire.HEAD_BYTES + length
 
 
@@ -84,6 +86,7 @@ class Way:
         cut_behind: The connection is cut behind so many frames; 0 is behind the preamble.
         swallows: What comes is taken, and goes nowhere.
         held: What comes waits for ``release``.
+        hold_at: What comes behind so many bytes waits for ``release``; None is never.
         rate: Bytes per second; None is as they come.
         frames: Those that have come.
     """
@@ -95,6 +98,7 @@ class Way:
         self.cut_behind: int | None = None
         self.swallows = False
         self.held = False
+        self.hold_at: int | None = None
         self.rate: float | None = None
         self._connection = connection
         self._frames = _Frames()
@@ -111,7 +115,10 @@ class Way:
     def take(self, data: bytes) -> None:
         """Take what has come."""
         self.count += len(data)
+        before = len(self.frames)
         self._frames.see(data)
+        for frame in self.frames[before:]:
+            self._connection.passing(self, frame)
         if self.cut_at is None and self.cut_behind is not None:
             ends = [len(wire.PREAMBLE), *(frame.end for frame in self.frames)]
             if self.count >= ends[0] and len(ends) > self.cut_behind:
@@ -133,7 +140,7 @@ class Way:
     def release(self) -> None:
         """Hold nothing back any more."""
         self.held = self.swallows = False
-        self.rate = None
+        self.hold_at = self.rate = None
         self.go_on()
 
     def go_on(self) -> None:
@@ -146,13 +153,14 @@ class Way:
             most = len(waiting)
             if self.rate is not None:
                 most = min(most, max(1, int(self.rate * _TICK)))
-            if self.cut_at is not None:
-                most = min(most, self.cut_at - self.given)
+            for end in (self.cut_at, self.hold_at):
+                if end is not None:
+                    most = min(most, max(end - self.given, 0))
             if most:
                 to.write(bytes(waiting[:most]))
                 del waiting[:most]
                 self.given += most
-            if self.rate is not None and waiting:
+            if self.rate is not None and most and waiting:
                 loop = asyncio.get_running_loop()
                 self._timer = loop.call_later(_TICK, self._again)
         if self.cut_at is not None and self.given >= self.cut_at:
@@ -242,6 +250,15 @@ class Connection:
         """Both directions."""
         return self.up, self.down
 
+    @property
+    def role(self) -> wire.Role:
+        """What it is for: of each pair, the first one is for demand."""
+        return wire.Role.BULK if self.number % 2 else wire.Role.DEMAND
+
+    def passing(self, way: Way, frame: Passed) -> None:
+        """Tell of a frame before a byte of it has been passed on."""
+        self._proxy.on_frame(self, way, frame)
+
     def cut_after(self, way: Way, count: int) -> None:
         """Cut it once so many bytes have gone one way."""
         way.cut_at = count
@@ -286,6 +303,10 @@ class Connection:
         return all(way.to is None for way in self.ways)
 
 
+def _nothing(*_: object) -> None:
+    """Do nothing to anything."""
+
+
 class Unreliable:
     """Listens on loopback and passes every connection on, as well as its owner lets it.
 
@@ -293,6 +314,7 @@ class Unreliable:
         port: Where it listens, from ``async with`` on.
         connections: All that were made since the last ``forget``.
         plan: Told of each connection, before a byte of it has gone anywhere.
+        on_frame: Told of each frame whose last byte has come, before that byte goes on.
         silent: New connections are accepted and swallowed: a black hole.
     """
 
@@ -300,7 +322,8 @@ class Unreliable:
         """Say which server to stand before."""
         self.port = 0
         self.connections: list[Connection] = []
-        self.plan: Callable[[Connection], object] = lambda connection: None
+        self.plan: Callable[[Connection], object] = _nothing
+        self.on_frame: Callable[[Connection, Way, Passed], object] = _nothing
         self.silent = False
         self._to = (host, port)
         self._server: asyncio.Server | None = None
@@ -349,8 +372,14 @@ class Unreliable:
         """Begin anew: what was done and planned before is over."""
         await self.cut_all()
         self.connections.clear()
-        self.plan = lambda connection: None
+        self.plan = self.on_frame = _nothing
         self.silent = False
+
+    def swallow_all(self) -> None:
+        """Make the line a black hole: nothing goes through, nobody hears of it."""
+        self.silent = True
+        for connection in self.connections:
+            connection.swallow()
 
     def _look_whether_empty(self) -> None:
         empty = self._empty
