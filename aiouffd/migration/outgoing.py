@@ -247,6 +247,8 @@ class Outgoing:
             await self._until(lambda: self._line.is_up or self._is_there)
             if self.stage in {Stage.OFFERED, Stage.COPYING}:
                 await self._copy()
+                # A line that has died meanwhile is noticed, and made anew, while the program runs.
+                await self._until(lambda: self._line.is_up and not any(self._in_doubt.values()))
                 await self._switch(program)
             await self._follow()
         except BaseException as error:
@@ -359,7 +361,7 @@ class Outgoing:
         self.stage = Stage.DONE
         self.figures.seconds = asyncio.get_running_loop().time() - self._began
         self._note_line()
-        if line.is_up:
+        if Role.DEMAND in line.channels:  # maybe the other one does not stand yet
             line.channels[Role.DEMAND].send_json(
                 Kind.END, {"figures": self.figures.as_dict(short=True)}
             )
