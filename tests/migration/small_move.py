@@ -27,7 +27,7 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Self, cast
 
 from aiouffd.dirty import DirtyRound, DirtyRun, DirtyTracker, merged
@@ -157,7 +157,7 @@ class Source:
         self.told: list[str] = []
         self.left: list[bytes] = []
         self.runs = True
-        self.state = chance.randbytes(chance.choice((0, 1, 100, 5000)))
+        self.state = chance.randbytes(chance.choice((0, 1, 100, 5000, 2_500_000)))
         self._chance = chance
         self._version = 0
         self._maps: list[mmap.mmap] = []
@@ -268,6 +268,10 @@ def _has_zstd() -> bool:
     return "zstd" in packing.available()
 
 
+async def _nothing() -> None:
+    """Do nothing."""
+
+
 class Move:
     """One migration.
 
@@ -276,7 +280,11 @@ class Move:
         outgoing: The source's side.
         incoming: The destination's, once it is there.
         wrong: What its threads read that they should not have.
-        removed_late: Pages that the program removed after the switch.
+        signals: How its threads ended, of those that did not end by themselves.
+        switched: It may run at the destination.
+        worked: Its threads have ended there.
+        arrived: All of it is there.
+        end_was_lost: The source's last word has not reached the destination.
     """
 
     def __init__(self, field: Field, seed: int, plan: dict[str, Any]) -> None:
@@ -299,7 +307,12 @@ class Move:
         #: What the destination's program writes and removes: (region, page): the page's bytes.
         self.after: dict[tuple[int, int], bytes] = {}
         self.rounds_of_work = 2
+        self.says_first = chance.random() < 0.5  # that it runs, before it does anything
         self.switched = asyncio.Event()
+        self.worked = asyncio.Event()
+        self.signals: list[Signal] = []
+        #: Called when its threads have ended, and its faults are still served.
+        self.afterwards: Callable[[], Awaitable[None]] = _nothing
         self.arrived = asyncio.Event()
         self.end_was_lost = False
 
@@ -350,23 +363,25 @@ class Move:
             state = await incoming.switched()
             assert state == self.source.state, "another state than the source's"
             self.switched.set()
+            if self.says_first:
+                incoming.note_running()
             working = asyncio.create_task(self._work())
+            working.add_done_callback(lambda _: self.worked.set())
             try:
-                await self._let_run(incoming)
+                for _ in range(self.chance.choice((0, 0, 5))):
+                    await asyncio.sleep(0)
+                if not self.says_first:
+                    incoming.note_running()
                 await incoming.wait_done()
             except asyncio.CancelledError:
                 await pager.aclose(Action.POISON)  # whoever waits gets on
                 raise
             finally:
                 await asyncio.wait((working,))
+                await self.afterwards()
             working.result()
             await pager.aclose(Action.ZERO)
             self.arrived.set()
-
-    async def _let_run(self, incoming: Incoming) -> None:
-        for _ in range(self.chance.choice((0, 0, 5))):
-            await asyncio.sleep(0)
-        incoming.note_running()
 
     async def attach(self, stack: contextlib.AsyncExitStack, incoming: Incoming) -> Pager:
         """Serve the memory of the program that arrives."""
@@ -416,6 +431,7 @@ class Move:
                     f" {wanted[:16].hex()}..., {zlib.crc32(wanted)}"
                 )
                 if isinstance(got, Signal):
+                    self.signals.append(got)
                     return
 
     async def _change(self, thread: int, pages: list[tuple[int, int]]) -> None:
@@ -442,6 +458,7 @@ class Move:
                 answer = await call
                 if answer != value:
                     self.wrong.append(f"page {page} of region {region}: {answer}")
+                    self.signals += [answer] * isinstance(answer, Signal)
                     return
 
     # --- the end -------------------------------------------------------------------------

@@ -19,6 +19,7 @@ Laws of this file:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import socket
 import struct
@@ -30,6 +31,7 @@ from typing import Final, NamedTuple, Self, cast
 from aiouffd.migration import wire
 
 _RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: a close is a reset
+_GREETING_BYTES: Final = 100  # as far as its role
 _TICK: Final = 0.002  # seconds between two portions of a slow direction
 _HEAD: Final = struct.Struct(">BBHI")  # how a frame begins
 
@@ -81,6 +83,7 @@ class Way:
 
     Attributes:
         count: Bytes that have come so far.
+        first: Those of them that tell what the connection is for.
         given: Bytes that were passed on.
         cut_at: The connection is cut behind so many bytes; None is never.
         cut_behind: The connection is cut behind so many frames; 0 is behind the preamble.
@@ -93,6 +96,7 @@ class Way:
 
     def __init__(self, connection: Connection) -> None:
         self.count = 0
+        self.first = b""
         self.given = 0
         self.cut_at: int | None = None
         self.cut_behind: int | None = None
@@ -115,6 +119,8 @@ class Way:
     def take(self, data: bytes) -> None:
         """Take what has come."""
         self.count += len(data)
+        if len(self.first) < _GREETING_BYTES:
+            self.first += data[:_GREETING_BYTES]
         before = len(self.frames)
         self._frames.see(data)
         for frame in self.frames[before:]:
@@ -166,7 +172,9 @@ class Way:
         if self.cut_at is not None and self.given >= self.cut_at:
             self._cut_when_taken()
         elif self._ended and not waiting and not self.swallows:
-            to.write_eof() if to.can_write_eof() else to.close()
+            self._ended = False
+            with contextlib.suppress(OSError):  # it has gone itself
+                to.write_eof()
 
     def _again(self) -> None:
         self._timer = None
@@ -252,8 +260,8 @@ class Connection:
 
     @property
     def role(self) -> wire.Role:
-        """What it is for: of each pair, the first one is for demand."""
-        return wire.Role.BULK if self.number % 2 else wire.Role.DEMAND
+        """What it has greeted for."""
+        return wire.Role.BULK if b'"bulk"' in self.up.first else wire.Role.DEMAND
 
     def passing(self, way: Way, frame: Passed) -> None:
         """Tell of a frame before a byte of it has been passed on."""
