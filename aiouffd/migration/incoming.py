@@ -719,9 +719,11 @@ class Incoming:
                 future.set_result(None)
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
+        while True:
             if self._error is not None:
                 raise self._error
+            if condition():
+                return
             future: asyncio.Future[None] = self._loop.create_future()
             self._changed.add(future)
             await future
