@@ -322,6 +322,10 @@ class Outgoing:
         """Stop the program here, and let it run there."""
         self._check()
         plan, loop = self._plan, asyncio.get_running_loop()
+        if self._round and not self._fits():
+            # Most of what will follow is known by now: the destination can forget what it has of
+            # it while the program still runs.
+            await self._tell_missing()
         began = loop.time()
         self._stopped_at = began
         self.figures.stopped_after = began - self._began
