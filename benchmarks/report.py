@@ -48,6 +48,7 @@ BENCHMARKS = {
     "bench_network": "Reads from a peer and from Redis",
     "bench_lazy_memory": "Lazy memory inside one's own process",
     "bench_criu": "Processes restored lazily by CRIU",
+    "bench_migration": "Migrations, beside QEMU's",
 }
 
 Measure = Callable[[Settings], Sequence[Figure]]
