@@ -104,10 +104,10 @@ class Channel(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to listen for silence."""
-        self._transport = cast("asyncio.Transport", transport)
-        if self.lost is not None:
-            self._transport.abort()
+        if self.lost is not None:  # given up while it was dialled: whoever dials may not hear of it
+            cast("asyncio.Transport", transport).abort()
             return
+        self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(_HIGH, _LOW)
         self._heard = self._said = self._loop.time()
         self._listen()
@@ -328,7 +328,9 @@ class Channel(asyncio.BufferedProtocol):
         Cancellation: nothing happens to it.
         """
         if self._transport is not None:
-            await asyncio.shield(self._closed)
+            # No longer than the other side is waited for: uvloop does not say that a connection
+            # is gone whose making was cancelled.
+            await asyncio.wait((self._closed,), timeout=self._silence)
 
 
 #: The code where, after the switch, the program has not run at the destination and will not.

@@ -94,6 +94,7 @@ class Line:
         self._on_up = on_up
         self._on_change = on_change
         self._broken = asyncio.Event()
+        self._is_over = False
         self._sent_bytes = 0  # on channels that are gone
         self._old: list[Channel] = []
 
@@ -103,7 +104,7 @@ class Line:
         return self._sent_bytes + sum(each.sent_bytes for each in self.channels.values())
 
     async def keep(self) -> None:
-        """Have a line until this is cancelled.
+        """Have a line until this is cancelled, or it is hung up.
 
         Raises:
             OSError: The first attempt failed, or all for ``deadline`` seconds.
@@ -114,7 +115,7 @@ class Line:
         loop = asyncio.get_running_loop()
         pause, since, damaged = 0.0, loop.time(), 0
         try:
-            while True:
+            while not self._is_over:
                 self._broken.clear()
                 try:
                     async with asyncio.timeout(self._silence + self._deadline * (not self.made)):
@@ -212,7 +213,8 @@ class Line:
         self._old = [each for each in self._old if not each.is_closed]
 
     def hang_up(self) -> None:
-        """End both connections behind what was written."""
+        """End both connections behind what was written; there will be no others."""
+        self._is_over = True
         for channel in self.channels.values():
             channel.part()
 
