@@ -88,8 +88,10 @@ def _bulk(settings: Settings, *, quick: bool) -> list[Figure]:
                 "cached",
                 f"bulk, {size >> 20} MiB out of {THROUGH >> 20} and into as many",
                 BULK_AT_LEAST,
-                "A raw stream sends the same bytes again and drops what comes. What is left is the"
-                " copy out of the memfd, and Python: a frame costs some 100 us on either side.",
+                (
+                    "A raw stream sends the same bytes again and drops what comes. What is left is"
+                    " the copy out of the memfd, and Python: a frame costs some 100 us a side."
+                ),
             ),
             ("new", f"bulk, {size >> 20} MiB into memory never touched", None, ""),
         ):
