@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 WORKER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
 MIGRATE = [sys.executable, "-m", "aiouffd", "migrate"]
@@ -65,11 +66,11 @@ def trust(folder: str) -> tuple[list[str], list[str]]:
     )
 
 
-def said(process: subprocess.Popen[str], word: str) -> dict[str, list[int]]:
+def said(process: subprocess.Popen[str], word: str) -> dict[str, Any]:
     """Wait for the line of JSON that has this word."""
     assert process.stdout is not None
     for line in process.stdout:
-        value: dict[str, list[int]] = json.loads(line)
+        value: dict[str, Any] = json.loads(line)
         if word in (value.get("event"), *value):
             return value
     raise SystemExit(f"{process.args!r} has ended before it said {word!r}")
@@ -90,11 +91,11 @@ def main() -> None:
         worker = start(*here, sys.executable, WORKER, f"{folder}/here")
         ready = said(worker, "ready")["ready"]
         program = [sys.executable, WORKER, f"{folder}/there"]
-        receiver = [*MIGRATE, "receive", f"{address}:7440", "--wait", "--json", *receives]
+        receiver = [*MIGRATE, "receive", f"{address}:0", "--wait", "--json", *receives]
         receive = start(*there, *receiver, "--", *program)
-        said(receive, "listening")
+        port = said(receive, "listening")["port"]
         plan = ["--rounds", "1", "--downtime", "0", "--bandwidth", "150M", *sys.argv[1:]]
-        sender = [*MIGRATE, "send", f"{folder}/here", f"{address}:7440", *plan, *sends]
+        sender = [*MIGRATE, "send", f"{folder}/here", f"{address}:{port}", *plan, *sends]
         subprocess.run([*here, *sender], check=True)
         left = said(worker, "left")["left"]
         found = said(receive, "began")

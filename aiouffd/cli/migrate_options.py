@@ -78,6 +78,7 @@ def has_tls(args: argparse.Namespace, host: str, *, doing: str) -> bool:
         doing: What is refused if neither TLS nor plain connections were asked for.
 
     Raises:
+        OSError: There is no such host.
         UffdError: The options do not go together, or leave open who is trusted.
     """
     from ..migration.line import is_loopback
@@ -92,7 +93,11 @@ def has_tls(args: argparse.Namespace, host: str, *, doing: str) -> bool:
                 " may vouch for the other side"
             )
         return True
-    if not args.plain and not is_loopback(host):
+    try:
+        is_near = args.plain or is_loopback(host)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, host) from error
+    if not is_near:
         raise UffdError(
             f"{doing} {host} would let whoever sees the network read the memory, and change it:"
             " give --tls-cert, --tls-key and --tls-cacert, or ask for that with --plain"

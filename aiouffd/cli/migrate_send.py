@@ -23,6 +23,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import MigrationFailed, PeerError, UffdError
+from ..migration import packing
 from ..migration import report as reports
 from ..migration.channel import ToldError
 from ..migration.moving import Leaving
@@ -154,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
     tls = has_tls(args, args.to[0], doing="sending a program to")
     if args.server_name and not tls:
         raise UffdError("--server-name is a name in a certificate: it takes --tls-cert")
+    if args.compress:
+        packing.codec(args.compress)  # says what is missing
     with (
         Lines(sys.stdout) as out,
         LiveLines(sys.stderr) as diagnostics,
@@ -277,7 +280,8 @@ class _Sending:
         try:
             await leaving.end()
         except PeerError as error:
-            self._tell("warning", f"the program here could not be told to end: {error}")
+            text = f"the program here could not be told to end: {error}"
+            self._tell("warning", text, error=text)
         self._save(outcome=reports.MOVED)
         report = self._report(outcome=reports.MOVED)
         lines = [f"moved {self._name or 'the program'} to {self._to}", *summary(report)]
@@ -319,6 +323,8 @@ class _Sending:
                 f"  If it does not run at {self._to}, and only then: aiouffd migrate restart"
                 f" {self._args.socket}"
             )
+        elif outcome == "lost":
+            text += f"  To go back to that: aiouffd migrate restart {self._args.socket}"
         self._save(outcome=told, error=text)
         if told == reports.CANCELLED:
             self._tell("cancelled", "cancelled: the program runs on here")

@@ -311,6 +311,7 @@ def test_another_name_is_refused(
         (["receive", ":0", "--", "/no/such/program"], "/no/such/program"),
         (["receive", ":0", "--wait", "--times", "2", "--", "true"], "--times"),
         (["send", "/nowhere", ":1"], "/nowhere: No such file"),
+        (["send", "/nowhere", "no.such.host.invalid:1"], "no.such.host.invalid: "),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -467,7 +468,9 @@ def test_the_receiver_ends_a_program_that_lacks_memory_by_a_second_signal(bench:
     assert receive.until("failed")["outcome"] == "lost"
     assert receive.end()[0] == 8
     assert send.until("failed")["outcome"] == "lost"
-    assert send.end()[0] == 8
+    status, errors = send.end()
+    assert status == 8
+    assert f"aiouffd migrate restart {bench.here}" in errors
 
 
 def test_a_report_that_cannot_be_written_hides_nothing(bench: Bench) -> None:

@@ -33,6 +33,6 @@ def test_nothing_is_lost_on_the_way(tmp_path: Path) -> None:
 
 
 def test_they_fit_on_two_pages() -> None:
-    """Each file stays under 120 lines."""
+    """Each file stays within 120 lines."""
     for name in ("migrate_worker.py", "worker.py"):
-        assert len((ROOT / "examples" / name).read_text().splitlines()) < 120
+        assert len((ROOT / "examples" / name).read_text().splitlines()) <= 120
