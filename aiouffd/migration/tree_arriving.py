@@ -7,7 +7,9 @@ Laws of this file:
 
 * The tree runs when ``criu restore`` has ended well, and not before that; if it ends otherwise, or
   is too slow, whatever it has made is killed before the source hears that nothing was started.
-* A tree that cannot get all of its memory is killed: half of it would read as zeros.
+* A tree that cannot get all of its memory is killed, and all of it: also those processes that
+  have theirs already, and what they have started meanwhile.
+* A tree that has all of its memory is not killed any more, and only then is the source told.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import shlex
 import signal
 import tempfile
@@ -27,12 +30,13 @@ from ..errors import MigrationFailed, PeerError, UffdError
 from ..failure import Action, FailurePolicy
 from ..fds import OwnedFd
 from ..prefetch import Pace
+from ..protection import PREFIX
 from ..protocols.criu import parcel
 from ..protocols.criu.checkpoint import Checkpoint
 from ..protocols.criu.command import Criu
 from ..protocols.criu.lazy_socket import NAME
 from ..protocols.criu.restore import Restores
-from ..reports import Report, log_report
+from ..reports import Report, Started, log_report
 from ..server import Server
 from ..service import Service
 from ..threads import in_thread
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
     from ..fd_store import FdStore
 
 log: Final = logging.getLogger("aiouffd.migration")
+
+GROUP: Final = PREFIX + "tree"  #: in the store: pidfds of all processes
 
 _CHUNK: Final = 64 << 10  # bytes around a fault
 _MAX_CHILDREN: Final = 4096  # forked ones, served at once
@@ -131,6 +137,8 @@ class ArrivingTree:
         )
         self._deadline = deadline
         self._pages: TreePages | None = None
+        self._is_complete = False
+        self._members: list[tuple[int, OwnedFd]] = []  # pids and pidfds of its processes
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -149,7 +157,11 @@ class ArrivingTree:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._stack.aclose()
+        try:
+            if not self._is_complete:
+                await self._kill()
+        finally:
+            await self._stack.aclose()
 
     async def run(self) -> None:
         """Wait for the switch, and make the tree run.
@@ -166,8 +178,7 @@ class ArrivingTree:
             if incoming.stage is not Stage.SWITCHING:
                 raise PeerError("has given the migration up meanwhile", incoming.peer)
         except BaseException as error:
-            if self.server is not None:
-                await self.server.aclose()
+            await self._kill()
             text = str(error) or type(error).__name__
             if not incoming.stage.is_over:
                 incoming.note_failed(f"the processes do not run: {text}")
@@ -208,10 +219,44 @@ class ArrivingTree:
                 handshake_timeout=None,
                 senders=True,
                 store=self._store,
-                report=self._report,
+                report=self._note,
             )
         )
         await self._restore()
+
+    def _note(self, report: Report) -> None:
+        """Hold each process: those that have all of their memory are served no more."""
+        if isinstance(report, Started) and report.session.peer is not None:
+            peer = report.session.peer
+            self._members.append((peer.pid, peer.pidfd.dup()))
+            if self._store is not None:
+                self._store.put(GROUP, [self._members[-1][1]])
+        self._report(report)
+
+    async def _kill(self) -> None:
+        """Kill all of it that there is, and wait until it is dead."""
+        members = self._members
+        living = [pid for pid, pidfd in members if pid > 0 and not _has_exited(pidfd.fileno())]
+        started = await in_thread(_trees_of, living)
+        if self.server is not None:
+            await self.server.aclose()
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError), OwnedFd(os.pidfd_open(pid)) as pidfd:
+                signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+        for _, pidfd in members:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+        for _, pidfd in members:
+            await _exit_of(pidfd.fileno())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Let it live, whatever becomes of us."""
+        members, self._members = self._members, []
+        if self._store is not None and members:
+            self._store.remove(GROUP)
+        for _, pidfd in members:
+            pidfd.close()
 
     async def _restore(self) -> None:
         options = ["--lazy-pages", *self._options]
@@ -265,7 +310,7 @@ class ArrivingTree:
                 raise MigrationFailed("pages could not be brought")
             await pages.finish()
         except (UffdError, OSError) as error:
-            await server.aclose()
+            await self._kill()
             text = f"the processes were killed, as memory of theirs is missing: {error}"
             if not incoming.stage.is_over:
                 incoming.note_failed(text)
@@ -276,6 +321,8 @@ class ArrivingTree:
             await asyncio.wait((served, failed))
             if not failed.cancelled():
                 failed.exception()
+        self._is_complete = True
+        self._let_go()
         incoming.note_all_here()
 
 
@@ -310,19 +357,35 @@ async def _until_it_runs(criu: Criu, told: int | None) -> bool:
 
 async def _kill_all(criu: Criu) -> None:
     """End a restore that is not to go on, with whatever it has made."""
-    pids = await in_thread(_tree_of, criu.pid)
+    pids = await in_thread(_trees_of, [criu.pid])
     for pid in reversed(pids):
         with contextlib.suppress(ProcessLookupError), OwnedFd(os.pidfd_open(pid)) as pidfd:
             signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
     await criu.wait()
 
 
-def _tree_of(pid: int) -> list[int]:
-    """List a process and what descends from it, as far as it is to be seen while that changes."""
-    found = [pid]
+def _trees_of(pids: Sequence[int]) -> list[int]:
+    """List processes and what descends from them, as far as it is seen while that changes."""
+    found = list(pids)
     for each in found:  # which grows meanwhile
         with contextlib.suppress(OSError):
             for thread in os.listdir(f"/proc/{each}/task"):
                 with open(f"/proc/{each}/task/{thread}/children", encoding="ascii") as file:
-                    found += map(int, file.read().split())
+                    more = map(int, file.read().split())
+                    found += [pid for pid in more if pid not in found]
     return found
+
+
+def _has_exited(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+async def _exit_of(pidfd: int) -> None:
+    loop, exited = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(pidfd, exited.set)
+    try:
+        await exited.wait()
+    finally:
+        loop.remove_reader(pidfd)

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,10 +31,9 @@ _LIVE_ON: Final = (
 )
 #: CRIU looks at what TCP can do, on the loopback address.
 _PLUG_IN: Final = (
-    "ip link set lo up; until ip addr add $0/30 dev aiouffd1; do sleep 0.01; done 2> /dev/null;"
-    " ip link set aiouffd1 up; "
+    "ip link set lo up; until ip addr add $0/30 dev aiouffd; do sleep 0.01; done 2> /dev/null;"
+    " ip link set aiouffd up; "
 )
-_HERE_ADDRESS, _THERE_ADDRESS = "10.203.7.1", "10.203.7.2"
 
 
 class Machine:
@@ -48,6 +48,11 @@ class Machine:
         self.running, self.at, self.folder = running, at, folder
         self._stage = stage
         self._init = next(iter(descendants(running.pid)), 0)
+
+    @property
+    def address(self) -> str:
+        """Its address."""
+        return self.at.rpartition(":")[0]
 
     def said(self, text: str) -> None:
         """Wait until the command has said something."""
@@ -119,25 +124,27 @@ class MovingStage(Stage):
             criu: The program.
         """
         folder = self.folder / f"there-{self._count}"
-        at = f"{_THERE_ADDRESS if network else '127.0.0.1'}:{free_port()}"
+        here, address = _cable(self._count) if network else ("", "127.0.0.1")
+        at = f"{address}:{free_port()}"
         command = (*OURS, "receive-tree", at, "--criu", criu or self.criu.command, "-D", folder)
         apart = (*_ALONE, *(["--net"] if network else [])) if alone else ()
         script = (_PLUG_IN if network else "") + _LIVE_ON
-        shell = ("sh", "-c", script, _THERE_ADDRESS)
+        shell = ("sh", "-c", script, address)
         running = self.start("there", *apart, *shell, *command, *options)
         self.until(lambda: not alone or descendants(running.pid), "the machine is there")
         machine = Machine(self, running, at, folder)
         if network:
-            self._lay_cable(machine._init)
+            self._lay_cable(machine._init, here)
         machine.said("waiting for processes")
         return machine
 
-    def _lay_cable(self, pid: int) -> None:
+    def _lay_cable(self, pid: int, address: str) -> None:
         """Connect a network with ours; the cable goes with it."""
+        name = f"aiouffd{pid}"
         for words in (
-            f"link add aiouffd0 type veth peer name aiouffd1 netns {pid}",
-            f"addr add {_HERE_ADDRESS}/30 dev aiouffd0",
-            "link set aiouffd0 up",
+            f"link add {name} type veth peer name aiouffd netns {pid}",
+            f"addr add {address}/30 dev {name}",
+            f"link set {name} up",
         ):
             self.start("cable", "ip", *words.split()).wait()
 
@@ -201,6 +208,12 @@ class MovingStage(Stage):
     def was_continued(self) -> bool:
         """Say whether a process has seen a SIGCONT."""
         return (self.run / "continued").exists()
+
+
+def _cable(number: int) -> tuple[str, str]:
+    """Give both addresses of a cable; others test at the same time."""
+    first = ((os.getpid() * 16 + number) % (1 << 14)) * 4 + 1
+    return tuple(str(IPv4Address("10.203.0.0") + first + end) for end in range(2))  # type: ignore[return-value]
 
 
 def _is_whole(path: Path) -> bool:

@@ -13,9 +13,12 @@ import pytest
 from tests.interop.criu_certificates import Certificates
 from tests.interop.criu_running import descendants
 from tests.interop.moving_trees import MovingStage, files_of, state_of
-from tests.suites import Foreign
+from tests.suites import CRIU, Foreign
 
 pytestmark = [pytest.mark.child, pytest.mark.root, pytest.mark.once, pytest.mark.limit(60)]
+
+#: What is no matter of CRIU's version is tried with one.
+NEWEST = pytest.mark.parametrize("criu", [CRIU[-1]], indirect=True, ids=lambda criu: criu.name)
 
 
 @pytest.fixture
@@ -103,6 +106,7 @@ def test_cancelled_before_the_switch(stage: MovingStage, seed: int) -> None:
     there.end()
 
 
+@NEWEST
 def test_a_dump_that_fails(stage: MovingStage) -> None:
     """The tree runs on, and the sentence says why, and where there is more."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -121,6 +125,7 @@ def test_a_dump_that_fails(stage: MovingStage) -> None:
         there.end()
 
 
+@NEWEST
 def test_who_receives_is_killed(stage: MovingStage, seed: int) -> None:
     """Nobody reads zeros: the tree there is killed.  Here it stands still, and can go on."""
     tree = stage.counting(seed=seed)
@@ -146,6 +151,69 @@ def test_who_receives_is_killed(stage: MovingStage, seed: int) -> None:
         os.kill(pid, signal.SIGCONT)
     stage.check(machines=1)
     tree.wait()
+
+
+@NEWEST
+def test_who_sends_is_killed_before_the_switch(stage: MovingStage, seed: int) -> None:
+    """Nobody answers CRIU any more: it lets the tree go on, which has noticed nothing."""
+    tree = stage.counting(seed=seed)
+    there = stage.receive("--deadline", 1)
+    sending = stage.send(tree, there, criu=_slow(stage, "dump"))
+    stage.until((stage.folder / "begun").exists, "criu dump was asked for")
+    sending.end(signal.SIGKILL)
+    (stage.folder / "go").touch()
+    assert there.status() == 1
+    stage.check(machines=1)
+    assert not stage.was_continued()
+    tree.wait()
+    there.end()
+    stage.until_gone(stage.left_to_us("ld-linux-x86-64"))
+
+
+@NEWEST
+def test_who_sends_is_killed_after_the_switch(stage: MovingStage, seed: int) -> None:
+    """The tree here stands still, though CRIU has let go of it; there it is killed, all of it."""
+    tree = stage.counting(seed=seed)
+    pids = [tree.pid, *descendants(tree.pid)]
+    there = stage.receive(
+        "--deadline", 1, f"--criu-option=--action-script={_ask_before_it_runs(stage)}"
+    )
+    sending = stage.send(tree, there)
+    stage.until((stage.folder / "begun").exists, "criu has restored it, but for its memory")
+    sending.end(signal.SIGKILL)
+    stage.until(lambda: {state_of(pid) for pid in pids} == {"T"}, "it stands still")
+    (stage.folder / "go").touch()
+    assert there.status() == 8
+    assert "were killed, as memory of theirs is missing" in there.running.text()
+    assert there.others() == []
+    there.end()
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    stage.check(machines=1)
+    tree.wait()
+
+
+@NEWEST
+def test_all_connections_break(stage: MovingStage, seed: int) -> None:
+    """While memory is missing; both sides go on over others."""
+    tree = stage.counting(seed=seed)
+    script = _ask_before_it_runs(stage)
+    there = stage.receive(f"--criu-option=--action-script={script}", "--plain", network=True)
+    sending = stage.send(tree, there, "--plain")
+    stage.until((stage.folder / "begun").exists, "criu has restored it, but for its memory")
+    sending.popen.send_signal(signal.SIGSTOP)
+    (stage.folder / "go").touch()
+    there.said("runs here: 4 processes")
+    broken = stage.start("cut", "ss", "--kill", "--numeric", "dst", there.address)
+    broken.wait()
+    assert broken.text().count(there.address) == 3, broken.text()
+    sending.popen.send_signal(signal.SIGCONT)
+    assert there.status() == 0, there.running.text()
+    assert "memory comes by another connection" in there.running.text()
+    sending.wait()
+    tree.wait(-signal.SIGKILL)
+    stage.check(machines=2)
+    there.end()
 
 
 def _slow(stage: MovingStage, verb: str) -> Path:
