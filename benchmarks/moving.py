@@ -31,7 +31,7 @@ from typing import Any, Final
 from aiouffd.dirty import DirtyRound, DirtyRun
 from aiouffd.errors import MigrationFailed
 from aiouffd.migration.listener import Listener
-from aiouffd.migration.memory import Landing, SourceMemory
+from aiouffd.migration.memory import Landing, SourceMemory, seal
 from aiouffd.migration.moving import Leaving, arriving
 from aiouffd.migration.outgoing import Cancelled, Outgoing, Plan
 from aiouffd.migration.wire import Extent
@@ -241,10 +241,11 @@ class _StaysHere:
 
 
 async def _pushing(port: int, size: int, through: int) -> None:
-    fd = os.memfd_create("pushing", os.MFD_CLOEXEC)
+    fd = os.memfd_create("pushing", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     block = os.urandom(min(through, 1 << 20))
     for _ in range(0, through, len(block)):
         os.write(fd, block)
+    seal(fd)
     tracker: Any = _AllDirty(through)
     program = _StaysHere()
     plan = Plan(rounds=max(1, size // through), downtime=0.0)

@@ -6,12 +6,15 @@ Must not know: who writes to it meanwhile, connections, page faults.
 Laws of this file:
 
 * Reading allocates nothing: a hole of a memfd stays one.
+* Memory of a program that could take it away is read, never mapped: to touch a page of a file that
+  has become shorter is death.
 * Nothing is laid down once the program runs: from then on bytes get in by the pager alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 from typing import Final, Self
@@ -43,8 +46,14 @@ class SourceMemory:
                 address in ``/proc/PID/mem``.
         """
         self.extent: Final = extent
-        self._fd = os.dup(fd)
         self._base = base
+        self._map: mmap.mmap | None = None
+        if base == 0 and _cannot_shrink(fd):
+            # Anew, not duplicated: looking for holes moves the file's position.
+            self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            self._map = mmap.mmap(self._fd, extent.length, mmap.MAP_SHARED, mmap.PROT_READ)
+        else:
+            self._fd = os.dup(fd)
 
     @classmethod
     def of_process(cls, pid: int | str, start: int, extent: Extent) -> Self:
@@ -90,11 +99,48 @@ class SourceMemory:
             )
         return data
 
+    def as_it_lies(self, offset: int, length: int) -> memoryview | None:
+        """Give whole pages without a copy: they may change as long as they are looked at.
+
+        Kernel: F_GET_SEALS, since Linux 3.17: only of a memfd that cannot shrink, for its missing
+        pages would kill who looks at them.
+
+        Returns:
+            None if they have to be read: there is no such memfd, or a hole or a page of zeros may
+            be among them.
+        """
+        if self._map is None:
+            return None
+        end = offset + length
+        if os.lseek(self._fd, offset, os.SEEK_HOLE) < end:
+            return None
+        view = memoryview(self._map)[offset:end]
+        # A page that begins with eight zeros may have no others.
+        return None if 0 in view.cast("Q")[:: self.extent.page_size // 8].tolist() else view
+
     def close(self) -> None:
-        """Close the duplicate; a second call does nothing."""
+        """Let go of the memory; a second call does nothing."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+        if self._map is not None:
+            with contextlib.suppress(BufferError):  # on its way yet: it goes with the last frame
+                self._map.close()
+
+
+def seal(fd: int) -> None:
+    """See to it that a memfd keeps its length: then it can be mapped by who does not trust others.
+
+    Kernel: F_ADD_SEALS, since Linux 3.17, on a memfd made with MFD_ALLOW_SEALING.
+    """
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+
+
+def _cannot_shrink(fd: int) -> bool:
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # no memfd
+        return False
 
 
 def split(data: bytes, offset: int, page_size: int) -> tuple[list[tuple[int, int]], bool]:

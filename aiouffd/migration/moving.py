@@ -33,7 +33,7 @@ from ..uffd import Userfaultfd
 from ..unix_socket import Connection
 from . import program
 from .incoming import Incoming
-from .memory import Landing, SourceMemory
+from .memory import Landing, SourceMemory, seal
 from .wire import Extent
 
 log: Final = logging.getLogger("aiouffd.migration")
@@ -454,9 +454,10 @@ async def _hand_over(
 
 
 def _memfd(name: str, length: int) -> OwnedFd:
-    fd = OwnedFd(os.memfd_create(name[:200], os.MFD_CLOEXEC))
+    fd = OwnedFd(os.memfd_create(name[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     try:
         os.ftruncate(fd.fileno(), length)
+        seal(fd.fileno())
     except BaseException:
         fd.close()
         raise

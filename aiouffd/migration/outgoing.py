@@ -48,8 +48,10 @@ log: Final = logging.getLogger("aiouffd.migration")
 
 PRECOPY: Final = "precopy"  #: the feature: memory may be sent before the switch
 
-_FRAME_BYTES: Final = 512 << 10  # of memory
+_FRAME_BYTES: Final = 1 << 20  # of memory, before the switch
+_QUIET_FRAME_BYTES: Final = 256 << 10  # after it
 _SMALL_FRAME_BYTES: Final = 64 << 10  # while somebody waits for pages
+_WORTH_A_LOOK: Final = 32 << 10  # bytes that are sent as they lie, if they can be
 _RECENT: Final = 0.02  # seconds since the last demand
 _WINDOW: Final = 4 << 20  # bytes of bulk on their way while nobody waits for anything
 _LEAST_WINDOW: Final = 256 << 10  # and while somebody does, at least
@@ -490,7 +492,9 @@ class Outgoing:
     def _step(self) -> int:
         """Give the bytes of memory for the next frame."""
         recent = asyncio.get_running_loop().time() - self._asked < _RECENT
-        step = _SMALL_FRAME_BYTES if recent else _FRAME_BYTES
+        step = _FRAME_BYTES if self.stage is Stage.COPYING else _QUIET_FRAME_BYTES
+        if recent:
+            step = _SMALL_FRAME_BYTES
         if self._plan.bandwidth is not None:
             step = min(step, int(self._plan.bandwidth * _MOMENT))
         return max(step, *(each.page_size for each in self._extents))
@@ -502,6 +506,13 @@ class Outgoing:
         runs: list[tuple[int, int]] = []
         pieces: list[bytes] = []
         zeros: list[tuple[int, int]] = []
+        if len(taken.runs) == 1 and channel.encoder.takes_what_changes:
+            offset, length = taken.runs[0]
+            view = memory.as_it_lies(offset, length) if length >= _WORTH_A_LOOK else None
+            if view is not None:
+                self._send(role, channel, Kind.PAGES, taken, view)
+                self.figures.page_bytes += length
+                return
         for offset, length in taken.runs:
             data = memory.read(offset, length)
             found, others = split(data, offset, page_size)
@@ -533,7 +544,7 @@ class Outgoing:
         channel: Channel,
         kind: Kind,
         taken: Taken,
-        body: bytes,
+        body: wire.Part,
         span: int | None = None,
     ) -> None:
         """Send one frame, which is in doubt from here on.

@@ -37,6 +37,7 @@ from ..errors import NotSupported, PeerError
 from ..kernel.parent import die_with_parent
 from ..ranges import PAGE_SIZE, align_up
 from ..uffd import Feature, Userfaultfd
+from .memory import seal
 
 log: Final = logging.getLogger("aiouffd.migration")
 
@@ -87,9 +88,10 @@ class ProgramMemory:
             name: By which the other side knows it.
             length: In bytes; made whole pages.
         """
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         length = align_up(length)
         os.ftruncate(fd, length)
+        seal(fd)
         return cls(name, fd, length)
 
 

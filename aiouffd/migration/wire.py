@@ -276,6 +276,11 @@ class Encoder:
         """
         self._flag, self._compress = COMPRESSION[name], compress
 
+    @property
+    def takes_what_changes(self) -> bool:
+        """Whether a body may change while it is sent: nothing is computed of it."""
+        return not self.checked and self._compress is None
+
     def frame(
         self,
         kind: Kind,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiouffd.errors import SourceError
-from aiouffd.migration.memory import Landing, SourceMemory, split
+from aiouffd.migration.memory import Landing, SourceMemory, seal, split
 from aiouffd.migration.wire import Extent
 from tests.migration.frames import PAGE
 
@@ -161,3 +162,50 @@ def test_a_landing_that_is_still_received_into_is_let_go_of_later() -> None:
         part[:1] = b"b"
         assert os.pread(fd, 1, 0) == b"b"
         part.release()
+
+
+def _sealed(pages: int) -> int:
+    fd = os.memfd_create("test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, pages * PAGE)
+    seal(fd)
+    return fd
+
+
+def test_memory_that_cannot_shrink_is_given_as_it_lies() -> None:
+    """Without a copy, unless a hole or a page that may be zeros is among it; its file stays put."""
+    fd = _sealed(8)
+    try:
+        os.pwrite(fd, b"x" * 4 * PAGE, 0)
+        with contextlib.closing(SourceMemory(fd, Extent("memory", 8 * PAGE, PAGE))) as memory:
+            view = memory.as_it_lies(PAGE, 3 * PAGE)
+            assert view == b"x" * 3 * PAGE
+            os.pwrite(fd, b"y", 2 * PAGE)
+            assert view[PAGE] == ord("y")
+            assert memory.as_it_lies(PAGE, 4 * PAGE) is None  # the last is a hole
+            os.pwrite(fd, bytes(8) + b"z", 4 * PAGE)
+            assert memory.as_it_lies(PAGE, 4 * PAGE) is None
+            assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+            assert os.stat(fd).st_blocks * 512 == 5 * PAGE  # looking has filled no hole
+            view.release()
+    finally:
+        os.close(fd)
+
+
+def test_memory_that_could_shrink_is_read() -> None:
+    """A program that cuts its memory off ends its migration, not the process that reads it."""
+    fd = os.memfd_create("test", os.MFD_CLOEXEC)
+    try:
+        os.pwrite(fd, b"x" * 4 * PAGE, 0)
+        with contextlib.closing(SourceMemory(fd, Extent("memory", 4 * PAGE, PAGE))) as memory:
+            assert memory.as_it_lies(0, 4 * PAGE) is None
+            os.ftruncate(fd, PAGE)
+            with pytest.raises(SourceError, match="ends at offset 4096"):
+                memory.read(0, 4 * PAGE)
+    finally:
+        os.close(fd)
+    sealed = _sealed(1)
+    try:
+        with pytest.raises(PermissionError):
+            os.ftruncate(sealed, 0)
+    finally:
+        os.close(sealed)
