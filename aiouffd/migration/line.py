@@ -15,6 +15,7 @@ Laws of this file:
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import ssl
@@ -133,6 +134,8 @@ class Line:
                 self.made += 1
                 pause = 0.0
                 await self._broken.wait()
+                if self._is_over:
+                    return
                 since = loop.time()
                 lost = [each.lost for each in self.channels.values() if each.lost is not None]
                 self.why = str(lost[0])
@@ -148,8 +151,9 @@ class Line:
         self.epoch += 1
         welcome = await self._dial(Role.DEMAND)
         await self._dial(Role.BULK)
-        if self._broken.is_set():
-            raise ConnectionResetError("the line broke as soon as it was there")
+        for channel in self.channels.values():
+            if channel.lost is not None:
+                raise channel.lost
         self.is_up = True
         self._on_up(welcome)
         self._on_change()
@@ -180,18 +184,38 @@ class Line:
             decoder, take=take, silence=self._silence, on_lost=lost, on_room=self._on_change
         )
         self.channels[role] = channel
-        await loop.create_connection(
-            lambda: channel,
-            self._host,
-            self._port,
-            ssl=self._ssl,
-            server_hostname=(self._server_hostname or self._host) if self._ssl else None,
-        )
+        try:
+            await loop.create_connection(
+                lambda: channel,
+                self._host,
+                self._port,
+                ssl=self._ssl,
+                server_hostname=(self._server_hostname or self._host) if self._ssl else None,
+            )
+        except BaseException as error:
+            # uvloop does not tell of the end of one whose making was cancelled.
+            channel.connection_lost(None)
+            if isinstance(error, OSError):
+                raise ConnectionError(self._unreachable(error)) from error
+            raise
         if channel.socket is not None:
             keep_alive(channel.socket)
         channel.send_preamble()
         channel.send_json(Kind.HELLO, self._hello(role, self.epoch))
         return await welcome
+
+    def _unreachable(self, error: OSError) -> str:
+        """Say what came of dialling."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"{self._where} shows a certificate that does not hold: {error.verify_message}"
+        if isinstance(error, ssl.SSLError):
+            return (
+                f"{self._where} does not speak TLS, or not with us:"
+                f" {error.reason or error.strerror or error}"
+            )
+        number = error.errno or 0  # below 0 where a name is not known
+        why = os.strerror(number) if number > 0 else error.strerror
+        return f"{self._where} cannot be reached: {why or error}"
 
     def _break(self, channel: Channel) -> None:
         if channel not in self.channels.values():
