@@ -228,8 +228,6 @@ class Incoming:
         if None in self._regions:
             raise RuntimeError("attach all regions first: faults must find their way here")
         await self._until(lambda: self.stage not in {Stage.OFFERED, Stage.COPYING})
-        if self._error is not None:
-            raise self._error
         return bytes(self._state)
 
     def note_running(self, *, more: bool = False) -> None:
