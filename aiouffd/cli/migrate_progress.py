@@ -168,7 +168,7 @@ def line_of(figures: dict[str, Any]) -> str:
     """Write in one line how a migration goes.
 
     Args:
-        figures: ``stage``, ``round``, ``dirty_rate``, ``sent_bytes``, ``zero_bytes``,
+        figures: ``stage``, ``connected``, ``round``, ``dirty_rate``, ``sent_bytes``, ``zero_bytes``,
             ``left_bytes``, ``demand``, ``stall`` and ``estimated_end``.
     """
     stage = figures["stage"]
@@ -176,6 +176,7 @@ def line_of(figures: dict[str, Any]) -> str:
     if stage == Stage.COPYING.value and figures["round"]:
         what = f"round {figures['round']}"
     parts = [
+        *(["NO LINE"] if not figures["connected"] else []),
         *([f"{amount(figures['dirty_rate'])}/s dirty"] if figures["dirty_rate"] else []),
         f"{amount(figures['sent_bytes'])} sent",
         f"{amount(figures['zero_bytes'])} zero",

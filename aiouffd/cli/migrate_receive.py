@@ -299,6 +299,7 @@ class _Receiving:
         runs = incoming.stage is Stage.FOLLOWING
         return {
             "stage": incoming.stage.value,
+            "connected": incoming.is_connected,
             "seconds": round(seconds, 3),
             "round": source.get("round", 0),
             "dirty_rate": round(source.get("dirty_rate", 0.0)),

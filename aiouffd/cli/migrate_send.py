@@ -376,6 +376,7 @@ class _Sending:
         copying = outgoing.stage is Stage.COPYING
         return {
             "stage": outgoing.stage.value,
+            "connected": outgoing.is_connected,
             "seconds": round(figures.samples[-1].seconds, 3),
             "round": outgoing.rounds,
             "dirty_rate": round(outgoing.dirty_rate),

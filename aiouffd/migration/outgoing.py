@@ -221,6 +221,11 @@ class Outgoing:
         """Passes of pre-copy so far, with the one under way."""
         return self._round
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a line to the destination."""
+        return self._line.is_up
+
     # --- the stages ----------------------------------------------------------------------
 
     async def run(self, program: Program) -> None:

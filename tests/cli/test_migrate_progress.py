@@ -13,6 +13,7 @@ from aiouffd.cli.output import Lines
 
 FIGURES: dict[str, Any] = {
     "stage": "copying",
+    "connected": True,
     "round": 2,
     "dirty_rate": 20 << 20,
     "sent_bytes": 300 << 20,
@@ -39,6 +40,7 @@ def test_a_line_says_all_of_it() -> None:
     line = line_of(FIGURES | {"stage": "following", "dirty_rate": 0, "estimated_end": None})
     assert line.startswith("following: 300.0 MiB sent")
     assert line.endswith("stall 0.00 s")
+    assert line_of(FIGURES | {"connected": False}).startswith("round 2: NO LINE, 20.0 MiB/s dirty")
 
 
 def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
