@@ -168,8 +168,8 @@ def line_of(figures: dict[str, Any]) -> str:
     """Write in one line how a migration goes.
 
     Args:
-        figures: ``stage``, ``connected``, ``round``, ``dirty_rate``, ``sent_bytes``, ``zero_bytes``,
-            ``left_bytes``, ``demand``, ``stall`` and ``estimated_end``.
+        figures: ``stage``, ``connected``, ``round``, ``dirty_rate``, ``sent_bytes``,
+            ``zero_bytes``, ``left_bytes``, ``demand``, ``stall`` and ``estimated_end``.
     """
     stage = figures["stage"]
     what = stage
