@@ -106,6 +106,10 @@ class Peer(asyncio.Protocol):
         """
         raise NotImplementedError
 
+    def _turn_away(self, why: str) -> None:
+        """Close: it is not who may come; whose protocol has a word for that says it."""
+        self.drop(why)
+
     def _write(self, transport: asyncio.Transport, parts: list[Buffer]) -> None:
         """Send parts of answers: short ones together, long ones as they are, without a copy."""
         # Not writelines: before Python 3.13.6 or so it never calls pause_writing.
@@ -133,7 +137,7 @@ class Peer(asyncio.Protocol):
         self._transport.set_write_buffer_limits(_HIGH, _LOW)
         name = self._peers._client_name
         if name and not is_for(transport.get_extra_info("peercert") or {}, name):
-            self.drop(f"shows a certificate that is not for {name}")
+            self._turn_away(f"shows a certificate that is not for {name}")
             return
         self._wait_for_it("said nothing")
 
@@ -418,7 +422,8 @@ class Peers:
                 ssl_handshake_timeout=self._limits.patience if self._ssl else None,
             )
         except OSError as error:  # SSLError is one, TimeoutError too
-            text = str(error) or "it broke the handshake off"
+            # asyncio sends no alert where a handshake fails: neither side hears the other's reason.
+            text = str(error) or "it broke the handshake off (does it accept our certificate?)"
             connection.error = connection.error or f"failed to connect: {text}"
 
     def _forget(self, connection: Peer, error: Exception | None) -> None:

@@ -175,7 +175,10 @@ class Line:
 
         def lost(channel: Channel) -> None:
             if not welcome.done():
-                welcome.set_exception(channel.lost or ConnectionResetError("the line is gone"))
+                error = channel.lost or ConnectionResetError("the line is gone")
+                if isinstance(error, OSError) and not channel.decoder.version:
+                    error = self._wordless(error)
+                welcome.set_exception(error)
                 welcome.exception()  # nobody waits for it if the dialling was given up
             self._break(channel)
 
@@ -203,6 +206,15 @@ class Line:
         channel.send_preamble()
         channel.send_json(Kind.HELLO, self._hello(role, self.epoch))
         return await welcome
+
+    def _wordless(self, error: OSError) -> ConnectionError:
+        """Say why there may have been no answer, not even a preamble."""
+        # Where it does not accept a certificate, TLS 1.3 has ended its handshake here by then.
+        guess = "ask for TLS" if self._ssl is None else "accept our certificate"
+        reason = error.reason if isinstance(error, ssl.SSLError) and error.reason else error
+        return ConnectionError(
+            f"{self._where} said nothing: {reason} (does it {guess}? its log may tell)"
+        )
 
     def _unreachable(self, error: OSError) -> str:
         """Say what came of dialling."""

@@ -233,6 +233,10 @@ class _Guest(Peer):
             channel.fail(error)
             self.error = str(error)
 
+    def _turn_away(self, why: str) -> None:
+        """Tell it: a certificate is soon mistaken for another."""
+        self._refuse(PeerError(why))
+
     def _refuse(self, error: PeerError) -> None:
         """Say what was wrong, as a channel does, and close."""
         self.error = self.error or str(error)

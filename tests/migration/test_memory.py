@@ -178,6 +178,7 @@ def test_memory_that_cannot_shrink_is_given_as_it_lies() -> None:
         os.pwrite(fd, b"x" * 4 * PAGE, 0)
         with contextlib.closing(SourceMemory(fd, Extent("memory", 8 * PAGE, PAGE))) as memory:
             view = memory.as_it_lies(PAGE, 3 * PAGE)
+            assert view is not None
             assert view == b"x" * 3 * PAGE
             os.pwrite(fd, b"y", 2 * PAGE)
             assert view[PAGE] == ord("y")
