@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from aiouffd.protocols.criu.images import parse_pagemap
 from tests.interop.criu_certificates import Certificates
 from tests.interop.criu_running import descendants
 from tests.interop.moving_trees import MovingStage, files_of, state_of
@@ -191,6 +192,35 @@ def test_who_sends_is_killed_after_the_switch(stage: MovingStage, seed: int) -> 
         os.kill(pid, signal.SIGCONT)
     stage.check(machines=1)
     tree.wait()
+
+
+@NEWEST
+def test_one_process_cannot_have_its_memory(stage: MovingStage, seed: int) -> None:
+    """The others have theirs, and live on by themselves: they are killed all the same."""
+    tree = stage.counting(seed=seed)
+    pids = [tree.pid, *descendants(tree.pid)]
+    script = _ask_before_it_runs(stage)
+    options = ("--deadline", 2, "--log-level", "info", f"--criu-option=--action-script={script}")
+    there = stage.receive(*options)
+    sending = stage.send(tree, there)
+    stage.until((stage.folder / "begun").exists, "criu has restored it, but for its memory")
+    pagemap = (stage.here / f"pagemap-{pids[-1]}.img").read_bytes()
+    os.utime(stage.here / f"pages-{parse_pagemap(pagemap, 'pagemap').pages_id}.img")
+    (stage.folder / "go").touch()
+    assert there.status() == 8
+    said = there.running.text()
+    assert f"session of task {pids[0]}, " in said
+    assert "detached, the target lives on by itself" in said
+    assert "was changed" in sending.text() or "no memory has come" in said
+    assert there.others() == []
+    there.end()
+    sending.wait(8)
+    for pid in pids:
+        assert state_of(pid) == "T", sending.text()
+        os.kill(pid, signal.SIGKILL)
+    tree.wait(-signal.SIGKILL)
+    for pid in pids[1:]:
+        stage.until_gone(pid)
 
 
 @NEWEST
