@@ -14,6 +14,7 @@ Laws of this file:
   From then on it stands still until it is told to end, or to go on after all.
 * A program that has arrived and lacks memory does not outlive who serves it: the kernel would
   make zeros of what is missing.  It is killed with it, whatever its threads are doing.
+* Until then a child that is forked does not have the memory: it dies where it touches it.
 * The userfaultfd is open here, too, until all is there: no end of another process closes it.
 """
 
@@ -409,6 +410,8 @@ class Arrival:
             order = {}
         if order.get("do") != "complete":
             os.kill(os.getpid(), signal.SIGKILL)  # else what is missing would read zeros
+        for each in self.memory.values():
+            each.map.madvise(mmap.MADV_DOFORK)
         self._tie.cut()
         self._uffd.close()
         self._line.socket.close()
@@ -443,6 +446,9 @@ def arrive() -> Arrival | None:
         ProgramMemory(str(each["name"]), fd, int(each["length"]))
         for each, fd in zip(regions, fds, strict=True)
     ]
+    for each in memory:
+        # A child's mapping would not be registered: what is missing it would fill with zeros.
+        each.map.madvise(mmap.MADV_DONTFORK)
     # Without the right to kernel-mode faults a system call on missing memory gets EFAULT; plain
     # accesses are served all the same.
     uffd = Userfaultfd.open(_FOLLOWING, allow_user_mode_only=True)

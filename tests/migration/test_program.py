@@ -1,0 +1,77 @@
+"""What a program does so that it can move, seen by who asks it to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aiouffd.migration import program
+from aiouffd.ranges import PAGE_SIZE
+from aiouffd.uffd import Userfaultfd
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: A program that forks before all of its memory is there, and whose child looks at it.
+FORKS = """
+import os, sys
+from aiouffd.migration import program
+
+def child_ends_by():
+    pid = os.fork()
+    if not pid:
+        os._exit(memory.map[0])
+    status = os.waitpid(pid, 0)[1]
+    return os.waitstatus_to_exitcode(status)
+
+arrival = program.arrive()
+memory = arrival.memory["memory"]
+arrival.note_running()
+print(child_ends_by(), flush=True)
+arrival.wait_complete()
+print(child_ends_by(), flush=True)
+"""
+
+
+@pytest.mark.once
+def test_a_forked_child_has_no_memory_that_is_still_to_come() -> None:
+    """It would fill with zeros, for its parent as well, what its parent waits for."""
+    ours, theirs = socket.socketpair()
+    memfd = os.memfd_create("memory", os.MFD_CLOEXEC)
+    os.ftruncate(memfd, PAGE_SIZE)
+    state = program.state_file(b"")
+    with ours, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", FORKS],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            pass_fds=(theirs.fileno(),),
+            env={**os.environ, program.ARRIVAL_VARIABLE: str(theirs.fileno())},
+            text=True,
+        )
+        with process:
+            try:
+                line = program._Line(ours)
+                region = {"name": "memory", "length": PAGE_SIZE, "page_size": PAGE_SIZE}
+                line.say({"do": "arrive", "regions": [region]}, [memfd])
+                answer, fds = line.hear()
+                with Userfaultfd.adopt(fds[0]) as uffd:
+                    start = answer["regions"][0]["start"]
+                    uffd.register(start, PAGE_SIZE)
+                    line.say({"do": "run"}, [state])
+                    assert line.hear()[0] == {"stage": "running"}
+                    assert process.stdout is not None
+                    assert int(process.stdout.readline()) == -signal.SIGSEGV
+                    uffd.copy(start, b"\5" * PAGE_SIZE)
+                line.say({"do": "complete"})
+                assert int(process.stdout.readline()) == 5
+                assert process.wait(10) == 0
+            finally:
+                process.kill()
+                os.close(memfd)
+                os.close(state)
