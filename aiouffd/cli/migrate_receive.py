@@ -319,7 +319,9 @@ class _Receiving:
 
     def _failed(self, incoming: Incoming, error: MigrationFailed) -> int:
         text = str(error)
-        if error.outcome == "lost":
+        if error.outcome == "lost" and error.stage == Stage.SWITCHING.value:
+            text = f"{text}.  Its source stands still, with all of its memory"
+        elif error.outcome == "lost":
             text = f"the program was ended, it lacked memory: {text}.  Its source still has that"
         else:
             text = f"the program does not run here: {text}"

@@ -133,6 +133,7 @@ class Incoming:
         self._scratch_view = memoryview(b"")
         self._error: MigrationFailed | None = None
         self._has_ended = False  # the source has said its last word
+        self._may_run = False  # the program, here
         self._changed: set[asyncio.Future[None]] = set()
         self._no_line: asyncio.TimerHandle | None = None
         self._teller: asyncio.TimerHandle | None = None
@@ -230,6 +231,14 @@ class Incoming:
         await self._until(lambda: self.stage not in {Stage.OFFERED, Stage.COPYING})
         return bytes(self._state)
 
+    def note_starting(self) -> None:
+        """Take note that from now on the program may run, before it is let.
+
+        If it then does not say that it runs, nobody can know that it has not: the source does not
+        let it go on there.
+        """
+        self._may_run = True
+
     def note_running(self, *, more: bool = False) -> None:
         """Tell the source that the program runs here now.
 
@@ -253,8 +262,9 @@ class Incoming:
 
     def note_failed(self, reason: str) -> None:
         """Tell the source that the program does not run here, or not any more."""
-        code = NOT_STARTED if self.stage is Stage.SWITCHING else "failed"
-        outcome = "lost" if self.stage is Stage.FOLLOWING else "source"
+        may_have_run = self._may_run or self.stage is Stage.FOLLOWING
+        code = NOT_STARTED if self.stage is Stage.SWITCHING and not may_have_run else "failed"
+        outcome = "lost" if may_have_run else "source"
         self._end(MigrationFailed(reason, stage=self.stage.value, outcome=outcome), code=code)
 
     async def wait_done(self) -> None:

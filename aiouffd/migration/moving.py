@@ -34,6 +34,7 @@ from ..unix_socket import Connection
 from . import program
 from .incoming import Incoming
 from .memory import Landing, SourceMemory, seal
+from .stages import Stage
 from .wire import Extent
 
 log: Final = logging.getLogger("aiouffd.migration")
@@ -269,13 +270,15 @@ class Arriving:
             timeout: Seconds that the program may take to say that it runs.
 
         Raises:
-            MigrationFailed: It runs on at the source, or cannot run here.
+            MigrationFailed: It runs on at the source; or, with outcome ``lost``, it was let run and
+                has not said that it does: what it has done by then nobody knows.
 
         Cancellation: the migration fails.
         """
         incoming = self._incoming
         state = await incoming.switched()
         fd = OwnedFd(program.state_file(state))
+        incoming.note_starting()
         try:
             async with asyncio.timeout(timeout):
                 await self._line.say({"do": "run"}, [fd])
@@ -284,13 +287,18 @@ class Arriving:
             if answer.get("stage") != "running":
                 raise PeerError(f"said {str(answer)[:80]} where it should run")
         except (PeerError, TimeoutError) as error:
+            _kill(self.process)  # before the source hears of it
             text = str(error) or f"it has not said within {timeout:g} s that it runs"
-            incoming.note_failed(f"the program does not run: {text}")
+            incoming.note_failed(f"the program was let run, and failed: {text}")
             raise MigrationFailed(
-                f"the program does not run here: {text}", stage="switching", outcome="source"
+                f"the program was let run here, and failed: {text}",
+                stage="switching",
+                outcome="lost",
             ) from error
         finally:
             fd.close()
+        if incoming.stage is not Stage.SWITCHING:  # there has been no line for too long
+            await incoming.wait_done()  # says why there is no going on
         incoming.note_running()
 
     async def complete(self) -> None:

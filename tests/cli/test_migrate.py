@@ -353,11 +353,10 @@ def test_nobody_listens(bench: Bench) -> None:
     assert program.process.poll() is None
 
 
-@pytest.mark.parametrize("flaw", ["ends", "fails"])
-def test_the_program_does_not_run_there(bench: Bench, flaw: str) -> None:
-    """It does not take its memory, or not its turn: it runs on here, and both sides say why."""
+def test_the_program_does_not_run_there(bench: Bench) -> None:
+    """It does not take its memory: it runs on here, and both sides say why."""
     bench.program()
-    program = (sys.executable, "-m", "tests.cli.movable", bench.there, "4", flaw)
+    program = (sys.executable, "-m", "tests.cli.movable", bench.there, "4", "ends")
     receive, to = bench.receive("--report", str(bench.folder / "there"), program=program)
     status, report = failed(bench, to)
     assert (status, report["outcome"]) == (1, "source")
@@ -366,6 +365,20 @@ def test_the_program_does_not_run_there(bench: Bench, flaw: str) -> None:
     assert receive.end()[0] == 1
     assert json.loads((bench.folder / "there").read_text())["outcome"] == "source"
     assert bench.run("restart", bench.here)[1].endswith("runs; nothing to do\n")
+
+
+def test_the_program_fails_when_it_is_let_run(bench: Bench) -> None:
+    """What it has done by then nobody knows: it does not go on here by itself, but can be let."""
+    bench.program()
+    program = (sys.executable, "-m", "tests.cli.movable", bench.there, "4", "fails")
+    receive, to = bench.receive("--report", str(bench.folder / "there"), program=program)
+    status, report = failed(bench, to)
+    assert (status, report["outcome"]) == (8, "lost")
+    assert "was let run, and failed" in report["error"]
+    assert receive.until("failed")["outcome"] == "lost"
+    assert receive.end()[0] == 8
+    assert json.loads((bench.folder / "there").read_text())["outcome"] == "lost"
+    assert bench.run("restart", bench.here)[0] == 0
 
 
 def test_it_does_not_converge(bench: Bench) -> None:
