@@ -328,8 +328,7 @@ class Channel(asyncio.BufferedProtocol):
         Cancellation: nothing happens to it.
         """
         if self._transport is not None:
-            # No longer than the other side is waited for: uvloop does not say that a connection
-            # is gone whose making was cancelled.
+            # No longer than the other side is waited for, whatever the loop says.
             await asyncio.wait((self._closed,), timeout=self._silence)
 
 

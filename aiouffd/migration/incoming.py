@@ -135,6 +135,7 @@ class Incoming:
         self._has_ended = False  # the source has said its last word
         self._may_run = False  # the program, here
         self._changed: set[asyncio.Future[None]] = set()
+        self._had_line = False
         self._no_line: asyncio.TimerHandle | None = None
         self._teller: asyncio.TimerHandle | None = None
 
@@ -302,14 +303,16 @@ class Incoming:
 
         Cancellation: the connections are given up at once.
         """
-        if self.stage is Stage.DONE and not self._has_ended:
-            # The source has to hear that all is here; it comes back if the line has broken.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._deadline):
-                    await self._until(lambda: self._has_ended)
-        elif not self.stage.is_over:
-            self.note_failed("the destination was closed")
-        self._let_go()
+        try:
+            if self.stage is Stage.DONE and not self._has_ended:
+                # The source has to hear that all is here; it comes back if the line has broken.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._deadline):
+                        await self._until(lambda: self._has_ended)
+            elif not self.stage.is_over:
+                self.note_failed("the destination was closed")
+        finally:
+            self._let_go()
 
     # --- faults --------------------------------------------------------------------------
 
@@ -624,6 +627,7 @@ class Incoming:
                 channel.send_json(Kind.DONE, self._figures(timeline=True))
             return
         # Only now is there a line: what is waited for is asked again.
+        self._had_line = True
         if self._no_line is not None:
             self._no_line.cancel()
             self._no_line = None
@@ -665,7 +669,7 @@ class Incoming:
             self._state.clear()
         self._wake()
         if self._no_line is None and channels and not self.stage.is_over:
-            if self.stage is Stage.OFFERED:
+            if self.stage is Stage.OFFERED or not self._had_line:  # it does not try that again
                 self._end(MigrationFailed(f"the source is gone: {why}", outcome="source"))
                 return
             log.warning("the line to %s is gone: %s", self.peer, why)

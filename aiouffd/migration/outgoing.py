@@ -24,6 +24,7 @@ import asyncio
 import contextlib
 import heapq
 import itertools
+import json
 import logging
 import math
 import ssl
@@ -372,11 +373,19 @@ class Outgoing:
         self.stage = Stage.DONE
         self.figures.seconds = asyncio.get_running_loop().time() - self._began
         self._note_line()
-        if Role.DEMAND in line.channels:  # maybe the other one does not stand yet
-            line.channels[Role.DEMAND].send_json(
-                Kind.END, {"figures": self.figures.as_dict(short=True)}
-            )
-            line.hang_up()
+        figures = {"figures": self.figures.as_dict(short=True)}
+        self._say_last(Kind.END, json.dumps(figures).encode())
+
+    def _say_last(self, kind: Kind, body: bytes = b"") -> None:
+        """Say the last word, if the destination listens, and hang up behind it."""
+        line = self._line
+        channel = line.channels.get(Role.DEMAND)
+        if channel is None or not channel.decoder.version:
+            return
+        channel.send(channel.encoder.frame(kind, body))
+        if not line.is_up and Role.BULK in line.channels:
+            line.channels[Role.BULK].abort()  # it does not stand yet
+        line.hang_up()
 
     async def _give_up(self, program: Program, error: BaseException) -> BaseException:
         """Say what an error means at this stage, having done what it asks for.
@@ -392,10 +401,7 @@ class Outgoing:
         if stage in {Stage.OFFERED, Stage.COPYING} or (
             isinstance(error, ToldError) and error.not_started
         ):
-            if self._line.is_up:
-                channel = self._line.channels[Role.DEMAND]
-                channel.send(channel.encoder.frame(Kind.CANCEL))
-                self._line.hang_up()
+            self._say_last(Kind.CANCEL)
             cancelled = isinstance(error, Cancelled | asyncio.CancelledError)
             self.stage = Stage.CANCELLED if cancelled else Stage.FAILED
             if self._stopped_at:
