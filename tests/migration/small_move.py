@@ -377,11 +377,20 @@ class Move:
                 await pager.aclose(Action.POISON)  # whoever waits gets on
                 raise
             finally:
-                await asyncio.wait((working,))
-                await self.afterwards()
+                await self._end(working, pager)
             working.result()
             await pager.aclose(Action.ZERO)
             self.arrived.set()
+
+    async def _end(self, working: asyncio.Task[None], pager: Pager) -> None:
+        """Wait until the program's threads have ended."""
+        try:
+            await asyncio.wait((working,))
+            await self.afterwards()
+        except asyncio.CancelledError:
+            await pager.aclose(Action.POISON)
+            await asyncio.wait((working,))
+            raise
 
     async def attach(self, stack: contextlib.AsyncExitStack, incoming: Incoming) -> Pager:
         """Serve the memory of the program that arrives."""
@@ -458,7 +467,8 @@ class Move:
                 answer = await call
                 if answer != value:
                     self.wrong.append(f"page {page} of region {region}: {answer}")
-                    self.signals += [answer] * isinstance(answer, Signal)
+                    if isinstance(answer, Signal):
+                        self.signals.append(answer)
                     return
 
     # --- the end -------------------------------------------------------------------------

@@ -109,6 +109,7 @@ class Way:
         self._waiting = bytearray()
         self._timer: asyncio.TimerHandle | None = None
         self._ended = False
+        self.over = False  # its end was passed on
         self.to: asyncio.Transport | None = None
 
     @property
@@ -172,9 +173,10 @@ class Way:
         if self.cut_at is not None and self.given >= self.cut_at:
             self._cut_when_taken()
         elif self._ended and not waiting and not self.swallows:
-            self._ended = False
+            self._ended, self.over = False, True
             with contextlib.suppress(OSError):  # it has gone itself
                 to.write_eof()
+            self._connection.way_over()
 
     def _again(self) -> None:
         self._timer = None
@@ -297,6 +299,11 @@ class Connection:
             sock = cast("socket.socket", way.to.get_extra_info("socket"))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         way.to.abort()
+
+    def way_over(self) -> None:
+        """Take note that nothing more will go one way; if both, that is its end."""
+        if all(way.over for way in self.ways):
+            self.cut()
 
     def end_lost(self) -> None:
         """Take note that one end has gone: the other has nobody to talk to."""
