@@ -49,13 +49,14 @@ log: Final = logging.getLogger("aiouffd.migration")
 
 PRECOPY: Final = "precopy"  #: the feature: memory may be sent before the switch
 
-_FRAME_BYTES: Final = 1 << 20  # of memory, before the switch
-_QUIET_FRAME_BYTES: Final = 256 << 10  # after it
-_SMALL_FRAME_BYTES: Final = 64 << 10  # while somebody waits for pages
+_FRAME_BYTES: Final = 1 << 20  # of memory, while the program runs here
+_FRAME_SECONDS: Final = 0.005  # that one frame may take once it runs there, but for ...
+_SHORT_FRAME_BYTES: Final = 64 << 10  # ... so many bytes
+_LONG_FRAME_BYTES: Final = 256 << 10
 _WORTH_A_LOOK: Final = 32 << 10  # bytes that are sent as they lie, if they can be
-_RECENT: Final = 0.02  # seconds since the last demand
 _WINDOW: Final = 4 << 20  # bytes of bulk on their way while nobody waits for anything
 _LEAST_WINDOW: Final = 256 << 10  # and while somebody does, at least
+_QUEUE: Final = 0.016  # seconds that they may take then, besides what the flow allows
 _WAITS: Final = 0.5  # seconds since the last demand
 _MOMENT: Final = 0.005  # seconds that one frame may take under a bandwidth
 _CATCH_UP: Final = 0.02  # seconds' worth of it that may be sent at once after a pause
@@ -492,7 +493,9 @@ class Outgoing:
             return False
         window = _WINDOW
         if asyncio.get_running_loop().time() - self._asked < _WAITS:
-            window = min(max(self._flow.window, _LEAST_WINDOW), _WINDOW)
+            # Less, and all would take so much longer that more had to be waited for.
+            window = self._flow.window + int(self._flow.rate * _QUEUE)
+            window = min(max(window, _LEAST_WINDOW), _WINDOW)
         return not line.channels[Role.BULK].full and self._in_doubt[Role.BULK].bytes < window
 
     async def _until_it_may(self) -> None:
@@ -502,10 +505,10 @@ class Outgoing:
 
     def _step(self) -> int:
         """Give the bytes of memory for the next frame."""
-        recent = asyncio.get_running_loop().time() - self._asked < _RECENT
-        step = _FRAME_BYTES if self.stage is Stage.COPYING else _QUIET_FRAME_BYTES
-        if recent:
-            step = _SMALL_FRAME_BYTES
+        step = _FRAME_BYTES
+        if self.stage is not Stage.COPYING:  # somebody may wait for what comes behind it
+            step = int(self._flow.rate * _FRAME_SECONDS)
+            step = min(max(step, _SHORT_FRAME_BYTES), _LONG_FRAME_BYTES)
         if self._plan.bandwidth is not None:
             step = min(step, int(self._plan.bandwidth * _MOMENT))
         return max(step, *(each.page_size for each in self._extents))
