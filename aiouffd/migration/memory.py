@@ -20,6 +20,7 @@ import os
 from typing import Final, Self
 
 from ..errors import SourceError
+from ..kernel import page_cache
 from .wire import Extent
 
 _MADV_POPULATE_WRITE: Final = 23  # mmap has no name for it
@@ -48,12 +49,9 @@ class SourceMemory:
         self.extent: Final = extent
         self._base = base
         self._map: mmap.mmap | None = None
+        self._fd = os.dup(fd)
         if base == 0 and _cannot_shrink(fd):
-            # Anew, not duplicated: looking for holes moves the file's position.
-            self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-            self._map = mmap.mmap(self._fd, extent.length, mmap.MAP_SHARED, mmap.PROT_READ)
-        else:
-            self._fd = os.dup(fd)
+            self._map = mmap.mmap(fd, extent.length, mmap.MAP_SHARED, mmap.PROT_READ)
 
     @classmethod
     def of_process(cls, pid: int | str, start: int, extent: Extent) -> Self:
@@ -103,7 +101,7 @@ class SourceMemory:
         """Give whole pages without a copy: they may change as long as they are looked at.
 
         Kernel: F_GET_SEALS, since Linux 3.17: only of a memfd that cannot shrink, for its missing
-        pages would kill who looks at them.
+        pages would kill who looks at them; cachestat, since 6.5, says that none of these is a hole.
 
         Returns:
             None if they have to be read: there is no such memfd, or a hole or a page of zeros may
@@ -111,10 +109,9 @@ class SourceMemory:
         """
         if self._map is None:
             return None
-        end = offset + length
-        if os.lseek(self._fd, offset, os.SEEK_HOLE) < end:
+        if not page_cache.holds(self._fd, offset, length):  # SEEK_HOLE would look to the file's end
             return None
-        view = memoryview(self._map)[offset:end]
+        view = memoryview(self._map)[offset : offset + length]
         # A page that begins with eight zeros may have no others.
         return None if 0 in view.cast("Q")[:: self.extent.page_size // 8].tolist() else view
 
