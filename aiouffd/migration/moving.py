@@ -60,6 +60,8 @@ class _Line:
                     raise PeerError(f"said a line of more than {program.MAX_LINE} bytes")
                 data, more = await self.connection.receive()
                 fds += more
+                if len(fds) > program.MAX_FDS:
+                    raise PeerError("sent more descriptors than there is room for")
                 if not data:
                     raise PeerError("has gone without an answer")
                 self._rest += data
@@ -462,7 +464,8 @@ async def _hand_over(
 
 
 def _memfd(name: str, length: int) -> OwnedFd:
-    fd = OwnedFd(os.memfd_create(name[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    short = name.encode()[:200].decode(errors="ignore")  # the kernel takes 249 bytes
+    fd = OwnedFd(os.memfd_create(short, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     try:
         os.ftruncate(fd.fileno(), length)
         seal(fd.fileno())

@@ -675,7 +675,7 @@ class Outgoing:
             features, token = welcome.get("features"), welcome.get("token")
             if not wire.are_features(features):
                 raise PeerError("welcomed us without a list of features")
-            if not isinstance(token, str) or not 0 < len(token) <= 64:
+            if not isinstance(token, str) or not 0 < len(token) <= wire.MAX_TOKEN:
                 raise PeerError("welcomed us without a token to come back by")
             if not set(features) <= self._offered:
                 raise PeerError(f"agrees to what was not offered: {str(features)[:80]}")

@@ -45,6 +45,7 @@ log: Final = logging.getLogger("aiouffd.migration")
 VERSION: Final = 1
 ARRIVAL_VARIABLE: Final = "AIOUFFD_ARRIVAL"  #: names the socket of who has received the program
 MAX_REGIONS: Final = 12  #: their descriptors travel with one line
+MAX_FDS: Final = MAX_REGIONS + 1
 MAX_LINE: Final = 64 << 10
 
 #: What a program's own userfaultfd needs while it is written to and copied ...
@@ -128,9 +129,9 @@ class _Line:
             while b"\n" not in self._rest:
                 if len(self._rest) > MAX_LINE:
                     raise PeerError(f"said a line of more than {MAX_LINE} bytes")
-                data, more, flags, _ = socket.recv_fds(self.socket, MAX_LINE, MAX_REGIONS + 1)
+                data, more, flags, _ = socket.recv_fds(self.socket, MAX_LINE, MAX_FDS)
                 fds += more
-                if flags & socket.MSG_CTRUNC:
+                if flags & socket.MSG_CTRUNC or len(fds) > MAX_FDS:
                     raise PeerError("sent more descriptors than there is room for")
                 if not data:
                     raise ConnectionResetError(errno.ECONNRESET, "the other side has gone")

@@ -64,9 +64,10 @@ MAX_FEATURES: Final = 64  #: that may be offered, of MAX_NAME characters each
 MAX_NAME: Final = 255  #: bytes of a region's
 MAX_TEXT: Final = 1024  #: characters of an error's text, and of a program's name
 MAX_EPOCH: Final = (1 << 63) - 1
+MAX_TOKEN: Final = 64  #: characters
 _MAX_JSON: Final = 64 << 10
 _MAX_HELLO: Final = 1 << 20
-_MAX_PAGE: Final = 1 << 20  # a frame has at least one
+MAX_PAGE: Final = 1 << 20  #: bytes; a frame has at least one
 
 FLAG_CHECKED: Final = 1  #: the body has a checksum; of PAGES and BATCH only if agreed on
 FLAG_ZSTD: Final = 2  #: the body is one zstd frame
@@ -139,13 +140,14 @@ LIMITS: Final = {
     Kind.MISSING: MAX_RUNS * _RUN.size,
     Kind.STATE: MAX_DATA,
 }
-_FROM_SOURCE: Final = frozenset(
+#: Who may send what.
+FROM_SOURCE: Final = frozenset(
     (
         *(Kind.HELLO, Kind.ERROR, Kind.PAGES, Kind.BATCH, Kind.ZERO, Kind.MISSING, Kind.STATE),
         *(Kind.SWITCH, Kind.PROGRESS, Kind.END, Kind.CANCEL, Kind.PING),
     )
 )
-_FROM_DESTINATION: Final = frozenset(
+FROM_DESTINATION: Final = frozenset(
     (
         *(Kind.WELCOME, Kind.ERROR, Kind.RUNNING, Kind.DEMAND, Kind.ACK, Kind.PROGRESS),
         *(Kind.DONE, Kind.PING),
@@ -184,7 +186,7 @@ class Extent(NamedTuple):
                 " which can be shown"
             )
         if not isinstance(page_size, int) or not (
-            PAGE_SIZE <= page_size <= _MAX_PAGE and is_power_of_two(page_size)
+            PAGE_SIZE <= page_size <= MAX_PAGE and is_power_of_two(page_size)
         ):
             raise PeerError(f"gave region {name!r} a page size of {page_size!r}")
         if (
@@ -350,7 +352,7 @@ class Decoder:
         self.place: Place | None = None
         self.checked = False
         self.version = 0
-        self._kinds = _FROM_SOURCE if from_source else _FROM_DESTINATION
+        self._kinds = FROM_SOURCE if from_source else FROM_DESTINATION
         self._decompress: dict[int, Decompress] = {}
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
