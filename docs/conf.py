@@ -17,6 +17,9 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+# Several classes have an attribute named ``bytes``, and some modules a Place: where a type of that
+# name stands in a signature Sphinx does not know which is meant, and asks.
+suppress_warnings = ["ref.python"]
 
 lexers["sample"] = OutputLexer()  # what a run has printed, of which only the words are checked
 
