@@ -1,9 +1,10 @@
 """A tree of processes that counts: each number once, wherever it runs (started by tests).
 
-counting_tree.py FOLDER SEED MIB [PORT]: four processes, one of them a grandchild, each with a
-second thread.  The first thread of each counts: into its own memory, into memory that all share,
-and as a line of FOLDER/log that says which process counts, how far, and in which pid namespace.
-The second thread reads private memory again and again, which nobody changes, and counts how often.
+counting_tree.py FOLDER SEED MIB,LAST [PORT]: four processes, one of them a grandchild, each with
+a second thread and MIB of private memory, the last one with LAST.  The first thread of each
+counts: into its own memory, into memory that all share, and as a line of FOLDER/log that says
+which process counts, how far, and in which pid namespace.  The second thread reads private memory
+again and again, which nobody changes, and counts how often.
 As soon as FOLDER/stop is there each process compares all of
 its memory and writes FOLDER/result-NAME; the first waits for the others and ends last.
 A SIGCONT is noted in FOLDER/continued.  The first holds a connection to PORT, if that is given.
@@ -98,7 +99,8 @@ class Process:
 
 
 def main() -> None:
-    folder, seed, mib = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    folder, seed = Path(sys.argv[1]), sys.argv[2]
+    mib, last = map(int, sys.argv[3].split(","))
     (folder / "log").touch()
     board = mmap.mmap(-1, PAGE + SHARED)  # shared
     for page in range(SHARED // PAGE):
@@ -117,7 +119,7 @@ def main() -> None:
             name, children = 3, []
         else:
             children.append(pid)
-    process = Process(folder, name, seed, mib, board)
+    process = Process(folder, name, seed, last if name == 3 else mib, board)
     if name == 0 and len(sys.argv) > 4:
         process.connection = socket.create_connection(("127.0.0.1", int(sys.argv[4])))
     process.step()  # what comes first is there: all may be seen to run

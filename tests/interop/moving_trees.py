@@ -93,9 +93,16 @@ class Machine:
 class MovingStage(Stage):
     """Trees that count, and move."""
 
-    def counting(self, *more: object, mib: int = 4, seed: int = 1) -> Running:
-        """Start a tree that counts, and wait until all of it does."""
-        program = (sys.executable, "-I", "-S", HERE / "counting_tree.py", self.run, seed, mib)
+    def counting(self, *more: object, seed: int = 1, last: int = 4) -> Running:
+        """Start a tree that counts, and wait until all of it does.
+
+        Args:
+            more: What it is given besides.
+            seed: For what is in its memory.
+            last: Memory of the last process, in MiB; the others have 4.
+        """
+        words = (HERE / "counting_tree.py", self.run, seed, f"4,{last}")
+        program = (sys.executable, "-I", "-S", *words)
         while True:
             self._count += 1
             running = Running(self, f"{self._count}-tree", (*program, *more), mute=True)
