@@ -278,7 +278,7 @@ class Arriving:
         Cancellation: the migration fails.
         """
         incoming = self._incoming
-        state = await incoming.switched()
+        state = await self._switched()
         fd = OwnedFd(program.state_file(state))
         incoming.note_starting()
         try:
@@ -302,6 +302,23 @@ class Arriving:
         if incoming.stage is not Stage.SWITCHING:  # there has been no line for too long
             await incoming.wait_done()  # says why there is no going on
         incoming.note_running()
+
+    async def _switched(self) -> bytes:
+        """Wait for the switch; give the state."""
+        switched = asyncio.ensure_future(self._incoming.switched())
+        gone = asyncio.ensure_future(self.pager.wait_closed())
+        try:
+            await asyncio.wait((switched, gone), return_when=asyncio.FIRST_COMPLETED)
+            if self.process.poll() is not None or not switched.done():
+                # Nothing has run here, and the source can go on with it.
+                self._incoming.note_failed("the program has ended before it was let run")
+            return await (self._incoming.switched() if switched.done() else switched)
+        finally:
+            for task in (switched, gone):
+                task.cancel()
+            await asyncio.wait((switched, gone))
+            if not gone.cancelled():
+                gone.exception()  # the program's end is said above
 
     async def complete(self) -> None:
         """Wait until all of its memory is here, and let it live on by itself.
