@@ -363,6 +363,20 @@ class UnknownMigration(PeerError):
     """The source comes back to a migration that the destination does not know, or not any more."""
 
 
+class EndedMigration(PeerError):
+    """The source comes back to a migration that has failed meanwhile, and is to hear how.
+
+    Attributes:
+        code: See ToldError.
+        stage: That the migration had reached.
+    """
+
+    def __init__(self, code: str, text: str, stage: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.stage = stage
+
+
 def is_final(error: Exception | None) -> bool:
     """Say whether what has ended a connection ends the migration: another one would not help.
 

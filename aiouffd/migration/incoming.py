@@ -34,7 +34,7 @@ from ..readiness import between_pieces
 from ..region import Region
 from ..resolutions import Answer, Handler, Zero
 from . import packing, wire
-from .channel import NOT_STARTED, Channel, is_final
+from .channel import NOT_STARTED, Channel, EndedMigration, is_final
 from .figures import Stalls
 from .memory import Landing
 from .stages import Stage
@@ -132,6 +132,7 @@ class Incoming:
         self._scratch: mmap.mmap | None = None
         self._scratch_view = memoryview(b"")
         self._error: MigrationFailed | None = None
+        self.ended: EndedMigration | None = None  #: what a source hears that comes back
         self._has_ended = False  # the source has said its last word
         self._may_run = False  # the program, here
         self._changed: set[asyncio.Future[None]] = set()
@@ -695,7 +696,10 @@ class Incoming:
             return
         self._error = error
         self._set_stage(stage)
-        for channel in tuple(self._channels.values()):
+        self.ended = EndedMigration(code, str(error), self.reached.value)
+        # Both are told: whichever the source hears of first, it has to hear why.
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
             channel.tell(code, error)
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():

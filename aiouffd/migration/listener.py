@@ -10,6 +10,7 @@ Laws of this file:
   something else is told what was wrong with it, and closed.
 * A migration is known by its token from its first greeting until it has ended; whoever has the
   token has the migration.
+* How one has failed is remembered: a source that was away hears whether its program ever ran.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Final
 from ..errors import ClosedError, PeerError
 from ..peers import Limits, Peer, Peers
 from . import wire
-from .channel import Channel, UnknownMigration
+from .channel import Channel, EndedMigration, UnknownMigration
 from .incoming import Incoming
 from .line import is_loopback
 from .wire import Frame, Kind, Role
@@ -31,6 +32,7 @@ MOST_MEMORY: Final = 1 << 40  #: bytes that one migration may bring, unless said
 MOST_STATE: Final = 64 << 20  #: bytes of its state
 
 _WAITING: Final = 16  # migrations that nobody has accepted yet
+_REMEMBERED: Final = 256  # that have failed, whose sources may come back
 
 
 class Listener(Peers):
@@ -91,6 +93,7 @@ class Listener(Peers):
         self._most_memory = most_memory
         self._most_state = most_state
         self._known: dict[str, Incoming] = {}  # by token
+        self._ended: dict[str, EndedMigration] = {}  # by token, the oldest first
         self._waiting: deque[Incoming] = deque()
         self._acceptors: deque[asyncio.Future[None]] = deque()
 
@@ -143,6 +146,9 @@ class Listener(Peers):
         token = hello.get("token")
         if token:
             incoming = self._known.get(token) if isinstance(token, str) else None
+            ended = self._ended.get(token) if isinstance(token, str) else None
+            if ended is not None:
+                raise EndedMigration(ended.code, str(ended), ended.stage)
             if incoming is None:
                 raise UnknownMigration(
                     "comes back to a migration that is not known here, or is over"
@@ -175,7 +181,12 @@ class Listener(Peers):
         return incoming
 
     def _forget_migration(self, incoming: Incoming) -> None:
-        self._known.pop(incoming.token, None)
+        if self._known.pop(incoming.token, None) is None:
+            return
+        if incoming.ended is not None:
+            if len(self._ended) >= _REMEMBERED:
+                del self._ended[next(iter(self._ended))]
+            self._ended[incoming.token] = incoming.ended
         if incoming in self._waiting:  # or those that have gone would keep others out
             self._waiting.remove(incoming)
 
@@ -246,11 +257,15 @@ class _Guest(Peer):
         if self._is_silent:
             self._is_silent, self._is_refused = False, True
             self._stop_waiting()
-            channel = _Accepted(self, None, Role.DEMAND, self._listener._silence)
+            ended = error if isinstance(error, EndedMigration) else None
+            channel = _Accepted(self, None, Role.DEMAND, self._listener._silence, ended)
             transport.set_protocol(channel)
             channel.connection_made(transport)
             channel.send_preamble()
-            channel.fail(error)
+            if ended is None:
+                channel.fail(error)
+            else:
+                channel.tell(ended.code, ended)
         else:
             transport.abort()
 
@@ -265,7 +280,12 @@ class _Accepted(Channel):
     """A connection that has said what it is; its guest stands in the listener's list."""
 
     def __init__(
-        self, guest: _Guest, incoming: Incoming | None, role: Role, silence: float
+        self,
+        guest: _Guest,
+        incoming: Incoming | None,
+        role: Role,
+        silence: float,
+        ended: EndedMigration | None = None,
     ) -> None:
         async def take(frame: Frame) -> None:
             if incoming is not None:
@@ -280,7 +300,9 @@ class _Accepted(Channel):
                 incoming.acknowledge(channel)
 
         def stage() -> str:
-            return "" if incoming is None else incoming.reached.value
+            if incoming is not None:
+                return incoming.reached.value
+            return "" if ended is None else ended.stage
 
         super().__init__(
             guest._decoder, take=take, silence=silence, on_lost=lost, on_turn=turn, stage=stage
