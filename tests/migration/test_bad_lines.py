@@ -253,12 +253,13 @@ async def test_deadline_after_the_switch(place: Place, seed: int) -> None:
     async with Field(place, deadline=SHORT) as field:
         move = field.move(seed, rounds=0)
         move.says_first = True
-        later: list[object] = []
+        later: dict[tuple[int, int], int | Signal] = {}
 
         async def touch() -> None:
-            for start, extent in zip(place.starts, place.extents, strict=True):
-                for address in range(start, start + extent.length, PAGE):
-                    later.extend([await place.target.start_peek(address)])
+            for region, extent in enumerate(place.extents):
+                for page in range(extent.length // PAGE):
+                    there = place.target.start_peek(move.address(region, page))
+                    later[region, page] = await there
 
         move.afterwards = touch
         no_pages(Rules(field))
@@ -272,16 +273,18 @@ async def test_deadline_after_the_switch(place: Place, seed: int) -> None:
             assert (here.outcome, here.stage) == ("unknown", "following")
             assert there.outcome == "lost"
             assert [each.number for each in move.signals] == [signal.SIGBUS] * 3
-            assert len(later) == sum(each.length for each in place.extents) // PAGE
-            assert all(isinstance(each, Signal) and each.number == signal.SIGBUS for each in later)
-            # Nothing is lost at the source, and it may ask again; but nobody is there any more.
+            for where, found in later.items():
+                # A page that it had removed before is zeros, with or without a line.
+                assert where in move.after or isinstance(found, Signal), where
+            assert len(later) > len(move.after)
+            # Nothing is lost at the source, and it may ask again: then it hears how it ended.
             assert move.source.contents() == move.source.left
             assert move.outgoing.stage is Stage.FOLLOWING
             field.proxy.on_frame = lambda *_: None
             await field.proxy.listen()
             again = await failed(asyncio.create_task(move.outgoing.run(move.source)))
-            assert again.outcome == "unknown"
-            assert "not known" in str(again)
+            assert again.outcome == "lost"
+            assert "there was no line to" in str(again)
             assert "restart" not in move.source.told
 
 
@@ -322,6 +325,29 @@ async def test_the_source_gives_up_first(place: Place, seed: int) -> None:
             await arriving
         move.compare()
         assert move.source.told == ["stop", "leave"]
+
+
+@pytest.mark.parametrize("lost", ["SWITCH", "RUNNING"])
+async def test_the_destination_gives_up_first(place: Place, seed: int, lost: str) -> None:
+    """A source that comes back hears whether its program ever ran: if not, it goes on here."""
+    async with Field(place, deadline=SHORT) as field:
+        move = field.move(seed, rounds=0, deadline=DEADLINE)
+        move.says_first = True
+        rules = Rules(field)
+        if lost == "SWITCH":
+            held = rules.at(MOMENTS["at the switch"], hold_it)
+        else:
+            rules.at(MOMENTS["at the switch"], hold_rest)
+            held = rules.at(MOMENTS["as it runs"], hold_it)
+        async with both(move) as (leaving, arriving):
+            await held.wait()
+            await take_away(field)
+            there = await failed(arriving)
+            assert not leaving.done()
+            await field.proxy.listen()
+            here = await failed(leaving)
+            assert here.outcome == there.outcome == ("source" if lost == "SWITCH" else "lost")
+            assert move.source.runs is (lost == "SWITCH")
 
 
 # --- slow, and in another order ----------------------------------------------------------
