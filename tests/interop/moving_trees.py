@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from tests.interop.criu import HERE, Stage, at_page_start
 from tests.interop.criu_running import Running, children_of, descendants, free_port
+from tests.suites import Foreign
 
 PROCESSES: Final = 4
 OURS: Final = (sys.executable, "-m", "aiouffd", "migrate")
@@ -92,6 +93,10 @@ class Machine:
 
 class MovingStage(Stage):
     """Trees that count, and move."""
+
+    def __init__(self, criu: Foreign) -> None:
+        super().__init__(criu)
+        self.environment["TMPDIR"] = str(self.folder)  # who is killed cannot tidy up
 
     def counting(self, *more: object, seed: int = 1, last: int = 4) -> Running:
         """Start a tree that counts, and wait until all of it does.

@@ -57,6 +57,7 @@ def test_a_tree_moves_over_a_network_and_tls(stage: MovingStage, seed: int) -> N
     there.end()
 
 
+@NEWEST
 def test_a_tree_moves_into_a_pid_namespace(stage: MovingStage, seed: int) -> None:
     """Its pids are taken where it is received: CRIU is the first process of a namespace then."""
     tree = stage.counting(seed=seed)
