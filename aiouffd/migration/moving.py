@@ -46,6 +46,7 @@ class _Line:
     def __init__(self, connection: Connection) -> None:
         self.connection: Final = connection
         self._rest = b""
+        self._owed = 0  # answers that have not been heard yet
 
     async def hear(self) -> tuple[dict[str, Any], list[OwnedFd]]:
         """Wait for what is said.
@@ -91,9 +92,25 @@ class _Line:
             raise PeerError(f"has gone: {error.strerror}") from error
 
     async def ask(self, **order: Any) -> tuple[dict[str, Any], list[OwnedFd]]:
-        """Say something, and wait for the answer."""
+        """Say something, and wait for the answer.
+
+        Cancellation: the answer is dropped before the next one is taken.
+        """
         await self.say(order)
-        return await self.hear()
+        self._owed += 1
+        while self._owed > 1:
+            with contextlib.suppress(PeerError):  # of no interest any more; it may have gone, too
+                _close((await self._answer())[1])
+        return await self._answer()
+
+    async def _answer(self) -> tuple[dict[str, Any], list[OwnedFd]]:
+        try:
+            found = await self.hear()
+        except PeerError:
+            self._owed -= 1
+            raise
+        self._owed -= 1
+        return found
 
 
 class Leaving:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from aiouffd.errors import MigrationFailed
+from aiouffd.migration.moving import Leaving
 from aiouffd.migration.outgoing import Cancelled
 from aiouffd.migration.stages import Stage
 from tests.migration.small_move import Field, Move, Place
+from tests.stand_in_vmm import ROOT
 from tests.targets import DEADLINE
 
 #: So many moments of a migration are tried.
@@ -189,3 +194,26 @@ async def test_destination_closed(place: Place, seed: int, plan: dict[str, Any])
     outcomes = await at_every_moment(place, seed, plan, close)
     assert outcomes["stayed"], outcomes
     assert set(outcomes) <= {"stayed", "lost", "moved", "not begun"}
+
+
+async def test_an_order_is_cancelled(tmp_path: Path) -> None:
+    """The answer to an order that nobody waits for any more is not taken for the next one's."""
+    path = str(tmp_path / "program")
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.cli.movable", path, "1"], cwd=ROOT, stdout=subprocess.PIPE
+    ) as program:
+        try:
+            assert program.stdout is not None
+            assert b"ready" in program.stdout.readline()
+            async with await Leaving.open(path) as leaving:
+                for turns in range(4):
+                    stopping = asyncio.create_task(leaving.stop())
+                    for _ in range(turns + 1):
+                        await asyncio.sleep(0)
+                    stopping.cancel()
+                    await asyncio.wait((stopping,))
+                    await leaving.restart()
+                    assert int(await leaving.stop()) > 0
+                    await leaving.restart()
+        finally:
+            program.kill()
