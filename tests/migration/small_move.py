@@ -282,6 +282,7 @@ class Move:
         wrong: What its threads read that they should not have.
         signals: How its threads ended, of those that did not end by themselves.
         switched: It may run at the destination.
+        may_start: And does, as soon as this is set, which it is.
         worked: Its threads have ended there.
         arrived: All of it is there.
         end_was_lost: The source's last word has not reached the destination.
@@ -309,6 +310,8 @@ class Move:
         self.rounds_of_work = 2
         self.says_first = chance.random() < 0.5  # that it runs, before it does anything
         self.switched = asyncio.Event()
+        self.may_start = asyncio.Event()
+        self.may_start.set()
         self.worked = asyncio.Event()
         self.signals: list[Signal] = []
         #: Called when its threads have ended, and its faults are still served.
@@ -363,6 +366,7 @@ class Move:
             state = await incoming.switched()
             assert state == self.source.state, "another state than the source's"
             self.switched.set()
+            await self.may_start.wait()
             if self.says_first:
                 incoming.note_running()
             working = asyncio.create_task(self._work())

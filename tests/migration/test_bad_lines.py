@@ -24,15 +24,15 @@ SILENCE = 0.15 * TIME_SCALE
 SHORT = 0.1 * TIME_SCALE  # a deadline that is to pass
 
 #: One moment of a migration: a frame of a kind that passes on a connection, up or down.
-Moment = tuple[Kind, Role, str]
+Moment = tuple[frozenset[Kind], Role, str]
 MOMENTS: dict[str, Moment] = {
-    "copying": (Kind.PAGES, Role.BULK, "up"),
-    "at the state": (Kind.STATE, Role.BULK, "up"),
-    "at the switch": (Kind.SWITCH, Role.BULK, "up"),
-    "as it runs": (Kind.RUNNING, Role.DEMAND, "down"),
-    "as it asks": (Kind.DEMAND, Role.DEMAND, "down"),
-    "as it is answered": (Kind.PAGES, Role.DEMAND, "up"),
-    "as all is there": (Kind.DONE, Role.DEMAND, "down"),
+    "copying": (frozenset((Kind.PAGES, Kind.BATCH, Kind.ZERO)), Role.BULK, "up"),
+    "at the state": (frozenset((Kind.STATE,)), Role.BULK, "up"),
+    "at the switch": (frozenset((Kind.SWITCH,)), Role.BULK, "up"),
+    "as it runs": (frozenset((Kind.RUNNING,)), Role.DEMAND, "down"),
+    "as it asks": (frozenset((Kind.DEMAND,)), Role.DEMAND, "down"),
+    "as it is answered": (frozenset((Kind.PAGES,)), Role.DEMAND, "up"),
+    "as all is there": (frozenset((Kind.DONE,)), Role.DEMAND, "down"),
 }
 
 
@@ -72,7 +72,9 @@ class Rules:
     def _look(self, connection: Connection, way: Way, frame: Passed) -> None:
         direction = "up" if way is connection.up else "down"
         for moment, do, done in self._rules:
-            if not done.is_set() and moment == (frame.kind, connection.role, direction):
+            kinds, role, way_of = moment
+            right = frame.kind in kinds and role is connection.role and way_of == direction
+            if right and not done.is_set():
                 done.set()
                 do(connection, way, frame)
 
@@ -124,10 +126,10 @@ async def failed(task: asyncio.Task[None]) -> MigrationFailed:
 async def test_black_hole(place: Place, seed: int, moment: Moment) -> None:
     """A line that swallows all is given up on both sides; once there is another all goes on."""
     async with Field(place, silence=SILENCE) as field:
-        move = field.move(seed, rounds=moment[0] is not Kind.DEMAND and moment[1] is Role.BULK)
+        move = field.move(seed, rounds=int(moment[1] is Role.BULK))
         move.source.state = b"all that is not in its memory"
         rules = Rules(field)
-        if moment[1] is Role.DEMAND and moment[0] in {Kind.DEMAND, Kind.PAGES}:
+        if moment in (MOMENTS["as it asks"], MOMENTS["as it is answered"]):
             rules.at(MOMENTS["at the switch"], hold_rest)  # so that threads have to ask
         hole = rules.at(moment, lambda *_: field.proxy.swallow_all())
         async with moving(move) as task:
@@ -190,6 +192,96 @@ def no_pages(rules: Rules) -> None:
     """Let no memory through once the program runs: neither by itself nor when it is asked for."""
     rules.at(MOMENTS["at the switch"], hold_rest)
     rules.at(MOMENTS["as it asks"], hold_it)
+
+
+async def test_what_is_waited_for_is_asked_again(place: Place, seed: int) -> None:
+    """On a new line it does not wait for bulk to come by."""
+    async with Field(place) as field:
+        move = field.move(seed, rounds=0)
+        rules = Rules(field)
+        no_pages(rules)
+        async with moving(move) as task:
+            await move.switched.wait()
+            for thread in range(3):
+                await place.target.blocked(thread)
+            await take_away(field)
+            bulk: list[Way] = []
+
+            def hold_bulk(connection: Connection, way: Way, frame: Passed) -> None:
+                if frame.kind is Kind.HELLO and connection.role is Role.BULK:
+                    way.hold_at = frame.end
+                    bulk.append(way)
+
+            field.proxy.on_frame = hold_bulk
+            await field.proxy.listen()
+            await move.worked.wait()
+            assert len(bulk) == 1
+            bulk[0].release()
+            await task
+        move.compare()
+
+
+async def test_bytes_of_a_line_that_was_given_up(place: Place, seed: int) -> None:
+    """They come when a later line has brought newer ones: nobody takes them."""
+    chance = random.Random(seed)
+    async with Field(place) as field:
+        for _ in range(5):
+            move = field.move(chance.randrange(2**32), rounds=2, downtime=100.0)
+            rules = Rules(field)
+            held = rules.at(MOMENTS["copying"], hold_it)
+            later = asyncio.Event()
+            async with moving(move) as task:
+                await held.wait()
+                old = [each for each in field.proxy.connections if each.role is Role.BULK]
+                assert len(old) == 1
+                for connection in field.proxy.connections:  # the destination hears of nothing
+                    connection.leave_half_open()
+
+                def see(
+                    connection: Connection, way: Way, frame: Passed, later: asyncio.Event = later
+                ) -> None:
+                    del way
+                    if connection.number >= 2 and frame.kind in {Kind.PAGES, Kind.BATCH}:
+                        later.set()
+
+                field.proxy.on_frame = see
+                await later.wait()
+                old[0].up.release()
+                await task
+            move.compare()
+
+
+async def test_switched_twice(place: Place, seed: int) -> None:
+    """A second SWITCH, and what goes before it, changes nothing where the first has arrived."""
+    chance = random.Random(seed)
+    async with Field(place) as field:
+        for _ in range(5):
+            move = field.move(chance.randrange(2**32), rounds=chance.choice((0, 1)), downtime=0.0)
+            move.may_start.clear()
+            rules = Rules(field)
+            rules.at(MOMENTS["at the switch"], hold_rest)
+            async with moving(move) as task:
+                await move.switched.wait()
+                bulk: list[Way] = []
+
+                def hold(
+                    connection: Connection, way: Way, frame: Passed, bulk: list[Way] = bulk
+                ) -> None:
+                    # What goes before SWITCH is held with it: MISSING, for one.
+                    if frame.kind is Kind.HELLO and connection.role is Role.BULK:
+                        way.hold_at = frame.end
+                    elif frame.kind is Kind.SWITCH:
+                        bulk.append(way)
+
+                await field.proxy.cut_all()
+                field.proxy.on_frame = hold
+                while not bulk:  # SWITCH is sent again
+                    await asyncio.sleep(0.001)
+                move.may_start.set()
+                await move.worked.wait()  # threads ask for what they need
+                bulk[0].release()
+                await task
+            move.compare()
 
 
 # --- the deadline ------------------------------------------------------------------------

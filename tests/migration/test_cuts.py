@@ -80,29 +80,40 @@ async def frames_of(field: Field, seed: int, plan: dict[str, Any]) -> list[list[
     return counts
 
 
+#: Where a line is cut: behind a frame, as soon as it has passed; before one, once it comes; in it.
+HOW: Final = {"behind": None, "before": 0.0, "within": 0.5}
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-async def test_cut_behind_every_frame(place: Place, seed: int, plan: dict[str, Any]) -> None:
-    """Wherever the first line is cut, behind whichever frame of either side, it comes out right."""
+@pytest.mark.parametrize("how", HOW)
+async def test_cut_at_every_frame(place: Place, seed: int, plan: dict[str, Any], how: str) -> None:
+    """Wherever the first line is cut, at whichever frame of either side, it comes out right."""
     outcomes: Counter[str] = Counter()
+    part = HOW[how]
     async with Field(place) as field:
         counts = await frames_of(field, seed, plan)
         assert len(counts) == 2
         for number, each in enumerate(counts):
             for direction, count in enumerate(each):
-                for behind in range(count + 1):  # 0: behind the preamble
+                for frame in range(count + 1):  # behind 0: behind the preamble
 
                     def cut(
-                        connection: Connection, where: Any = (number, direction, behind)
+                        connection: Connection, where: Any = (number, direction, frame)
                     ) -> None:
-                        if connection.number == where[0]:
-                            connection.ways[where[1]].cut_behind = where[2]
+                        if connection.number != where[0]:
+                            return
+                        way = connection.ways[where[1]]
+                        if part is None:
+                            way.cut_behind = where[2]
+                        else:
+                            way.cut_in = where[2], part
 
                     field.proxy.plan = cut
                     try:
                         outcomes[await survive(field.move(seed, **plan))] += 1
                     except BaseException as error:
                         way = ("up", "down")[direction]
-                        error.add_note(f"connection {number} was cut behind frame {behind} {way}")
+                        error.add_note(f"connection {number} was cut {how} frame {frame} {way}")
                         raise
     print(f"{outcomes} with the seed {seed}")
     assert outcomes["moved"] > sum(map(sum, counts)) // 2

@@ -48,12 +48,11 @@ class _Frames:
     """Looks for the ends of frames in what goes by."""
 
     def __init__(self) -> None:
+        self.begun: list[Passed] = []
         self.found: list[Passed] = []
         self._rest = b""
         self._at = 0
         self._skip = len(wire.PREAMBLE)
-        self._kind: wire.Kind | None = None
-        self._begin = 0
 
     def see(self, data: bytes) -> None:
         """Take note of bytes."""
@@ -67,15 +66,14 @@ class _Frames:
             data = data[self._skip :]
             self._at += self._skip
             self._skip = 0
-            if self._kind is not None:
-                self.found.append(Passed(self._kind, self._begin, self._at))
-                self._kind = None
+            if len(self.found) < len(self.begun):
+                self.found.append(self.begun[-1])
             if len(data) < wire.HEAD_BYTES:
                 self._rest = data
                 return
             kind, _, _, length = _HEAD.unpack_from(data)
-            self._kind, self._begin = wire.Kind(kind), self._at
             self._skip = wire.HEAD_BYTES + length
+            self.begun.append(Passed(wire.Kind(kind), self._at, self._at + self._skip))
 
 
 class Way:
@@ -87,6 +85,8 @@ class Way:
         given: Bytes that were passed on.
         cut_at: The connection is cut behind so many bytes; None is never.
         cut_behind: The connection is cut behind so many frames; 0 is behind the preamble.
+        cut_in: The number of a frame, from 0 on, and which part of it still passes; the connection
+            is cut as soon as the frame comes.
         swallows: What comes is taken, and goes nowhere.
         held: What comes waits for ``release``.
         hold_at: What comes behind so many bytes waits for ``release``; None is never.
@@ -100,6 +100,7 @@ class Way:
         self.given = 0
         self.cut_at: int | None = None
         self.cut_behind: int | None = None
+        self.cut_in: tuple[int, float] | None = None
         self.swallows = False
         self.held = False
         self.hold_at: int | None = None
@@ -130,6 +131,11 @@ class Way:
             ends = [len(wire.PREAMBLE), *(frame.end for frame in self.frames)]
             if self.count >= ends[0] and len(ends) > self.cut_behind:
                 self.cut_at = ends[self.cut_behind]
+        if self.cut_at is None and self.cut_in is not None:
+            number, part = self.cut_in
+            if len(self._frames.begun) > number:
+                frame = self._frames.begun[number]
+                self.cut_at = frame.begin + int(part * (frame.end - frame.begin))
         if self.swallows:
             return
         self._waiting += data
