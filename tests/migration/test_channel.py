@@ -156,6 +156,26 @@ async def test_waiting_ends_with_the_channel() -> None:
         assert taken.turns == 0
 
 
+async def test_the_last_word_is_said_while_a_frame_waits() -> None:
+    """And the other side's end is noticed, though nothing was read meanwhile."""
+
+    async def take(each: Frame) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async with connected(take=take) as (channel, _, raw):
+        raw.say(preamble() + frame(6, span=PAGE, number=1))
+        while channel._waiting is None:
+            await asyncio.sleep(0)
+        channel.tell("refused", PeerError("it was a test"))
+        assert (await raw.hear()).json()["code"] == "refused"
+        raw.say(frame(4, CONTENTS, span=PAGE, number=2) * 100)
+        await raw.writer.drain()
+        raw.writer.write_eof()
+        assert await raw.is_ended()
+        await within(channel.wait_closed())
+        assert channel.is_closed
+
+
 ENDS: dict[str, tuple[bytes, str, str, type[Exception]]] = {
     "a rule broken": (frame(6, span=100), "protocol", "no whole pages", PeerError),
     "damage": (b"\0" + frame(17)[1:], "damaged", "head was damaged", DamagedFrame),

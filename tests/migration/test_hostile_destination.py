@@ -203,6 +203,23 @@ async def test_a_welcome_that_lies_is_found_out(name: str) -> None:
         assert (error.outcome, program.told) == ("source", [])
 
 
+async def test_what_breaks_a_line_as_it_comes_up_is_said() -> None:
+    """A frame that is wrong right behind the second welcome."""
+    async with Destination.listening() as destination:
+
+        async def script() -> None:
+            demand, _ = await destination.greeted()
+            demand.say(destination.welcome())
+            bulk, _ = await destination.greeted()
+            bulk.say(destination.welcome() + frame(9))
+            assert "for us to send" in (await bulk.hear_error())["text"]
+
+        program = Standing()
+        with sending(destination.port) as outgoing:
+            error = await fails(outgoing, program, script(), "SWITCH, which is for us to send")
+        assert (error.outcome, program.told) == ("source", [])
+
+
 async def test_a_destination_without_an_answer_is_given_up() -> None:
     """One that closes, and one that says nothing at all."""
     async with Destination.listening() as destination:

@@ -162,6 +162,7 @@ async def test_who_goes_on_before_it_is_welcomed_is_refused() -> None:
             frame(frames.SWITCH, number=1),
             frame(frames.STATE, b"x", span=1),
             of_json(frames.END, {}),
+            of_json(frames.PROGRESS, {}),
             hello(),
             frame(frames.PAGES, CONTENTS, span=PAGE, number=1),
         ):
