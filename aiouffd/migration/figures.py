@@ -2,6 +2,9 @@
 
 Knows: numbers and their names.
 Must not know: connections, memory; who reads them.
+
+Law of this file: what the other side tells of itself has the types that it should have, or is left
+out: who shows it need not look again.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ..events import Event, PageFault
+from .wire import text_of
 
+_MOST: Final = 1 << 63  # that a number from the other side may be
 _MOST_SAMPLES: Final = 4096
 _MOST_ROUNDS: Final = 64  # that are told to the other side
 _MOST_THREADS: Final = 512  # that are named; the longest waiting of them
@@ -302,3 +307,66 @@ class Stalls:
         if timeline:
             value["timeline"] = self.timeline.as_dict()
         return value
+
+
+_ANY: Final = "*"  # in a pattern: keys of any name
+_OF_SOURCE: Final[dict[str, Any]] = {
+    "stage": "",
+    "round": 0,
+    "left_bytes": 0,
+    "dirty_rate": 0,
+    "figures": SourceFigures().as_dict(short=True)
+    | {"rounds": [dataclasses.asdict(Round(0, 0, 0, 0, 0))]},
+}
+_OF_DESTINATION: Final[dict[str, Any]] = Stalls().as_dict() | {
+    "stage": "",
+    "received_bytes": 0,
+    "left_bytes": 0,
+    "stall_by_thread": {_ANY: 0},
+    "timeline": {"step": 0, "ran_after": 0, "faults": [0], "stall": {_ANY: [0]}},
+}
+
+
+def told_by_source(value: dict[str, Any]) -> dict[str, Any]:
+    """Take what a source says of itself, as far as it is what it should be."""
+    told: dict[str, Any] = _taken(value, _OF_SOURCE)
+    figures = told.get("figures", {})
+    if "rounds" in figures:
+        whole = _OF_SOURCE["figures"]["rounds"][0].keys()
+        figures["rounds"] = [each for each in figures["rounds"] if each.keys() == whole]
+    return told
+
+
+def told_by_destination(value: dict[str, Any]) -> dict[str, Any]:
+    """Take what a destination says of itself, as far as it is what it should be."""
+    told: dict[str, Any] = _taken(value, _OF_DESTINATION)
+    timeline = told.get("timeline")
+    if timeline is not None and (
+        timeline.keys() != _OF_DESTINATION["timeline"].keys()
+        or not timeline["step"] > 0
+        or any(len(each) != len(timeline["faults"]) for each in timeline["stall"].values())
+    ):
+        del told["timeline"]
+    return told
+
+
+def _taken(value: object, pattern: object) -> Any:
+    """Take what has the types of a pattern; None is nothing."""
+    match pattern:
+        case str():
+            return text_of(value) if isinstance(value, str) else None
+        case list():
+            parts = value if isinstance(value, list) else ()
+            return [part for each in parts if (part := _taken(each, pattern[0])) is not None]
+        case dict():
+            if not isinstance(value, dict):
+                return None
+            taken = {
+                text_of(key): _taken(each, pattern[_ANY] if _ANY in pattern else pattern[key])
+                for key, each in value.items()
+                if _ANY in pattern or key in pattern
+            }
+            return {key: each for key, each in taken.items() if each is not None}
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if abs(value) < _MOST else None  # which neither nan nor infinity is

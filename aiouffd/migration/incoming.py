@@ -35,7 +35,7 @@ from ..region import Region
 from ..resolutions import Answer, Handler, Zero
 from . import packing, wire
 from .channel import NOT_STARTED, Channel, EndedMigration, is_final
-from .figures import Stalls
+from .figures import Stalls, told_by_source
 from .memory import Landing
 from .stages import Stage
 from .wire import Extent, Frame, Head, Kind, Role
@@ -413,11 +413,11 @@ class Incoming:
             if self.stage is Stage.COPYING:
                 self._take_state(frame)
         elif kind is Kind.PROGRESS:
-            self.source = frame.json()
+            self.source = told_by_source(frame.json())
         elif kind is Kind.CANCEL:
             self._take_cancel()
         elif kind is Kind.END:
-            self.source = frame.json()
+            self.source = told_by_source(frame.json())
             if self.stage is not Stage.DONE:
                 raise PeerError("ended the migration, which is not over")
             self._has_ended = True

@@ -39,7 +39,7 @@ from ..threads import in_thread
 from . import packing, wire
 from .backlog import Backlog, InDoubt, Taken
 from .channel import UNKNOWN, Channel, ToldError
-from .figures import Round, Sample, SourceFigures
+from .figures import Round, Sample, SourceFigures, told_by_destination
 from .line import Line
 from .memory import SourceMemory, split
 from .stages import Stage
@@ -744,11 +744,11 @@ class Outgoing:
             if self.stage not in {Stage.SWITCHING, Stage.FOLLOWING}:
                 raise PeerError("says that all is there, where we have not let it run")
             self._note_running()
-            self.destination = frame.json()
+            self.destination = told_by_destination(frame.json())
             self._is_there = True
             self._changed.set()
         elif kind is Kind.PROGRESS:
-            self.destination = frame.json()
+            self.destination = told_by_destination(frame.json())
         else:
             raise PeerError(f"sent a second {kind.name}")
 

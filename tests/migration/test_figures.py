@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aiouffd.events import PageFault
-from aiouffd.migration.figures import Round, Sample, SourceFigures, Stalls, Timeline, Times
+from aiouffd.migration.figures import (
+    Round,
+    Sample,
+    SourceFigures,
+    Stalls,
+    Timeline,
+    Times,
+    told_by_destination,
+    told_by_source,
+)
 from aiouffd.migration.wire import PREAMBLE, Decoder, Encoder, Kind
 
 
@@ -101,3 +114,50 @@ def test_what_is_told_to_the_other_side_fits_into_a_frame() -> None:
         frames = [*decoder.feed(PREAMBLE), *decoder.feed(data)]
         assert len(frames) == 1
     assert len(figures.as_dict()["rounds"]) == 5000
+
+
+# --- what the other side says of itself ---------------------------------------------------------
+
+names = st.sampled_from(
+    ["step", "ran_after", "faults", "stall", "rounds", "seconds", "number", "1", "\x1b[2J"]
+)
+
+
+def test_what_each_side_tells_comes_as_it_was() -> None:
+    """All of it, through JSON."""
+    figures = SourceFigures(memory_bytes=4096, downtime=0.5)
+    figures.rounds.append(Round(1, 0.5, 10, 20, 40.0))
+    ended = {"figures": figures.as_dict(short=True)}
+    progress = {"stage": "copying", "round": 2, "left_bytes": 4096, "dirty_rate": 1.5}
+    for value in (ended, progress, {}):
+        assert told_by_source(json.loads(json.dumps(value))) == value
+    stalls = Stalls()
+    stalls.note_running()
+    value = stalls.as_dict(timeline=True) | {"stage": "done", "received_bytes": 5, "left_bytes": 0}
+    value["stall_by_thread"] = {"17": 0.25}
+    assert told_by_destination(json.loads(json.dumps(value))) == value
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=4),
+        max_leaves=12,
+    )
+)
+def test_what_has_other_types_is_left_out(value: object) -> None:
+    """Whoever shows it need not look again."""
+    for told in (
+        told_by_source({"figures": value, "dirty_rate": value, "stage": value}),
+        told_by_destination({"timeline": value, "stall_by_thread": value, "stall": value}),
+    ):
+        assert told.get("stage", "").isprintable()
+        assert abs(told.get("dirty_rate", 0) + told.get("stall", 0)) < 1 << 64
+        for each in told.get("stall_by_thread", {}).values():
+            assert round(each) <= 1 << 63
+        for passed in told.get("figures", {}).get("rounds", []):
+            assert set(passed) == {field.name for field in dataclasses.fields(Round)}
+        timeline = told.get("timeline")
+        if timeline is not None:
+            assert timeline["step"] > 0
+            assert len(json.dumps(told, allow_nan=False)) > 0
