@@ -335,6 +335,8 @@ class _Sending:
     def _sentence(self, error: UffdError | OSError) -> str:
         """Say what was wrong so that one can do something about it."""
         cause = error.__cause__
+        if isinstance(cause, ConnectionError) and isinstance(cause.__cause__, OSError):
+            cause = cause.__cause__  # what dialling came to
         if not isinstance(error, MigrationFailed) or not isinstance(cause, OSError | ToldError):
             return str(error)
         here = "the program runs on here" if error.outcome == "source" else str(error).split(":")[0]
