@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import sys
 import threading
 from typing import Any, Final
 
+from aiouffd.kernel.parent import die_with_parent
 from aiouffd.migration.program import ARRIVAL_VARIABLE, Movable, ProgramMemory, arrive
 
 PAGE: Final = 4096
@@ -66,6 +68,7 @@ def main(path: str, mib: str = "4", flaw: str = "") -> None:
         sys.exit(5)
     arrival = arrive()
     if arrival is None:
+        die_with_parent(signal.SIGKILL)
         memory, steps = ProgramMemory.create("heap", int(mib) << 20), 0
         memory.map[: written(memory)] = os.urandom(PAGE) * (written(memory) // PAGE)
         for page in range(written(memory) // PAGE):
