@@ -31,6 +31,10 @@ from .wire import Frame, Kind, Role
 MOST_MEMORY: Final = 1 << 40  #: bytes that one migration may bring, unless said otherwise
 MOST_STATE: Final = 64 << 20  #: bytes of its state
 
+_OPEN: Final = (
+    "{} can be reached by other machines, and without TLS whoever connects can bring a program and"
+    " read what it had: give certificates, or ask for plain connections"
+)
 _WAITING: Final = 16  # migrations that nobody has accepted yet
 _REMEMBERED: Final = 256  # that have failed, whose sources may come back
 
@@ -79,12 +83,9 @@ class Listener(Peers):
             ValueError: It is for other machines, without TLS, and that was not asked for; or
                 the context lets in who shows no certificate.
         """
-        if ssl is None and not plain and not is_loopback(host):
-            raise ValueError(
-                f"{host} can be reached by other machines, and without TLS whoever connects can"
-                " bring a program and read what it had: give certificates, or ask for plain"
-                " connections"
-            )
+        self._is_for_here = ssl is None and not plain
+        if self._is_for_here and not is_loopback(host):
+            raise ValueError(_OPEN.format(host))
         if ssl is not None and ssl.verify_mode != _CERT_REQUIRED:
             raise ValueError("the TLS context must ask for certificates: CERT_REQUIRED")
         super().__init__(host, port, ssl=ssl, limits=limits, client_name=client_name)
@@ -99,6 +100,19 @@ class Listener(Peers):
 
     def _peer(self, name: str) -> Peer:
         return _Guest(self, name)
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: The address cannot be had.
+            ValueError: The host's name has come to mean one that other machines can reach.
+        """
+        await super().start()
+        found = [each.getsockname()[0] for each in self._listeners]
+        if self._is_for_here and not all(is_loopback(each) for each in found):
+            self._stop_listening()
+            raise ValueError(_OPEN.format(self._host))
 
     async def accept(self) -> Incoming:
         """Wait for a migration.
