@@ -511,7 +511,7 @@ def test_loopback_is_open_to_this_machine_alone() -> None:
 async def test_a_name_that_comes_to_mean_another_address_is_looked_at_again() -> None:
     """When it is listened at: names change."""
     listener = Listener("localhost")
-    listener._host = "0.0.0.0"  # noqa: S104 - as if the name meant that now
+    listener._host = "0.0.0.0"
     with pytest.raises(ValueError, match="can be reached by other machines"):
         await listener.start()
     await listener.aclose()
