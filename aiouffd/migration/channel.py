@@ -92,7 +92,7 @@ class Channel(asyncio.BufferedProtocol):
         self._stage = stage
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._heard = self._said = self._loop.time()
+        self._heard = self._said = self._due = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._waiting: asyncio.Task[None] | None = None  # for a frame to be taken
         self._closed: asyncio.Future[None] = self._loop.create_future()
@@ -109,7 +109,7 @@ class Channel(asyncio.BufferedProtocol):
             return
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(_HIGH, _LOW)
-        self._heard = self._said = self._loop.time()
+        self._heard = self._said = self._due = self._loop.time()
         self._listen()
 
     def get_buffer(self, sizehint: int) -> bytearray:
@@ -247,12 +247,15 @@ class Channel(asyncio.BufferedProtocol):
 
     def _listen(self) -> None:
         now = self._loop.time()
+        # While this loop stood still nobody listened: what has come meanwhile is not read yet.
+        self._heard = min(self._heard + now - self._due, now)
         if self._waiting is None and now - self._heard > self._silence:
             self.fail(ConnectionAbortedError(f"nothing was heard for {self._silence:g} s"))
             return
         if now - self._said >= self._silence / _LISTENS * 0.9:
             self.send(self.encoder.frame(Kind.PING))
-        self._timer = self._loop.call_later(self._silence / _LISTENS, self._listen)
+        self._due = now + self._silence / _LISTENS
+        self._timer = self._loop.call_at(self._due, self._listen)
 
     def fail(self, error: Exception) -> None:
         """Give the connection up.

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import random
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -163,6 +164,17 @@ async def test_black_hole_on_one_connection(place: Place, seed: int) -> None:
                 await task
             move.compare()
             assert move.outgoing.figures.connections >= 2
+
+
+async def test_a_loop_that_stood_still(place: Place, seed: int) -> None:
+    """Who did not listen for a while does not take the other side for silent."""
+    async with Field(place, silence=SILENCE) as field:
+        move = field.move(seed, rounds=1)
+        Rules(field).at(MOMENTS["at the switch"], lambda *_: time.sleep(3 * SILENCE))
+        async with moving(move) as task:
+            await task
+        move.compare()
+        assert move.outgoing.figures.connections == 1
 
 
 async def test_threads_wait_for_the_line(place: Place, seed: int) -> None:
