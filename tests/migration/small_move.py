@@ -163,8 +163,7 @@ class Source:
         self._maps: list[mmap.mmap] = []
         self.memory: list[SourceMemory] = []
         for extent in extents:
-            with OwnedFd(os.memfd_create(extent.name, os.MFD_CLOEXEC)) as fd:
-                os.ftruncate(fd.fileno(), extent.length)
+            with OwnedFd(self._memfd(extent)) as fd:
                 self._maps.append(mmap.mmap(fd.fileno(), extent.length))
                 self.memory.append(SourceMemory(fd.fileno(), extent))
         for region, extent in enumerate(extents):
@@ -172,13 +171,22 @@ class Source:
                 if chance.random() < 0.8:
                     self.write(region, page)
 
+    def _memfd(self, extent: Extent) -> int:
+        """Make the memory of a region."""
+        fd = os.memfd_create(extent.name, os.MFD_CLOEXEC)
+        os.ftruncate(fd, extent.length)
+        return fd
+
     def write(self, region: int, page: int) -> None:
         """Write a page that never was before; zeros, now and then."""
         assert self.runs, "it writes where it should stand still"
         self._version += 1
-        data = bytes(PAGE)
-        if self._chance.random() < 0.85:
-            data = _WORD.pack(self._version << 16 | region << 8 | page) * (PAGE // _WORD.size)
+        zeros = self._chance.random() < 0.15
+        self._put(region, page, 0 if zeros else self._version << 16 | region << 8 | page)
+
+    def _put(self, region: int, page: int, value: int) -> None:
+        """Fill a page with a word."""
+        data = _WORD.pack(value) * (PAGE // _WORD.size)
         self._maps[region][page * PAGE : (page + 1) * PAGE] = data
         self.tracker.pages.add((region, page))
 
@@ -221,6 +229,65 @@ class Source:
             each.close()
 
 
+class TrackedSource(Source):
+    """A program that is a real process: what it writes is found by a DirtyTracker.
+
+    Attributes:
+        dirty: The tracker.
+    """
+
+    def __init__(self, target: Target, extents: Sequence[Extent], chance: random.Random) -> None:
+        """Map the memory in a process, which may be used again after ``close``."""
+        self._target = target
+        self._starts: list[int] = []
+        self._writes: list[Call[Any]] = []
+        features = Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM
+        _, fd = target.open_uffd(int(features), os.O_CLOEXEC | os.O_NONBLOCK)
+        self._uffd = Userfaultfd.adopt(fd)
+        self.dirty = DirtyTracker(self._uffd, pid=target.pid, pidfd=target.pidfd)
+        super().__init__(extents, chance)
+
+    def _memfd(self, extent: Extent) -> int:
+        there, fd = self._target.make_memfd("source", 0, extent.length)
+        self._starts.append(self._target.map(extent.length, there))
+        self.dirty.add(self._starts[-1], extent.length, file=fd)
+        self._target.call("close", there).result()
+        return fd
+
+    def _put(self, region: int, page: int, value: int) -> None:
+        address = self._starts[region] + page * PAGE
+        if value:
+            call = self._target.start_number(address, 8, 512, value << 16)
+        else:
+            call = self._target.start_fill(address, PAGE, 0)
+        self._writes.append(call)  # beside whatever goes on here
+        if len(self._writes) > 8:  # its socket does not take any number of orders
+            self._writes.pop(0).result()
+
+    async def stop(self) -> bytes:
+        """Stand still, having written what was begun."""
+        self.write_some()
+        self.runs = False
+        for call in self._writes:
+            call.result()
+        return await super().stop()
+
+    def write_some(self) -> None:
+        """Write a page or two, if it still runs."""
+        if self.runs:
+            super().write_some()
+
+    def close(self) -> None:
+        """Let go of it, and unmap it there."""
+        super().close()
+        for call in self._writes:
+            call.result()
+        self.dirty.close()
+        self._uffd.close()
+        for start, extent in zip(self._starts, self.extents, strict=True):
+            self._target.call("munmap", start, extent.length).result()
+
+
 class Field:
     """Two hosts and a bad network between them, for one migration after the other.
 
@@ -247,9 +314,15 @@ class Field:
         await self.listener.aclose()
         self.place.target._unwatch()  # the next field has another loop
 
-    def move(self, seed: int, **plan: Any) -> Move:
-        """Prepare a migration."""
-        return Move(self, seed, plan)
+    def move(self, seed: int, *, process: Target | None = None, **plan: Any) -> Move:
+        """Prepare a migration.
+
+        Args:
+            seed: Of all that is random in it.
+            process: Is the program at the source; by default it is simulated.
+            plan: Its numbers.
+        """
+        return Move(self, seed, plan, process)
 
 
 def a_plan(chance: random.Random) -> dict[str, Any]:
@@ -288,11 +361,19 @@ class Move:
         end_was_lost: The source's last word has not reached the destination.
     """
 
-    def __init__(self, field: Field, seed: int, plan: dict[str, Any]) -> None:
+    def __init__(
+        self, field: Field, seed: int, plan: dict[str, Any], process: Target | None
+    ) -> None:
         self.seed = seed
         self.field = field
         self.chance = chance = random.Random(seed)
-        self.source = Source(field.place.extents, chance)
+        self.source = (
+            Source(field.place.extents, chance)
+            if process is None
+            else TrackedSource(process, field.place.extents, chance)
+        )
+        source = self.source
+        tracker: object = source.dirty if isinstance(source, TrackedSource) else source.tracker
         self.incoming: Incoming | None = None
         self.wrong: list[str] = []
         numbers: dict[str, Any] = {"deadline": field.deadline, "silence": field.silence}
@@ -301,7 +382,7 @@ class Move:
             self.source.memory,
             "127.0.0.1",
             field.proxy.port,
-            tracker=cast("DirtyTracker", self.source.tracker),
+            tracker=cast("DirtyTracker", tracker),
             plan=Plan(**numbers),
         )
         self.failure = FailurePolicy(retries=0)

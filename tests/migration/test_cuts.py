@@ -18,7 +18,7 @@ import pytest
 from aiouffd.errors import MigrationFailed
 from tests.migration.small_move import Field, Move, Place, a_plan
 from tests.migration.unreliable import Connection, Unreliable
-from tests.targets import DEADLINE
+from tests.targets import DEADLINE, Target
 
 RUNS: Final = int(os.environ.get("AIOUFFD_MIGRATION_RUNS", "1000"))
 
@@ -156,14 +156,14 @@ def a_bad_network(chance: random.Random, proxy: Unreliable) -> None:
     proxy.plan = plan
 
 
-async def many(place: Place, seed: int, runs: int) -> None:
+async def many(place: Place, seed: int, runs: int, process: Target | None = None) -> None:
     """Move so many times over bad networks."""
     outcomes: Counter[str] = Counter()
     async with Field(place) as field:
         for number in range(runs):
             chance = random.Random(f"{seed}/{number}")
             a_bad_network(chance, field.proxy)
-            move = field.move(chance.randrange(2**32), **a_plan(chance))
+            move = field.move(chance.randrange(2**32), process=process, **a_plan(chance))
             try:
                 outcomes[await survive(move)] += 1
             except BaseException as error:
@@ -179,6 +179,13 @@ async def many(place: Place, seed: int, runs: int) -> None:
 async def test_cut_at_random_bytes(place: Place, seed: int) -> None:
     """Wherever lines are cut, however often, it comes out right."""
     await many(place, seed, 50)
+
+
+async def test_cut_while_a_process_writes(place: Place, seed: int) -> None:
+    """The same with a real process at the source, whose writes are found by the kernel's means."""
+    with Target("shmem", 1, register=0, open_uffd=False) as process:
+        await many(place, seed, 25, process)
+        process._unwatch()
 
 
 @pytest.mark.once
