@@ -334,6 +334,10 @@ class PageSet:
         """Give the set as it is kept: (number, bitmap) of each stretch of CHUNK_PAGES pages."""
         return iter(self._chunks.items())
 
+    def bits(self, number: int) -> int:
+        """Give the bitmap of one chunk; see ``chunks``."""
+        return self._chunks.get(number, 0)
+
     def add_chunk(self, number: int, bits: int) -> None:
         """Put the pages of one chunk in; see ``chunks``."""
         if not 0 < bits <= _FULL:

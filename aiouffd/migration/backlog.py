@@ -61,6 +61,33 @@ class Backlog:
             self.bytes += new
         return new
 
+    def add_runs(self, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Put many runs in, quicker than one by one.
+
+        Args:
+            runs: Region, offset and length of each, in bytes; the nearer the next the better.
+        """
+        region = chunk = -1
+        bits = 0
+        for number, offset, length in runs:
+            first, last = offset // _STRETCH, (offset + length - 1) // _STRETCH
+            if first != last:
+                self.add(number, offset, length)
+                continue
+            if first != chunk or number != region:
+                self._add_bits(region, chunk, bits)
+                region, chunk, bits = number, first, 0
+            at = offset % _STRETCH // PAGE_SIZE
+            bits |= ((1 << length // PAGE_SIZE) - 1) << at
+        self._add_bits(region, chunk, bits)
+
+    def _add_bits(self, region: int, chunk: int, bits: int) -> None:
+        if bits:
+            pages = self._pages[region]
+            there = pages.bits(chunk)
+            pages.add_chunk(chunk, bits)
+            self.bytes += (bits & ~there).bit_count() * PAGE_SIZE
+
     def add_all(self) -> None:
         """Put everything in."""
         for number, extent in enumerate(self._extents):

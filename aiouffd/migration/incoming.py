@@ -84,6 +84,7 @@ class Incoming:
         stalls: An observer for the pager.
         source: What the source has told of its progress, and its figures at the end.
         received_bytes: Of memory, with their contents.
+        may_run: The program may have run here, see ``note_starting``.
         zero_bytes: Of memory that was only said to be zeros.
 
     Sharing: the loop's thread.
@@ -134,7 +135,7 @@ class Incoming:
         self._error: MigrationFailed | None = None
         self.ended: EndedMigration | None = None  #: what a source hears that comes back
         self._has_ended = False  # the source has said its last word
-        self._may_run = False  # the program, here
+        self.may_run = False  # the program, here
         self._changed: set[asyncio.Future[None]] = set()
         self._had_line = False
         self._no_line: asyncio.TimerHandle | None = None
@@ -239,13 +240,15 @@ class Incoming:
         If it then does not say that it runs, nobody can know that it has not: the source does not
         let it go on there.
         """
-        self._may_run = True
+        self.may_run = True
 
     def note_running(self, *, more: bool = False) -> None:
         """Tell the source that the program runs here now.
 
         Args:
-            more: It has memory that comes another way; ``note_all_here`` says when it is there.
+            more: It is not all there with the last page of its regions: it has memory that comes
+                another way, or does not live by itself yet.  ``note_all_here`` says when it does;
+                until then the source keeps everything.
         """
         if self.stage is not Stage.SWITCHING:
             raise RuntimeError(f"this migration is {self.stage.value}")
@@ -258,16 +261,28 @@ class Incoming:
         self._look_whether_done()
 
     def note_all_here(self) -> None:
-        """Say that what has come another way is here; see ``note_running``."""
+        """Say that now it is all there; see ``note_running``."""
         self._more = False
         self._look_whether_done()
 
     def note_failed(self, reason: str) -> None:
         """Tell the source that the program does not run here, or not any more."""
-        may_have_run = self._may_run or self.stage is Stage.FOLLOWING
+        may_have_run = self.may_run or self.stage is Stage.FOLLOWING
         code = NOT_STARTED if self.stage is Stage.SWITCHING and not may_have_run else "failed"
         outcome = "lost" if may_have_run else "source"
         self._end(MigrationFailed(reason, stage=self.stage.value, outcome=outcome), code=code)
+
+    async def wait_here(self) -> None:
+        """Wait until nothing of its regions is still to come; see ``note_running``.
+
+        Raises:
+            MigrationFailed: As ``wait_done``.
+
+        Cancellation: nothing happens; call again.
+        """
+        await self._until(
+            lambda: self.stage in {Stage.FOLLOWING, Stage.DONE} and not self._left_bytes
+        )
 
     async def wait_done(self) -> None:
         """Wait until all of the memory is here.
@@ -529,6 +544,7 @@ class Incoming:
         if self._wanted:
             self._answer(number, where, answer)
         if not self._left_bytes:
+            self._wake()
             self._look_whether_done()
 
     def _answer(self, number: int, where: Range, answer: Answer) -> None:

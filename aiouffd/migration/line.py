@@ -140,6 +140,8 @@ class Line:
                 lost = [each.lost for each in self.channels.values() if each.lost is not None]
                 self.why = str(lost[0])
                 self._drop()
+                if not any(map(is_damage, lost)):
+                    damaged = 0  # one after the other is too much
                 for broken in lost:
                     damaged += is_damage(broken)
                     if is_final(broken) or damaged > _MOST_DAMAGED:

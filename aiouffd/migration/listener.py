@@ -26,6 +26,7 @@ from . import wire
 from .channel import Channel, EndedMigration, UnknownMigration
 from .incoming import Incoming
 from .line import is_loopback
+from .stages import Stage
 from .wire import Frame, Kind, Role
 
 MOST_MEMORY: Final = 1 << 40  #: bytes that one migration may bring, unless said otherwise
@@ -144,6 +145,8 @@ class Listener(Peers):
         """
         for incoming in tuple(self._known.values()):
             if not incoming.stage.is_over:
+                if incoming.stage is Stage.SWITCHING:
+                    incoming.note_starting()  # whoever has taken it may be letting it run
                 incoming.note_failed("the destination was closed")
         await super().aclose()
         while self._acceptors:

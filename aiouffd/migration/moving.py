@@ -29,6 +29,7 @@ from ..failure import Action, FailurePolicy
 from ..fds import OwnedFd
 from ..handover import Peer, pin_peer
 from ..pager import Pager
+from ..threads import in_thread
 from ..uffd import Userfaultfd
 from ..unix_socket import Connection
 from . import program
@@ -75,6 +76,9 @@ class _Line:
         except ValueError as error:
             _close(fds)
             raise PeerError(f"said something that is no JSON: {error}") from error
+        except OSError as error:
+            _close(fds)
+            raise PeerError(f"has gone: {error.strerror}") from error
         except BaseException:
             _close(fds)
             raise
@@ -198,6 +202,8 @@ class Leaving:
         for each, fd in zip(regions, fds, strict=False):
             if not isinstance(each, dict) or not isinstance(each.get("start"), int):
                 raise PeerError("described a region without a start")
+            if not 0 <= each["start"] < 1 << 56:
+                raise PeerError(f"has a region at {each['start']:#x}")
             extent = Extent.checked(each.get("name"), each.get("length"), each.get("page_size"))
             if os.fstat(fd.fileno()).st_size < extent.length:
                 raise PeerError(f"has a region {extent.name!r} whose memfd is shorter than it says")
@@ -217,7 +223,7 @@ class Leaving:
         try:
             if len(fds) != 1:
                 raise PeerError("stopped without giving its state")
-            return program.read_state(fds[0].fileno())
+            return await in_thread(program.read_state, fds[0].fileno())
         finally:
             _close(fds)
 
@@ -318,7 +324,7 @@ class Arriving:
             fd.close()
         if incoming.stage is not Stage.SWITCHING:  # there has been no line for too long
             await incoming.wait_done()  # says why there is no going on
-        incoming.note_running()
+        incoming.note_running(more=True)
 
     async def _switched(self) -> bytes:
         """Wait for the switch; give the state."""
@@ -337,8 +343,14 @@ class Arriving:
             if not gone.cancelled():
                 gone.exception()  # the program's end is said above
 
-    async def complete(self) -> None:
+    async def complete(self, *, timeout: float = 60.0) -> None:
         """Wait until all of its memory is here, and let it live on by itself.
+
+        Only then does the source hear that all is there: whoever ends this process before ends
+        the program as well.
+
+        Args:
+            timeout: Seconds that the program may take to say that it lives by itself.
 
         Raises:
             MigrationFailed: That will not be.
@@ -346,22 +358,31 @@ class Arriving:
         Cancellation: nothing happens; call again.
         """
         incoming, pager = self._incoming, self.pager
-        done = asyncio.ensure_future(incoming.wait_done())
+        here = asyncio.ensure_future(incoming.wait_here())
         gone = asyncio.ensure_future(pager.wait_closed())
         try:
-            await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not done.done():
+            await asyncio.wait((here, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not here.done():
                 gone.result()
                 incoming.note_failed("the program has ended")
-            await done
+            await here
         finally:
-            for task in (done, gone):
+            for task in (here, gone):
                 task.cancel()
-            await asyncio.wait((done, gone))
+            await asyncio.wait((here, gone))
         # What is missing now was said to be zeros: that is what the kernel makes of it.
         await pager.aclose(Action.ZERO)
+        try:
+            async with asyncio.timeout(timeout):
+                _close((await self._line.ask(do="complete"))[1])
+        except PeerError:
+            log.info("the program has ended, with all of its memory")
+        except TimeoutError as error:
+            text = f"it has not said within {timeout:g} s that it lives by itself"
+            incoming.note_failed(text)
+            raise MigrationFailed(text, stage="following", outcome="lost") from error
         self.is_complete = True
-        await self._line.say({"do": "complete"})
+        incoming.note_all_here()
 
 
 @contextlib.asynccontextmanager

@@ -38,7 +38,7 @@ from ..flow import Flow
 from ..threads import in_thread
 from . import packing, wire
 from .backlog import Backlog, InDoubt, Taken
-from .channel import UNKNOWN, Channel, ToldError
+from .channel import Channel, ToldError
 from .figures import Round, Sample, SourceFigures, told_by_destination
 from .line import Line
 from .memory import SourceMemory, split
@@ -61,6 +61,9 @@ _WAITS: Final = 0.5  # seconds since the last demand
 _MOMENT: Final = 0.005  # seconds that one frame may take under a bandwidth
 _CATCH_UP: Final = 0.02  # seconds' worth of it that may be sent at once after a pause
 _SAMPLE: Final = 0.05  # seconds
+_SERVED_AT_ONCE: Final = 2 << 20  # bytes of memory for demands, between two turns of the loop
+_ADDED_AT_ONCE: Final = 4096  # dirty runs, likewise
+_PROGRAM_FAILED: Final = frozenset(("failed", "refused"))  # codes of a destination without it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +295,7 @@ class Outgoing:
         assert self._features is not None  # noqa: S101 - there has been a line
         if not plan.rounds or tracker is None or PRECOPY not in self._features:
             self._backlog.add_all()
+            self._check_behind()
             return
         await in_thread(tracker.begin)  # it takes its time
         self._backlog.add_all()
@@ -301,8 +305,9 @@ class Outgoing:
             self._tell_progress()
             await self._push()
             dirty = await tracker.collect()
-            for run in dirty.runs:
-                self._backlog.add(*run)
+            for at in range(0, len(dirty.runs), _ADDED_AT_ONCE):
+                self._backlog.add_runs(dirty.runs[at : at + _ADDED_AT_ONCE])
+                await asyncio.sleep(0)
             seconds = loop.time() - began
             self.dirty_rate = dirty.rate
             self.figures.rounds.append(
@@ -310,15 +315,26 @@ class Outgoing:
             )
             if self._fits():
                 return
-        if plan.behind is not None and self._backlog.bytes > plan.behind:
-            raise MigrationFailed(
-                f"it does not converge: after {self._round} rounds {self._backlog.bytes} bytes are"
-                f" left, which take more than {plan.downtime:g} s; the program writes"
-                f" {self.dirty_rate:.0f} bytes/s.  Let more follow after the switch, or allow a"
-                " longer downtime",
-                stage=self.stage.value,
-                outcome="source",
+        self._check_behind()
+
+    def _check_behind(self) -> None:
+        """Go on only if no more is left than may follow after the switch."""
+        behind, left = self._plan.behind, self._backlog.bytes
+        if behind is None or left <= behind:
+            return
+        if not self._round:
+            text = (
+                f"all of its {left} bytes would follow after the switch, of which {behind} may: it"
+                " takes rounds before, and a destination that takes them"
             )
+        else:
+            text = (
+                f"it does not converge: after {self._round} rounds {left} bytes are left, which"
+                f" take more than {self._plan.downtime:g} s; the program writes"
+                f" {self.dirty_rate:.0f} bytes/s.  Let more follow after the switch, or allow a"
+                " longer downtime"
+            )
+        raise MigrationFailed(text, stage=self.stage.value, outcome="source")
 
     def _fits(self) -> bool:
         """Say whether what is left can be sent within the downtime that is allowed."""
@@ -347,8 +363,7 @@ class Outgoing:
                 outcome="source",
             )
         if self._tracker is not None and self._round:
-            for run in self._tracker.collect_now().runs:
-                self._backlog.add(*run)
+            self._backlog.add_runs(self._tracker.collect_now().runs)
         too_much = plan.behind is not None and self._backlog.bytes > plan.behind
         if self._round and (too_much or self._fits()):
             await self._push()
@@ -397,7 +412,8 @@ class Outgoing:
         self.figures.seconds = asyncio.get_running_loop().time() - self._began
         self._note_line()
         stage = self.stage
-        was_told = isinstance(error, ToldError) and error.code != UNKNOWN
+        # Anything else that it says is about the line: there the program may well run on.
+        was_told = isinstance(error, ToldError) and error.code in _PROGRAM_FAILED
         expected = isinstance(error, UffdError | OSError)
         if stage in {Stage.OFFERED, Stage.COPYING} or (
             isinstance(error, ToldError) and error.not_started
@@ -406,7 +422,15 @@ class Outgoing:
             cancelled = isinstance(error, Cancelled | asyncio.CancelledError)
             self.stage = Stage.CANCELLED if cancelled else Stage.FAILED
             if self._stopped_at:
-                await asyncio.shield(program.restart())
+                try:
+                    await asyncio.shield(program.restart())
+                except (UffdError, OSError) as failed:
+                    self.stage = Stage.FAILED
+                    return MigrationFailed(
+                        f"it could not be told to go on here: {failed}; before that: {error}",
+                        stage=stage.value,
+                        outcome="unknown",
+                    )
             if cancelled or not expected:
                 return error
             return MigrationFailed(
@@ -484,7 +508,11 @@ class Outgoing:
                 continue
             taken = backlog.take(self._step(), wire.MAX_RUNS)
             assert taken is not None  # noqa: S101 - there are bytes
-            self._send_runs(Role.BULK, line.channels[Role.BULK], taken)
+            try:
+                self._send_runs(Role.BULK, line.channels[Role.BULK], taken)
+            except SourceError:
+                self._put_back(taken)
+                raise
             await asyncio.sleep(0)
 
     def _may_send(self) -> bool:
@@ -628,24 +656,33 @@ class Outgoing:
         """Send what is waited for, the most urgent first, as far as the kernel takes it."""
         line = self._line
         in_doubt = self._in_doubt[Role.DEMAND]
+        served = 0
         while self._demands and line.is_up and not line.channels[Role.DEMAND].full:
             if len(in_doubt) >= wire.MAX_DEMANDS:
                 return  # until it says what has landed
+            if served >= _SERVED_AT_ONCE:
+                asyncio.get_running_loop().call_soon(self._serve_demands)
+                return
             _, _, frame = heapq.heappop(self._demands)
             region, offset, length = frame.region, frame.offset, frame.span
+            served += length
             self._asked = asyncio.get_running_loop().time()
             self.figures.demand += 1
             self.figures.demand_bytes += length
+            self._backlog.discard(region, offset, length)
+            taken = Taken(region, [(offset, length)])
             try:
-                self._backlog.discard(region, offset, length)
-                self._send_runs(
-                    Role.DEMAND, line.channels[Role.DEMAND], Taken(region, [(offset, length)])
-                )
+                self._send_runs(Role.DEMAND, line.channels[Role.DEMAND], taken)
             except SourceError as error:
+                self._put_back(taken)
                 self._error = self._error or error
                 self._changed.set()
                 return
             self._backlog.near(region, offset + length)
+
+    def _put_back(self, taken: Taken) -> None:
+        """Take note that what was taken out of the backlog could not be sent."""
+        self._backlog.add_runs((taken.region, *run) for run in taken.runs)
 
     # --- what comes ----------------------------------------------------------------------
 

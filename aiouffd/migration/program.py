@@ -14,7 +14,8 @@ Laws of this file:
   From then on it stands still until it is told to end, or to go on after all.
 * A program that has arrived and lacks memory does not outlive who serves it: the kernel would
   make zeros of what is missing.  It is killed with it, whatever its threads are doing.
-* Until then a child that is forked does not have the memory: it dies where it touches it.
+* A child that is forked does not have the memory: it dies where it touches it.  What it wrote would
+  not be known to who sends the memory away, and what it read of missing pages would be made zeros.
 * The userfaultfd is open here, too, until all is there: no end of another process closes it.
 """
 
@@ -29,6 +30,7 @@ import mmap
 import os
 import signal
 import socket
+import stat
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -47,6 +49,7 @@ ARRIVAL_VARIABLE: Final = "AIOUFFD_ARRIVAL"  #: names the socket of who has rece
 MAX_REGIONS: Final = 12  #: their descriptors travel with one line
 MAX_FDS: Final = MAX_REGIONS + 1
 MAX_LINE: Final = 64 << 10
+MAX_STATE: Final = 1 << 30  #: bytes; a destination may take less
 
 #: What a program's own userfaultfd needs while it is written to and copied ...
 _TRACKING: Final = Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM
@@ -63,6 +66,10 @@ _FOLLOWING: Final = (
 class ProgramMemory:
     """A region of a program's memory that can move: a memfd, mapped.
 
+    It is to be read and written by ``map`` or ``address``, and by this process alone: what gets
+    into the memfd another way (write(2), another mapping) is not known to have changed, and what
+    is read another way may not have come yet.  Children that are forked do not have it.
+
     Attributes:
         name: By which the other side knows it.
         map: The memory.
@@ -78,6 +85,7 @@ class ProgramMemory:
         self.length: Final = length
         self.fd: Final = fd
         self.map: Final = mmap.mmap(fd, length, mmap.MAP_SHARED)
+        self.map.madvise(mmap.MADV_DONTFORK)
         self.address: Final = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
 
     @classmethod
@@ -263,7 +271,10 @@ class Movable:
                     log.exception("a move was broken off")
             self._connection = None
             if self.stage == "stopped":
-                self._go_on()
+                try:
+                    self._go_on()
+                except Exception:
+                    log.exception("the program could not be told to go on")
 
     def _serve(self, line: _Line) -> None:
         """Answer one mover, to its end."""
@@ -274,8 +285,7 @@ class Movable:
             if what == "describe":
                 self._describe(line)
             elif what == "stop" and self.stage == "running":
-                state = state_file(self._stop())
-                self.stage = "stopped"
+                state = self._stand_still()
                 try:
                     line.say({"stage": self.stage}, [state])
                 finally:
@@ -292,6 +302,15 @@ class Movable:
                 return
             else:
                 line.say({"error": f"{str(what)[:40]!r} is not possible: it is {self.stage}"})
+
+    def _stand_still(self) -> int:
+        """Stop it; give its state in a file.  If that fails it goes on."""
+        self.stage = "stopped"
+        try:
+            return state_file(self._stop())
+        except BaseException:
+            self._go_on()
+            raise
 
     def _go_on(self) -> None:
         self._restart()
@@ -411,10 +430,10 @@ class Arrival:
             order = {}
         if order.get("do") != "complete":
             os.kill(os.getpid(), signal.SIGKILL)  # else what is missing would read zeros
-        for each in self.memory.values():
-            each.map.madvise(mmap.MADV_DOFORK)
         self._tie.cut()
         self._uffd.close()
+        with contextlib.suppress(OSError):  # it is of no use to us any more
+            self._line.say({"stage": "complete"})
         self._line.socket.close()
         self._complete.set()
 
@@ -447,9 +466,6 @@ def arrive() -> Arrival | None:
         ProgramMemory(str(each["name"]), fd, int(each["length"]))
         for each, fd in zip(regions, fds, strict=True)
     ]
-    for each in memory:
-        # A child's mapping would not be registered: what is missing it would fill with zeros.
-        each.map.madvise(mmap.MADV_DONTFORK)
     # Without the right to kernel-mode faults a system call on missing memory gets EFAULT; plain
     # accesses are served all the same.
     uffd = Userfaultfd.open(_FOLLOWING, allow_user_mode_only=True)
@@ -498,7 +514,14 @@ def state_file(state: bytes) -> int:
 
 
 def read_state(fd: int) -> bytes:
-    """Take a state out of the file in which it was handed over."""
+    """Take a state out of the file in which it was handed over.
+
+    Raises:
+        PeerError: It is no file, or longer than any state.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_STATE:
+        raise PeerError(f"gave a state that is no file of at most {MAX_STATE} bytes")
     with open(fd, "rb", closefd=False) as file:
         file.seek(0)
         return file.read()

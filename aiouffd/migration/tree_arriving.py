@@ -56,11 +56,14 @@ GROUP: Final = PREFIX + "tree"  #: in the store: pidfds of all processes
 _CHUNK: Final = 64 << 10  # bytes around a fault
 _MAX_CHILDREN: Final = 4096  # forked ones, served at once
 #: Does not wait for whoever should read it: the tree runs, and that is no reason to hold it up.
+_TOLD: Final = "told"
 _SCRIPT: Final = """\
 #!/bin/sh
 # Run by criu restore
-[ "$CRTOOLS_SCRIPT_ACTION" = post-resume ] || exit 0
-echo it runs 1<> {path}
+case "$CRTOOLS_SCRIPT_ACTION" in
+pre-resume) : > {path}.may ;;
+post-resume) echo it runs 1<> {path} ;;
+esac
 """
 
 
@@ -167,9 +170,10 @@ class ArrivingTree:
         """Wait for the switch, and make the tree run.
 
         Raises:
-            MigrationFailed: It runs on at the source.
+            MigrationFailed: It runs on at the source; or, with outcome ``lost``, CRIU may have let
+                some of it run before it failed.
 
-        Cancellation: what was made is killed, and the source hears that nothing was started.
+        Cancellation: what was made is killed, and the source hears of it, as for an error.
         """
         incoming = self._incoming
         state = await incoming.switched()
@@ -180,11 +184,12 @@ class ArrivingTree:
         except BaseException as error:
             await self._kill()
             text = str(error) or type(error).__name__
+            outcome = "lost" if incoming.may_run else "source"
             if not incoming.stage.is_over:
                 incoming.note_failed(f"the processes do not run: {text}")
             if isinstance(error, UffdError | OSError):
                 raise MigrationFailed(
-                    f"the processes do not run here: {text}", stage="switching", outcome="source"
+                    f"the processes do not run here: {text}", stage="switching", outcome=outcome
                 ) from error
             raise
         incoming.note_running(more=True)
@@ -262,13 +267,15 @@ class ArrivingTree:
         options = ["--lazy-pages", *self._options]
         before: Sequence[str] = ()
         with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aiouffd-tree-"))
+            script, fd = _make_teller(folder)
+            stack.enter_context(fd)
+            stack.callback(self._look_whether_it_may_run, f"{os.path.join(folder, _TOLD)}.may")
+            options += ("--action-script", script)
             told = None
             if self._namespace:
                 before = ("unshare", "--fork", "--pid", "--mount-proc")
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aiouffd-tree-"))
-                script, fd = _make_teller(folder)
-                told = stack.enter_context(fd).fileno()
-                options += ("--action-script", script)
+                told = fd.fileno()
             else:
                 options.append("--restore-detached")
             criu = Criu(self._program, "restore", self.folder, *options, before=before)
@@ -285,6 +292,11 @@ class ArrivingTree:
         if ended and (told is not None or criu.status != 0):
             raise MigrationFailed(criu.why())
         criu.let_go()
+
+    def _look_whether_it_may_run(self, path: str) -> None:
+        """Tell, now that CRIU has ended or the tree runs, whether any of it may have run."""
+        if os.path.exists(path):
+            self._incoming.note_starting()
 
     async def complete(self) -> None:
         """Wait until all of the memory is here, and let the tree live on by itself.
@@ -328,7 +340,7 @@ class ArrivingTree:
 
 def _make_teller(folder: str) -> tuple[str, OwnedFd]:
     """Make a command that CRIU runs when the tree runs; give it, and what is readable then."""
-    path, script = os.path.join(folder, "told"), os.path.join(folder, "tell")
+    path, script = os.path.join(folder, _TOLD), os.path.join(folder, "tell")
     os.mkfifo(path, 0o600)
     fd = OwnedFd(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     with open(script, "w", encoding="utf-8") as file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -51,6 +51,22 @@ def places(draw: st.DrawFn) -> tuple[int, int, int]:
     first = draw(st.integers(0, count - 1))
     many = draw(st.integers(1, count - first) | st.integers(1, min(count - first, 3)))
     return region, first * extent.page_size, many * extent.page_size
+
+
+@given(st.lists(places()), st.lists(places()))
+def test_many_runs_are_put_in_as_one_by_one(
+    before: list[tuple[int, int, int]], runs: list[tuple[int, int, int]]
+) -> None:
+    """In any order, over what is there, across chunks and regions."""
+    one, many = Backlog(EXTENTS), Backlog(EXTENTS)
+    for each in before:
+        one.add(*each)
+        many.add(*each)
+    for each in runs:
+        one.add(*each)
+    many.add_runs(runs)
+    assert many.bytes == one.bytes
+    assert list(many.runs()) == list(one.runs())
 
 
 class Sending(RuleBasedStateMachine):

@@ -368,6 +368,7 @@ async def test_who_breaks_the_rules_after_the_switch_leaves_the_program_where_it
         ({"code": "failed", "stage": "switching"}, "lost", ["stop", "leave"]),
         ({"code": "failed", "stage": "following"}, "lost", ["stop", "leave"]),
         ({"code": "failed"}, "lost", ["stop", "leave"]),
+        ({"code": "protocol", "stage": "following"}, "unknown", ["stop", "leave"]),
         ({"code": "unknown"}, "unknown", ["stop", "leave"]),
         ({"code": "unknown", "stage": {}}, "unknown", ["stop", "leave"]),
     ],

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from aiouffd.errors import PeerError
 from aiouffd.migration import program
 from aiouffd.ranges import PAGE_SIZE
 from aiouffd.uffd import Userfaultfd
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: A program that forks before all of its memory is there, and whose child looks at it.
+#: A program that forks, and whose child looks at its memory.
 FORKS = """
 import os, sys
 from aiouffd.migration import program
@@ -39,8 +40,10 @@ print(child_ends_by(), flush=True)
 
 
 @pytest.mark.once
-def test_a_forked_child_has_no_memory_that_is_still_to_come() -> None:
-    """It would fill with zeros, for its parent as well, what its parent waits for."""
+def test_a_forked_child_has_no_such_memory() -> None:
+    """It would fill with zeros, for its parent as well, what its parent waits for; and what it
+    wrote later would not be known to have changed.
+    """
     ours, theirs = socket.socketpair()
     memfd = os.memfd_create("memory", os.MFD_CLOEXEC)
     os.ftruncate(memfd, PAGE_SIZE)
@@ -69,9 +72,48 @@ def test_a_forked_child_has_no_memory_that_is_still_to_come() -> None:
                     assert int(process.stdout.readline()) == -signal.SIGSEGV
                     uffd.copy(start, b"\5" * PAGE_SIZE)
                 line.say({"do": "complete"})
-                assert int(process.stdout.readline()) == 5
+                assert line.hear()[0] == {"stage": "complete"}
+                assert int(process.stdout.readline()) == -signal.SIGSEGV
                 assert process.wait(10) == 0
             finally:
                 process.kill()
                 os.close(memfd)
                 os.close(state)
+
+
+def test_a_program_whose_state_cannot_be_had_goes_on(tmp_path: Path) -> None:
+    """It was stopped, and is let go on; the mover hears of an end, not of a state."""
+    memory = program.ProgramMemory.create("memory", PAGE_SIZE)
+    told: list[str] = []
+
+    def stop() -> bytes:
+        told.append("stop")
+        raise OSError("its state is nowhere")
+
+    path = tmp_path / "socket"
+    try:
+        with program.Movable(path, [memory], stop=stop, restart=lambda: told.append("go on")) as it:
+            with socket.socket(socket.AF_UNIX) as mover:
+                mover.connect(str(path))
+                line = program._Line(mover)
+                line.say({"do": "stop"})
+                with pytest.raises(ConnectionResetError):
+                    line.hear()
+            assert told == ["stop", "go on"]
+            assert it.stage == "running"
+    finally:
+        os.close(memory.fd)
+
+
+def test_a_state_is_a_file_of_some_length() -> None:
+    """What a program gives as its state is not read blindly."""
+    ends = os.pipe()
+    huge = os.memfd_create("huge", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(huge, program.MAX_STATE + 1)
+        for fd in (ends[0], huge):
+            with pytest.raises(PeerError, match="no file of at most"):
+                program.read_state(fd)
+    finally:
+        for fd in (*ends, huge):
+            os.close(fd)
