@@ -341,7 +341,9 @@ class Outgoing:
         rate = self._flow.rate
         if self._plan.bandwidth is not None:
             rate = min(rate, self._plan.bandwidth) if rate else self._plan.bandwidth
-        return self._backlog.bytes <= rate * self._plan.downtime
+        # Where nothing was measured yet, a page or two take no time that matters.
+        most = rate * self._plan.downtime if rate else _SHORT_FRAME_BYTES
+        return self._backlog.bytes <= most
 
     async def _switch(self, program: Program) -> None:
         """Stop the program here, and let it run there."""
@@ -429,7 +431,7 @@ class Outgoing:
                     return MigrationFailed(
                         f"it could not be told to go on here: {failed}; before that: {error}",
                         stage=stage.value,
-                        outcome="unknown",
+                        outcome="source",  # where it may stand still, or have ended
                     )
             if cancelled or not expected:
                 return error
