@@ -37,6 +37,34 @@ def add_trust_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
     return group
 
 
+def add_client_options(trust: argparse._ArgumentGroup) -> None:
+    """Add the options that say whose programs are taken."""
+    whose = trust.add_mutually_exclusive_group()
+    whose.add_argument(
+        "--client-name", metavar="NAME", help="the name that a source's certificate must be for"
+    )
+    whose.add_argument(
+        "--any-client",
+        action="store_true",
+        help="whoever has a certificate of these authorities may bring a program",
+    )
+
+
+def check_client_options(args: argparse.Namespace, *, tls: bool) -> None:
+    """See to it that with TLS somebody has been named, or nobody on purpose.
+
+    Raises:
+        UffdError: That is not so.
+    """
+    if tls and not (args.client_name or args.any_client):
+        raise UffdError(
+            "whose programs are taken?  Give --client-name, the name in the source's certificate,"
+            " or --any-client"
+        )
+    if (args.client_name or args.any_client) and not tls:
+        raise UffdError("--client-name and --any-client are of no use without --tls-cert")
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add what both say of a migration, and to whom."""
     group = parser.add_argument_group("what is said of it")

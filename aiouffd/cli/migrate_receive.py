@@ -35,9 +35,11 @@ from .arguments import count, host_and_port
 from .diagnostics import logging_to
 from .migrate_figures import summary
 from .migrate_options import (
+    add_client_options,
     add_deadline_option,
     add_output_options,
     add_trust_options,
+    check_client_options,
     has_tls,
     server_context,
     where,
@@ -104,16 +106,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="stay until the program ends, pass SIGTERM on, and end as it does",
     )
     add_deadline_option(much)
-    trust = add_trust_options(parser)
-    whose = trust.add_mutually_exclusive_group()
-    whose.add_argument(
-        "--client-name", metavar="NAME", help="the name that a source's certificate must be for"
-    )
-    whose.add_argument(
-        "--any-client",
-        action="store_true",
-        help="whoever has a certificate of these authorities may bring a program",
-    )
+    add_client_options(add_trust_options(parser))
     add_output_options(parser)
     return parser
 
@@ -121,13 +114,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Receive; give the exit status."""
     tls = has_tls(args, args.at[0], doing="taking programs in on")
-    if tls and not (args.client_name or args.any_client):
-        raise UffdError(
-            "whose programs are taken?  Give --client-name, the name in the source's certificate,"
-            " or --any-client"
-        )
-    if (args.client_name or args.any_client) and not tls:
-        raise UffdError("--client-name and --any-client are of no use without --tls-cert")
+    check_client_options(args, tls=tls)
     if shutil.which(args.command_line[0]) is None:
         raise UffdError(f"there is no program {args.command_line[0]} here to start")
     if args.wait and args.times > 1:

@@ -31,7 +31,9 @@ from . import operation, statuses
 from .arguments import host_and_port
 from .diagnostics import logging_to
 from .migrate_options import (
+    add_client_options,
     add_trust_options,
+    check_client_options,
     client_context,
     has_tls,
     server_context,
@@ -56,7 +58,8 @@ _STATUSES: Final = {"source": statuses.FAILED, "lost": statuses.LOST}
 
 _EPILOG: Final = """\
 examples:
-  aiouffd migrate receive-tree 10.0.0.7:7441 --tls-cert me.pem --tls-cacert ca.pem
+  aiouffd migrate receive-tree 10.0.0.7:7441 --tls-cert me.pem --tls-cacert ca.pem \\
+      --client-name old-host.example
   aiouffd migrate receive-tree 10.0.0.7:7441 --plain
 
 The processes get the pids that they had, which must be free here (or --pid-namespace), and the
@@ -88,7 +91,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
         help="make them in a pid namespace of their own, where no pid is taken; CRIU stays as its"
         " first process",
     )
-    add_trust_options(parser)
+    add_client_options(add_trust_options(parser))
     add_output_options(parser)
     parser.add_argument("--kept", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -97,6 +100,7 @@ def add_parser(commands: Subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Take one in; give the exit status."""
     tls = has_tls(args, args.at[0], doing="waiting for processes on")
+    check_client_options(args, tls=tls)
     operation.raise_descriptor_limit()
     if not args.kept and tuple(sys.argv[1:3]) == _WORDS:  # the program is this command alone
         return _keep()
@@ -170,6 +174,7 @@ class _Receiving:
             *args.at,
             ssl=server,
             plain=args.plain,
+            client_name=args.client_name or "",
             deadline=args.deadline,
             most_memory=0,
             most_state=MOST_IMAGES,

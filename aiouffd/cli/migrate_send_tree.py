@@ -144,6 +144,8 @@ class _Sending:
                 port=args.port,
                 ssl=server_context(args) if self._tls else None,
                 plain=args.plain,
+                # Who gets the memory is who has got the rest.
+                client_name=(args.server_name or args.to[0]) if self._tls else "",
             ) as tree:
                 outgoing = Outgoing(
                     [],

@@ -47,7 +47,7 @@ def test_a_tree_moves_over_a_network_and_tls(stage: MovingStage, seed: int) -> N
     certificates = Certificates.make(stage.folder / "tls")
     tls = certificates.options[1:]
     tree = stage.counting(seed=seed)
-    there = stage.receive(*tls, network=True)
+    there = stage.receive(*tls, "--client-name", "localhost", network=True)
     sending = stage.send(tree, there, *tls, "--server-name", "localhost", "--keep")
     assert there.status() == 0, there.running.text()
     sending.wait()
