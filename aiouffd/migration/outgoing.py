@@ -196,6 +196,7 @@ class Outgoing:
         self._round = 0
         self._cancel = False
         self._leaves = False  # it is being told: too late to cancel
+        self._copies_there = False  # the destination takes memory before the switch
         self._is_there = False  # the destination has said that all is there
         self._running_there = False
         self._stopped_at = 0.0
@@ -320,7 +321,7 @@ class Outgoing:
     def _check_behind(self) -> None:
         """Go on only if no more is left than may follow after the switch."""
         behind, left = self._plan.behind, self._backlog.bytes
-        if behind is None or left <= behind:
+        if not self._is_too_much():
             return
         if not self._round:
             text = (
@@ -336,6 +337,11 @@ class Outgoing:
             )
         raise MigrationFailed(text, stage=self.stage.value, outcome="source")
 
+    def _is_too_much(self) -> bool:
+        """Say whether more is left than may follow after the switch."""
+        behind = self._plan.behind
+        return behind is not None and self._backlog.bytes > behind
+
     def _fits(self) -> bool:
         """Say whether what is left can be sent within the downtime that is allowed."""
         rate = self._flow.rate
@@ -348,7 +354,7 @@ class Outgoing:
     async def _switch(self, program: Program) -> None:
         """Stop the program here, and let it run there."""
         self._check()
-        plan, loop = self._plan, asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         if self._round and not self._fits():
             # Most of what will follow is known by now: the destination can forget what it has of
             # it while the program still runs.
@@ -366,8 +372,7 @@ class Outgoing:
             )
         if self._tracker is not None and self._round:
             self._backlog.add_runs(self._tracker.collect_now().runs)
-        too_much = plan.behind is not None and self._backlog.bytes > plan.behind
-        if self._round and (too_much or self._fits()):
+        if self._round and (self._is_too_much() or self._fits()):
             await self._push()
         self._check()
         self._leaves = True
@@ -381,7 +386,10 @@ class Outgoing:
             await self._until(lambda: line.is_up or self._running_there)
             epoch = line.epoch
             if not self._running_there:  # the line may have come with that news
-                await self._send_switch(epoch)
+                if self._is_too_much() and self._copies_there:
+                    await self._push()  # it was in doubt when the line before this one broke
+                if self._is_line(epoch):
+                    await self._send_switch(epoch)
             await self._until_other_line(epoch)
         self.stage = Stage.FOLLOWING
         self._tell_progress()
@@ -746,6 +754,7 @@ class Outgoing:
                 for offset, length in taken.runs:
                     self.figures.again_bytes += self._backlog.add(taken.region, offset, length)
         self._flow = Flow()
+        self._copies_there = bool(self._round) and welcome.get("stage") == Stage.COPYING.value
         if welcome.get("stage") in [Stage.FOLLOWING.value, Stage.DONE.value]:  # it may be anything
             if self.stage is not Stage.SWITCHING and not self._running_there:
                 raise PeerError("says that the program runs there, where we have not let it")
