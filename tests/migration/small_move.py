@@ -354,6 +354,7 @@ class Move:
         incoming: The destination's, once it is there.
         wrong: What its threads read that they should not have.
         signals: How its threads ended, of those that did not end by themselves.
+        behind: Bytes that followed after the switch.
         switched: It may run at the destination.
         may_start: And does, as soon as this is set, which it is.
         worked: Its threads have ended there.
@@ -390,6 +391,7 @@ class Move:
         self.after: dict[tuple[int, int], bytes] = {}
         self.rounds_of_work = 2
         self.says_first = chance.random() < 0.5  # that it runs, before it does anything
+        self.behind = -1
         self.switched = asyncio.Event()
         self.may_start = asyncio.Event()
         self.may_start.set()
@@ -446,6 +448,7 @@ class Move:
             await incoming.prepare(place.landings)
             state = await incoming.switched()
             assert state == self.source.state, "another state than the source's"
+            self.behind = incoming.left_bytes
             self.switched.set()
             await self.may_start.wait()
             if self.says_first:

@@ -26,6 +26,12 @@ RUNS: Final = int(os.environ.get("AIOUFFD_MIGRATION_RUNS", "1000"))
 PLANS: Final[dict[str, dict[str, Any]]] = {
     "pre-copy, the rest follows": {"rounds": 2, "downtime": 0.0},
     "pre-copy, nothing follows": {"rounds": 2, "downtime": 100.0},
+    "pre-copy, nothing may follow": {
+        "rounds": 2,
+        "downtime": 100.0,
+        "behind": 0,
+        "bandwidth": 1e9,
+    },
     "post-copy": {"rounds": 0, "checksums": True},
 }
 
@@ -109,8 +115,10 @@ async def test_cut_at_every_frame(place: Place, seed: int, plan: dict[str, Any],
                             way.cut_in = where[2], part
 
                     field.proxy.plan = cut
+                    move = field.move(seed, **plan)
                     try:
-                        outcomes[await survive(field.move(seed, **plan))] += 1
+                        outcomes[await survive(move)] += 1
+                        assert move.behind <= plan.get("behind", move.behind)
                     except BaseException as error:
                         way = ("up", "down")[direction]
                         error.add_note(f"connection {number} was cut {how} frame {frame} {way}")
