@@ -93,11 +93,18 @@ MUTATIONS: Final = (
         "(where,)",
     ),
     Mutation(
+        "what was in doubt follows, where nothing may",
+        _CUTS,
+        "migration/outgoing.py",
+        "if self._is_too_much() and self._copies_there:",
+        "if False:",
+    ),
+    Mutation(
         "what was written before the stop is not looked for",
         _CUTS,
         "migration/outgoing.py",
-        "for run in self._tracker.collect_now().runs:",
-        "for run in self._tracker.collect_now().runs[:0]:",
+        "self._backlog.add_runs(self._tracker.collect_now().runs)",
+        "self._tracker.collect_now()",
     ),
     Mutation(
         "what is waited for is not asked for again",
