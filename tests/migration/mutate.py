@@ -117,8 +117,8 @@ MUTATIONS: Final = (
         "demands are forgotten as the line comes up",
         _LINES,
         "migration/outgoing.py",
-        "        self._flow = Flow()\n        if welcome",
-        "        self._demands.clear()\n        self._flow = Flow()\n        if welcome",
+        "        self._flow = Flow()\n        self._copies_there",
+        "        self._demands.clear()\n        self._flow = Flow()\n        self._copies_there",
     ),
     Mutation(
         "that all is there is not believed where RUNNING was lost",
