@@ -130,6 +130,7 @@ class Incoming:
         self._waiting: dict[tuple[int, int], asyncio.Future[Answer]] = {}  # region, offset
         self._wanted: dict[tuple[int, int, int], int] = {}  # region, offset, length: priority
         self._asked: set[tuple[int, int, int]] = set()  # of these, on this line
+        self._in_place = False  # the frame that comes goes into its landing itself
         self._scratch: mmap.mmap | None = None
         self._scratch_view = memoryview(b"")
         self._error: MigrationFailed | None = None
@@ -386,11 +387,15 @@ class Incoming:
 
     def _place(self, role: Role, head: Head) -> memoryview | None:
         """Say where the bytes of a frame go as they come."""
+        self._in_place = False
         if self.stage is Stage.COPYING:
-            landing = self._landing(role, head.region)
-            # The line may break in the midst of it: then it is there in part.
-            self._landed[head.region].add(Range(head.offset, head.length))
-            return landing.prepare(head.offset, head.length)
+            landing, landed = self._landing(role, head.region), self._landed[head.region]
+            where = Range(head.offset, head.length)
+            if landed.overlaps(where):  # there are pages: straight into them
+                # The line may break in the midst of it: then it is there in part.
+                landed.add(where)
+                self._in_place = True
+                return landing.view[where.start : where.end]
         if head.length < _PLACED_BYTES or role is not Role.BULK:
             return None
         if self._scratch is None:
@@ -473,10 +478,10 @@ class Incoming:
         body = memoryview(frame.body)
         runs = frame.runs() if frame.kind is Kind.BATCH else ((frame.offset, frame.span, 0),)
         for offset, length, at in runs:
-            if not frame.placed:
-                landing.view[offset : offset + length] = body[at : at + length]
             where = Range(offset, length)
             landed.add(where)
+            if not (frame.placed and self._in_place):
+                landing.write(offset, body[at : at + length])
             if missing:  # it was, and goes before the switch after all
                 missing.discard(where)
             self.received_bytes += length

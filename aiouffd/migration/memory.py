@@ -23,8 +23,6 @@ from ..errors import SourceError
 from ..kernel import page_cache
 from .wire import Extent
 
-_MADV_POPULATE_WRITE: Final = 23  # mmap has no name for it
-_WORTH_A_CALL: Final = 64 << 10  # bytes
 _ZEROS: Final = bytes(1 << 20)
 
 
@@ -189,17 +187,21 @@ class Landing:
             OSError: It is not to be mapped.
         """
         self._map = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._fd = os.dup(fd)
         self.view: memoryview = memoryview(self._map)
 
-    def prepare(self, offset: int, length: int) -> memoryview:
-        """Give a place that is about to be written from end to end.
+    def write(self, offset: int, data: memoryview) -> None:
+        """Lay whole pages down.
 
-        Kernel: MADV_POPULATE_WRITE, since Linux 5.14: one call instead of a fault for each page.
+        Where there were none this is twice as fast as by the mapping: pages that are written
+        from end to end need not be cleared before, nor mapped.
+
+        Raises:
+            OSError: There is no room for them.
         """
-        if length >= _WORTH_A_CALL:
-            with contextlib.suppress(OSError):  # an older kernel, or no room: the write will tell
-                self._map.madvise(_MADV_POPULATE_WRITE, offset, length)
-        return self.view[offset : offset + length]
+        while data:
+            done = os.pwrite(self._fd, data, offset)
+            data, offset = data[done:], offset + done
 
     def discard(self, offset: int, length: int) -> None:
         """Make pages missing again.
@@ -215,7 +217,8 @@ class Landing:
     def close(self) -> None:
         """Unmap it, at the latest when nobody looks at it any more; a second call does nothing."""
         self.view.release()
-        with contextlib.suppress(
-            BufferError
-        ):  # a frame is being received into it: dropped with that
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        with contextlib.suppress(BufferError):  # a frame comes into it: dropped with that
             self._map.close()
