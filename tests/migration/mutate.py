@@ -72,8 +72,8 @@ MUTATIONS: Final = (
         "a body that broke off is taken for one that never came",
         _CUTS,
         "migration/incoming.py",
-        "            self._landed[head.region].add(Range(head.offset, head.length))\n",
-        "",
+        "                landed.add(where)\n                self._in_place",
+        "                self._in_place",
     ),
     Mutation(
         "a page that is there is written once more",
