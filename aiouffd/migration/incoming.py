@@ -391,9 +391,9 @@ class Incoming:
         if self.stage is Stage.COPYING:
             landing, landed = self._landing(role, head.region), self._landed[head.region]
             where = Range(head.offset, head.length)
-            if landed.overlaps(where):  # there are pages: straight into them
-                # The line may break in the midst of it: then it is there in part.
-                landed.add(where)
+            # Where all of its pages are, straight into them.  Should the line break in the midst
+            # of it, they are known to be there.
+            if next(landed.gaps(where), None) is None:
                 self._in_place = True
                 return landing.view[where.start : where.end]
         if head.length < _PLACED_BYTES or role is not Role.BULK:
