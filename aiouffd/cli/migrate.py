@@ -41,7 +41,7 @@ any program, and all that descend from it, moves by CRIU:
   there:  aiouffd migrate receive-tree 10.0.0.7:7441 TLS
   here:   aiouffd migrate send-tree 4711 10.0.0.7:7441 TLS
 
-TLS stands for --tls-cert, --tls-key and --tls-cacert, or for --plain.
+TLS stands for --tls-cert, --tls-key and --tls-cacert (receive: and --client-name), or for --plain.
 
 `aiouffd migrate COMMAND --help` explains a command.
 """

@@ -149,15 +149,16 @@ class _Receiving:
         self._tell = tell
         self._orders = Orders()
         self._runs = False
+        self._taken: Incoming | None = None
 
     async def run(self) -> int:
         args = self._args
         client = server = None
         if self._tls:
             server, client = server_context(args), client_context(args)
-            # The source says, over a connection where it has shown who it is, where its memory
-            # is: by an address that no certificate needs to have.
-            client.check_hostname = False
+            # The source says where its memory is, by an address that no certificate needs to have:
+            # whoever gives it shows the same name as whoever has brought the rest.
+            client.check_hostname = not args.any_client
         self._orders.take()
         store = FdStore.from_environment() if args.kept else None
         with contextlib.nullcontext() if store is None else store:
@@ -182,6 +183,7 @@ class _Receiving:
             at = where(args.at[0], listener.port)
             self._tell("listening", f"waiting for processes on {at}", at=at)
             incoming = await self._accept(listener)
+            self._taken = incoming
             if incoming is None:
                 self._tell("stopped", "stopped: nothing has come")
                 return statuses.FAILED
@@ -199,6 +201,7 @@ class _Receiving:
                 options=args.criu_option,
                 namespace=args.pid_namespace,
                 ssl=client,
+                server_hostname=args.client_name or "",
                 store=store,
                 deadline=args.deadline,
             )
@@ -266,7 +269,8 @@ class _Receiving:
     def _failed(self, error: BaseException) -> statuses.CommandError:
         """Say where the processes run now."""
         outcome = error.outcome if isinstance(error, MigrationFailed) else ""
-        outcome = outcome or ("lost" if self._runs else "source")
-        text = str(error) or ("they were killed" if self._runs else "it was stopped")
+        may_run = self._runs or (self._taken is not None and self._taken.may_run)
+        outcome = outcome or ("lost" if may_run else "source")
+        text = str(error) or ("they were killed" if may_run else "it was stopped")
         self._tell("failed", "", outcome=outcome, error=text)
         return statuses.CommandError(_STATUSES.get(outcome, statuses.FAILED), text)

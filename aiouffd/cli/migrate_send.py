@@ -337,7 +337,11 @@ class _Sending:
         cause = error.__cause__
         if isinstance(cause, ConnectionError) and isinstance(cause.__cause__, OSError):
             cause = cause.__cause__  # what dialling came to
-        if not isinstance(error, MigrationFailed) or not isinstance(cause, OSError | ToldError):
+        if (
+            not isinstance(error, MigrationFailed)
+            or not isinstance(cause, OSError | ToldError)
+            or str(error).startswith("it could not be told")
+        ):
             return str(error)
         here = "the program runs on here" if error.outcome == "source" else str(error).split(":")[0]
         return f"{here}: {_trouble(cause, self._to, error.stage)}"

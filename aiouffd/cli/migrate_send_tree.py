@@ -134,6 +134,7 @@ class _Sending:
         client = client_context(args) if self._tls else None
         images = Images(args)
         kept = False
+        tree: LeavingTree | None = None
         try:
             async with LeavingTree(
                 args.pid,
@@ -173,7 +174,7 @@ class _Sending:
                 await tree.end()
                 self._tell_moved(outgoing, tree, number)
         except BaseException:
-            if not kept:
+            if not (kept or (tree is not None and tree.has_left)):
                 images.remove_images()
             raise
         if not kept:

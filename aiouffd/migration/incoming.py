@@ -85,6 +85,7 @@ class Incoming:
         source: What the source has told of its progress, and its figures at the end.
         received_bytes: Of memory, with their contents.
         may_run: The program may have run here, see ``note_starting``.
+        before_end: Called if it fails, before the source hears of that: ends what may run here.
         zero_bytes: Of memory that was only said to be zeros.
 
     Sharing: the loop's thread.
@@ -137,6 +138,7 @@ class Incoming:
         self.ended: EndedMigration | None = None  #: what a source hears that comes back
         self._has_ended = False  # the source has said its last word
         self.may_run = False  # the program, here
+        self.before_end: Callable[[], None] | None = None
         self._changed: set[asyncio.Future[None]] = set()
         self._had_line = False
         self._no_line: asyncio.TimerHandle | None = None
@@ -715,6 +717,8 @@ class Incoming:
         """Fail: whoever waits hears of it."""
         if self.stage.is_over:
             return
+        if self.before_end is not None:
+            self.before_end()
         self._error = error
         self._set_stage(stage)
         self.ended = EndedMigration(code, str(error), self.reached.value)

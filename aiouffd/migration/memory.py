@@ -14,7 +14,6 @@ Laws of this file:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 from typing import Final, Self
@@ -48,7 +47,7 @@ class SourceMemory:
         self._base = base
         self._map: mmap.mmap | None = None
         self._fd = os.dup(fd)
-        if base == 0 and _cannot_shrink(fd):
+        if base == 0 and _cannot_shrink(fd) and os.fstat(fd).st_size >= extent.length:
             self._map = mmap.mmap(fd, extent.length, mmap.MAP_SHARED, mmap.PROT_READ)
 
     @classmethod
@@ -128,10 +127,14 @@ def seal(fd: int) -> None:
 
     Kernel: F_ADD_SEALS, since Linux 3.17, on a memfd made with MFD_ALLOW_SEALING.
     """
+    import fcntl  # which only Unix has; importing this module works elsewhere
+
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
 def _cannot_shrink(fd: int) -> bool:
+    import fcntl
+
     try:
         return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
     except OSError:  # no memfd

@@ -36,9 +36,13 @@ from . import program
 from .incoming import Incoming
 from .memory import Landing, SourceMemory, seal
 from .stages import Stage
-from .wire import Extent
+from .wire import Extent, text_of
 
 log: Final = logging.getLogger("aiouffd.migration")
+
+
+_A_MOMENT: Final = 2.0  # seconds that a program which says nothing may take to end
+_ENDED: Final = "the program has ended"
 
 
 class _Line:
@@ -195,9 +199,9 @@ class Leaving:
         tracked = "untracked" not in description
         if len(fds) != len(regions) + tracked:
             raise PeerError(f"gave {len(fds)} descriptors for {len(regions)} regions")
-        self.name = str(description.get("name", ""))[:200]
-        self.stage = str(description.get("stage", ""))[:20]
-        self.untracked = str(description.get("untracked", ""))[:1000]
+        self.name = text_of(description.get("name"))
+        self.stage = text_of(description.get("stage"))
+        self.untracked = text_of(description.get("untracked"))
         starts = []
         for each, fd in zip(regions, fds, strict=False):
             if not isinstance(each, dict) or not isinstance(each.get("start"), int):
@@ -303,7 +307,10 @@ class Arriving:
         incoming = self._incoming
         state = await self._switched()
         fd = OwnedFd(program.state_file(state))
-        incoming.note_starting()
+        if incoming.stage is not Stage.SWITCHING:  # the source has heard by then that it failed
+            fd.close()
+            await incoming.wait_done()  # says why there is no going on
+        incoming.note_starting()  # from here to the word itself nothing may come between
         try:
             async with asyncio.timeout(timeout):
                 await self._line.say({"do": "run"}, [fd])
@@ -363,26 +370,48 @@ class Arriving:
         try:
             await asyncio.wait((here, gone), return_when=asyncio.FIRST_COMPLETED)
             if not here.done():
-                gone.result()
-                incoming.note_failed("the program has ended")
+                failed = gone.exception()
+                incoming.note_failed(
+                    f"the program cannot be served: {failed}" if failed else _ENDED
+                )
             await here
         finally:
             for task in (here, gone):
                 task.cancel()
             await asyncio.wait((here, gone))
         # What is missing now was said to be zeros: that is what the kernel makes of it.
-        await pager.aclose(Action.ZERO)
+        try:
+            await pager.aclose(Action.ZERO)
+        except (UffdError, OSError) as error:
+            incoming.note_failed(f"its memory cannot be left to it: {error}")
+            raise MigrationFailed(str(error), stage="following", outcome="lost") from error
         try:
             async with asyncio.timeout(timeout):
                 _close((await self._line.ask(do="complete"))[1])
-        except PeerError:
-            log.info("the program has ended, with all of its memory")
-        except TimeoutError as error:
-            text = f"it has not said within {timeout:g} s that it lives by itself"
-            incoming.note_failed(text)
-            raise MigrationFailed(text, stage="following", outcome="lost") from error
+        except (PeerError, TimeoutError) as error:
+            if not await self._has_ended():
+                text = str(error) or f"nothing for {timeout:g} s"
+                text = f"it does not say that it lives by itself: {text}"
+                incoming.note_failed(text)
+                raise MigrationFailed(text, stage="following", outcome="lost") from error
+            log.warning("the program has ended; it had all of its memory")
+        if incoming.stage is not Stage.FOLLOWING:  # there has been no line for too long
+            await incoming.wait_done()  # says so
         self.is_complete = True
         incoming.note_all_here()
+
+    async def _has_ended(self) -> bool:
+        """Say whether the program has ended, or does in a moment."""
+        try:
+            await in_thread(self.process.wait, _A_MOMENT)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def end(self) -> None:
+        """Kill a program that has been let run and is not complete."""
+        if self._incoming.may_run and not self.is_complete:
+            self.process.kill()
 
 
 @contextlib.asynccontextmanager
@@ -418,6 +447,10 @@ async def arriving(
     """
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(incoming.aclose)
+        if len(incoming.extents) > program.MAX_REGIONS:
+            text = f"a program takes {program.MAX_REGIONS} regions; it has {len(incoming.extents)}"
+            incoming.refuse(text)
+            raise MigrationFailed(text, outcome="source")
         fds = [stack.enter_context(_memfd(each.name, each.length)) for each in incoming.extents]
         landings = []
         for fd, extent in zip(fds, incoming.extents, strict=True):
@@ -465,6 +498,7 @@ async def arriving(
             _kill(process)
             raise
         arrived = Arriving(incoming, process, line, pager)
+        incoming.before_end = arrived.end
         try:
             yield arrived
         finally:
@@ -492,8 +526,6 @@ async def _hand_over(
     incoming: Incoming, line: _Line, fds: Sequence[OwnedFd]
 ) -> tuple[Userfaultfd, list[int]]:
     """Give a program its memory; get its userfaultfd, and where the regions are."""
-    if len(fds) > program.MAX_REGIONS:
-        raise PeerError(f"a program takes {program.MAX_REGIONS} regions; there are {len(fds)}")
     await line.say(
         {
             "do": "arrive",
@@ -508,8 +540,8 @@ async def _hand_over(
         if len(given) != 1 or not isinstance(regions, list) or len(regions) != len(fds):
             raise PeerError("did not give a userfaultfd and the places of its regions")
         starts = [each.get("start") if isinstance(each, dict) else None for each in regions]
-        if not all(isinstance(start, int) for start in starts):
-            raise PeerError("gave a region without a start")
+        if not all(isinstance(start, int) and 0 <= start < 1 << 56 for start in starts):
+            raise PeerError("gave a region without a start, or one that is no address")
         try:
             return Userfaultfd.adopt(given[0].detach()), [int(start or 0) for start in starts]
         except ValueError as error:

@@ -188,6 +188,7 @@ class Outgoing:
         self._due = 0.0  # when bulk may be sent next, under a bandwidth
         self._asked = -math.inf  # when somebody last waited for a page
         self._demands: list[tuple[int, int, Frame]] = []  # a heap: the most urgent, then the first
+        self._serving: asyncio.Handle | None = None  # of those who wait, in the next turn
         self._token = ""
         self._offered: frozenset[str] = frozenset()
         self._features: set[str] | None = None  # None: not agreed on yet
@@ -260,8 +261,7 @@ class Outgoing:
             await self._until(lambda: self._line.is_up or self._is_there)
             if self.stage in {Stage.OFFERED, Stage.COPYING}:
                 await self._copy()
-                # A line that has died meanwhile is noticed, and made anew, while the program runs.
-                await self._until(lambda: self._line.is_up and not any(self._in_doubt.values()))
+                await self._settle()
                 await self._switch(program)
             await self._follow()
         except BaseException as error:
@@ -355,10 +355,12 @@ class Outgoing:
         """Stop the program here, and let it run there."""
         self._check()
         loop = asyncio.get_running_loop()
-        if self._round and not self._fits():
+        while self._round and not self._fits():
             # Most of what will follow is known by now: the destination can forget what it has of
             # it while the program still runs.
-            await self._tell_missing()
+            if await self._tell_missing():
+                break
+            await self._settle()
         began = loop.time()
         self._stopped_at = began
         self.figures.stopped_after = began - self._began
@@ -375,6 +377,7 @@ class Outgoing:
         if self._round and (self._is_too_much() or self._fits()):
             await self._push()
         self._check()
+        await self._until(lambda: self._line.is_up)
         self._leaves = True
         await program.leave()
         self.stage = Stage.SWITCHING
@@ -439,7 +442,8 @@ class Outgoing:
                     return MigrationFailed(
                         f"it could not be told to go on here: {failed}; before that: {error}",
                         stage=stage.value,
-                        outcome="source",  # where it may stand still, or have ended
+                        # Where it may have ended by itself; or stand still, for its operator.
+                        outcome="unknown" if self._leaves else "source",
                     )
             if cancelled or not expected:
                 return error
@@ -623,13 +627,25 @@ class Outgoing:
         if self._plan.bandwidth is not None:
             self._due = max(self._due, now - _CATCH_UP) + size / self._plan.bandwidth
 
-    async def _tell_missing(self) -> None:
-        """Say what is missing so far; return when the destination has forgotten it."""
+    async def _settle(self) -> None:
+        """Wait for a line on which nothing is in doubt.
+
+        One that has died meanwhile is noticed, and made anew, while the program runs.
+        """
+        await self._until(lambda: self._line.is_up and not any(self._in_doubt.values()))
+
+    async def _tell_missing(self) -> bool:
+        """Say what is missing so far, and wait until the destination has forgotten it.
+
+        Returns:
+            Whether it has: the line may have broken.
+        """
         line = self._line
         await self._until(lambda: line.is_up)
         epoch = line.epoch
         if await self._send_missing(epoch):
             await self._until(lambda: not self._in_doubt[Role.BULK] or not self._is_line(epoch))
+        return self._is_line(epoch)
 
     async def _send_missing(self, epoch: int) -> bool:
         """Say what will follow after the switch; say whether it is still that line."""
@@ -666,12 +682,15 @@ class Outgoing:
         """Send what is waited for, the most urgent first, as far as the kernel takes it."""
         line = self._line
         in_doubt = self._in_doubt[Role.DEMAND]
+        if self._serving is not None:
+            self._serving.cancel()
+            self._serving = None
         served = 0
         while self._demands and line.is_up and not line.channels[Role.DEMAND].full:
             if len(in_doubt) >= wire.MAX_DEMANDS:
                 return  # until it says what has landed
             if served >= _SERVED_AT_ONCE:
-                asyncio.get_running_loop().call_soon(self._serve_demands)
+                self._serving = asyncio.get_running_loop().call_soon(self._serve_demands)
                 return
             _, _, frame = heapq.heappop(self._demands)
             region, offset, length = frame.region, frame.offset, frame.span
@@ -782,7 +801,8 @@ class Outgoing:
             if len(self._demands) >= wire.MAX_DEMANDS:
                 raise PeerError(f"has {wire.MAX_DEMANDS} demands waiting, and asks for more")
             heapq.heappush(self._demands, (-frame.number, next(self._numbers), frame))
-            self._serve_demands()
+            if self._serving is None:  # else they have their turn with the others
+                self._serve_demands()
         elif kind is Kind.RUNNING:
             if self.stage not in {Stage.SWITCHING, Stage.FOLLOWING}:
                 raise PeerError("says that the program runs there, where we have not let it")

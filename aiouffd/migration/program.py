@@ -75,6 +75,7 @@ class ProgramMemory:
         map: The memory.
         address: Where it is.
         length: In bytes.
+        is_arriving: Some of it may still be elsewhere; until it is here it cannot be sent on.
 
     Sharing: any thread.
     """
@@ -84,6 +85,7 @@ class ProgramMemory:
         self.name: Final = name
         self.length: Final = length
         self.fd: Final = fd
+        self.is_arriving = False
         self.map: Final = mmap.mmap(fd, length, mmap.MAP_SHARED)
         self.map.madvise(mmap.MADV_DONTFORK)
         self.address: Final = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
@@ -282,7 +284,9 @@ class Movable:
             order, fds = line.hear()
             _close(fds)  # nothing that is asked for brings any
             what = order.get("do")
-            if what == "describe":
+            if any(each.is_arriving for each in self._memory):
+                line.say({"error": f"{str(what)[:40]!r} is not possible: it is still arriving"})
+            elif what == "describe":
                 self._describe(line)
             elif what == "stop" and self.stage == "running":
                 state = self._stand_still()
@@ -304,10 +308,11 @@ class Movable:
                 line.say({"error": f"{str(what)[:40]!r} is not possible: it is {self.stage}"})
 
     def _stand_still(self) -> int:
-        """Stop it; give its state in a file.  If that fails it goes on."""
+        """Stop it; give its state in a file.  If that cannot be made it goes on."""
+        state = self._stop()
         self.stage = "stopped"
         try:
-            return state_file(self._stop())
+            return state_file(state)
         except BaseException:
             self._go_on()
             raise
@@ -430,6 +435,8 @@ class Arrival:
             order = {}
         if order.get("do") != "complete":
             os.kill(os.getpid(), signal.SIGKILL)  # else what is missing would read zeros
+        for each in self.memory.values():
+            each.is_arriving = False
         self._tie.cut()
         self._uffd.close()
         with contextlib.suppress(OSError):  # it is of no use to us any more
@@ -466,6 +473,8 @@ def arrive() -> Arrival | None:
         ProgramMemory(str(each["name"]), fd, int(each["length"]))
         for each, fd in zip(regions, fds, strict=True)
     ]
+    for each in memory:
+        each.is_arriving = True
     # Without the right to kernel-mode faults a system call on missing memory gets EFAULT; plain
     # accesses are served all the same.
     uffd = Userfaultfd.open(_FOLLOWING, allow_user_mode_only=True)
@@ -508,8 +517,12 @@ def _listen_at(path: str) -> socket.socket:
 def state_file(state: bytes) -> int:
     """Put a state into a memfd, to be handed on; the caller's."""
     fd = os.memfd_create("state", os.MFD_CLOEXEC)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(state)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(state)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 

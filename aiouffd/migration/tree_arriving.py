@@ -97,6 +97,7 @@ class ArrivingTree:
         options: Sequence[str] = (),
         namespace: bool = False,
         ssl: ssl.SSLContext | None = None,
+        server_hostname: str = "",
         store: FdStore | None = None,
         timeout: float = 60.0,
         deadline: float = 30.0,
@@ -112,6 +113,7 @@ class ArrivingTree:
             namespace: Make the tree in a pid namespace of its own, where no pid is taken; CRIU
                 stays as its first process, until the last one of the tree has ended.
             ssl: A client's context, for the connection that memory comes by; None is plain TCP.
+            server_hostname: The name in the certificate of who gives it; "" is its address.
             store: Keeps what must outlive this process; see Server.
             timeout: Seconds that ``criu restore`` may take.
             deadline: Seconds that a fault may take.
@@ -126,6 +128,7 @@ class ArrivingTree:
         self._options = list(options)
         self._namespace = namespace
         self._ssl = ssl
+        self._server_hostname = server_hostname
         self._store = store
         self._timeout = timeout
         self._report = report
@@ -209,7 +212,13 @@ class ArrivingTree:
         stack = self._stack
         checkpoint = await stack.enter_async_context(await Checkpoint.open(self.folder))
         pages = self._pages = await stack.enter_async_context(
-            TreePages(host, port, ssl=self._ssl, deadline=self._deadline)
+            TreePages(
+                host,
+                port,
+                ssl=self._ssl,
+                server_hostname=self._server_hostname,
+                deadline=self._deadline,
+            )
         )
         living = [task.pid for task in checkpoint.tasks if not task.dead]
         self.processes = len(living)
@@ -321,6 +330,8 @@ class ArrivingTree:
             if server.failed:
                 raise MigrationFailed("pages could not be brought")
             await pages.finish()
+            if incoming.stage.is_over:  # the source has heard that it failed
+                await incoming.wait_done()
         except (UffdError, OSError) as error:
             await self._kill()
             text = f"the processes were killed, as memory of theirs is missing: {error}"

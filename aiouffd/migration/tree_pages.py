@@ -51,7 +51,13 @@ class TreePages:
     """
 
     def __init__(
-        self, host: str, port: int, *, ssl: ssl.SSLContext | None = None, deadline: float = 30.0
+        self,
+        host: str,
+        port: int,
+        *,
+        ssl: ssl.SSLContext | None = None,
+        server_hostname: str = "",
+        deadline: float = 30.0,
     ) -> None:
         """Prepare; ``start`` connects.
 
@@ -59,12 +65,14 @@ class TreePages:
             host: Where the server is.
             port: Its port.
             ssl: A client's context; None is plain TCP.
+            server_hostname: The name in the server's certificate; "" is ``host``.
             deadline: Seconds without pages after which it is given up.
         """
         self.connections = 0
         self.given_up: Final[asyncio.Future[str]] = asyncio.get_running_loop().create_future()
         self._host, self._port = host, port
         self._ssl = ssl
+        self._server_hostname = server_hostname
         self._deadline = deadline
         self._client: PageClient | None = None
         self._connecting = asyncio.Lock()
@@ -172,6 +180,7 @@ class TreePages:
             self._port,
             header_bytes=HEADER_BYTES,
             ssl=self._ssl,
+            server_hostname=self._server_hostname,
             timeout=min(_TIMEOUT, max(self._deadline, 1.0)),
         )
         self.connections += 1

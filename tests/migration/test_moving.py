@@ -16,7 +16,7 @@ from aiouffd.migration.moving import Arriving, Leaving, arriving
 from aiouffd.migration.outgoing import Outgoing, Plan
 from aiouffd.migration.stages import Stage
 from tests.stand_in_vmm import ROOT
-from tests.targets import DEADLINE, until
+from tests.targets import DEADLINE
 
 pytestmark = pytest.mark.once
 
@@ -39,7 +39,7 @@ async def test_a_receiver_that_ends_behind_the_last_page_has_not_got_the_program
             arrived.append(one)
             await one.run()
             completing = asyncio.ensure_future(one.complete())
-            await until(lambda: not incoming.left_bytes, "all of its pages are here")
+            await incoming.wait_here()  # in the same turn as complete() hears of it
             completing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await completing

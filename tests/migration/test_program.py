@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -81,14 +82,20 @@ def test_a_forked_child_has_no_such_memory() -> None:
                 os.close(state)
 
 
-def test_a_program_whose_state_cannot_be_had_goes_on(tmp_path: Path) -> None:
-    """It was stopped, and is let go on; the mover hears of an end, not of a state."""
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_program_whose_state_cannot_be_had_goes_on(
+    tmp_path: Path, stops: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If it was stopped it is let go on; the mover hears of an end, not of a state."""
+    caplog.set_level(logging.CRITICAL, logger="aiouffd.migration")  # a record would hold its memory
     memory = program.ProgramMemory.create("memory", PAGE_SIZE)
     told: list[str] = []
 
     def stop() -> bytes:
         told.append("stop")
-        raise OSError("its state is nowhere")
+        if stops:
+            return "no bytes"  # type: ignore[return-value]  # what else a program might do
+        raise OSError("it does not stop")
 
     path = tmp_path / "socket"
     try:
@@ -99,7 +106,7 @@ def test_a_program_whose_state_cannot_be_had_goes_on(tmp_path: Path) -> None:
                 line.say({"do": "stop"})
                 with pytest.raises(ConnectionResetError):
                     line.hear()
-            assert told == ["stop", "go on"]
+            assert told == ["stop", "go on"][: 1 + stops]
             assert it.stage == "running"
     finally:
         os.close(memory.fd)
@@ -117,3 +124,27 @@ def test_a_state_is_a_file_of_some_length() -> None:
     finally:
         for fd in (*ends, huge):
             os.close(fd)
+
+
+def test_a_program_that_is_still_arriving_is_not_sent_on(tmp_path: Path) -> None:
+    """What is missing of it would be sent as zeros."""
+    memory = program.ProgramMemory.create("memory", PAGE_SIZE)
+    memory.is_arriving = True
+    path = tmp_path / "socket"
+    try:
+        with (
+            program.Movable(path, [memory], stop=bytes, restart=lambda: None),
+            socket.socket(socket.AF_UNIX) as mover,
+        ):
+            mover.connect(str(path))
+            line = program._Line(mover)
+            for order in ("describe", "stop"):
+                line.say({"do": order})
+                assert "still arriving" in line.hear()[0]["error"]
+            memory.is_arriving = False
+            line.say({"do": "stop"})
+            answer, fds = line.hear()
+            assert answer == {"stage": "stopped"}
+            os.close(fds[0])
+    finally:
+        os.close(memory.fd)

@@ -251,6 +251,7 @@ class PageClient:
         *,
         header_bytes: int | None = None,
         ssl: ssl.SSLContext | None = None,
+        server_hostname: str = "",
         guard: tuple[int, int] | None = None,
         timeout: float = 10.0,
         bulk_bytes: int = BULK_BYTES,
@@ -265,6 +266,7 @@ class PageClient:
             header_bytes: 24 for CRIU up to 4.1, 32 from 4.2 on; a checkpoint's pagemaps tell which
                 CRIU has made it.  None asks the server, which takes 0.2 to 1.2 s.
             ssl: A client's context, as ``tls.client_context`` makes it; None is plain TCP.
+            server_hostname: The name in the server's certificate; "" is ``host``.
             guard: A process and the address of any page of it that may be asked for: with that
                 a live dump notices from the beginning if this process dies, and not just from
                 the first read on.
@@ -292,7 +294,7 @@ class PageClient:
         )
         try:
             async with asyncio.timeout(timeout):
-                await client._connect(host, port, ssl)
+                await client._connect(host, port, ssl, server_hostname or host)
                 if header_bytes is None:
                     header_bytes = await client._ask_for_size()
         except TimeoutError:
@@ -310,9 +312,13 @@ class PageClient:
             client._guard(*guard)
         return client
 
-    async def _connect(self, host: str, port: int, context: ssl.SSLContext | None) -> None:
+    async def _connect(
+        self, host: str, port: int, context: ssl.SSLContext | None, name: str
+    ) -> None:
         link = self._link
-        await self._loop.create_connection(lambda: link, host, port, ssl=context)
+        await self._loop.create_connection(
+            lambda: link, host, port, ssl=context, server_hostname=name if context else None
+        )
         assert link.transport is not None  # noqa: S101 - it was made
         self._tls = context is not None
         keep_alive(link.transport.get_extra_info("socket"))
