@@ -21,6 +21,9 @@ from tests.migration.small_move import Field, Move, Place, a_plan
 from tests.migration.unreliable import Connection, Passed, Way
 from tests.targets import DEADLINE, PAGE, TIME_SCALE, Signal, TargetDied, until
 
+#: About the network rather than the interpreter: some two thousand migrations.
+pytestmark = pytest.mark.once
+
 SILENCE = 0.15 * TIME_SCALE
 SHORT = 0.1 * TIME_SCALE  # a deadline that is to pass
 

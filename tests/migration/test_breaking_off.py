@@ -26,6 +26,9 @@ from tests.migration.small_move import Field, Move, Place
 from tests.stand_in_vmm import ROOT
 from tests.targets import DEADLINE
 
+#: About the network rather than the interpreter: some two thousand migrations.
+pytestmark = pytest.mark.once
+
 #: So many moments of a migration are tried.
 MOMENTS: Final = 60
 

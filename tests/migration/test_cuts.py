@@ -20,7 +20,10 @@ from tests.migration.small_move import Field, Move, Place, a_plan
 from tests.migration.unreliable import Connection, Unreliable
 from tests.targets import DEADLINE, Target
 
-RUNS: Final = int(os.environ.get("AIOUFFD_MIGRATION_RUNS", "1000"))
+#: About the network rather than the interpreter: some two thousand migrations.
+pytestmark = pytest.mark.once
+
+RUNS: Final = int(os.environ.get("AIOUFFD_MIGRATION_RUNS", "500"))
 
 #: Plans with other frames on other connections.
 PLANS: Final[dict[str, dict[str, Any]]] = {
