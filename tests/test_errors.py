@@ -136,3 +136,10 @@ def test_an_images_error_names_file_and_offset() -> None:
     assert str(error) == "pagemap-7.img at offset 40: it is cut short"
     assert (error.file, error.offset, error.problem) == ("pagemap-7.img", 40, "it is cut short")
     assert str(errors.ImageError("mm-7.img", None, "there is none")) == "mm-7.img: there is none"
+
+
+def test_a_failed_migration_says_where_the_program_is() -> None:
+    """Its stage and its outcome are attributes; nothing is assumed where they are not known."""
+    error = errors.MigrationFailed("no line", stage="following", outcome="unknown")
+    assert (str(error), error.stage, error.outcome) == ("no line", "following", "unknown")
+    assert (errors.MigrationFailed("x").stage, errors.MigrationFailed("x").outcome) == ("", "")

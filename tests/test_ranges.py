@@ -366,6 +366,7 @@ def test_a_set_is_kept_and_made_again_by_its_chunks() -> None:
         again.add_chunk(number, bits)
     pages.add(Range(5 * PAGE_SIZE, PAGE_SIZE))
     assert dict(again.chunks()) == dict(pages.chunks())
+    assert (again.bits(0), again.bits(7)) == (0b100111, 0)
     for bits in (0, 1 << CHUNK_PAGES):
         with pytest.raises(ValueError, match="bitmap"):
             again.add_chunk(0, bits)

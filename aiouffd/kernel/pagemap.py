@@ -244,7 +244,7 @@ def scan_raw(
         max_regions: At least 1.
 
     Returns:
-        The regions, for ``each_region``, and where the walk stopped.
+        The regions (``abi.PAGE_REGION_STRUCT`` each), and where the walk stopped.
 
     Raises:
         NotSupported: As ``scan``; so are the others.

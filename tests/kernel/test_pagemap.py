@@ -67,6 +67,21 @@ def test_what_is_written_is_found_once(tracked: Tracked) -> None:
     assert calls.read_messages(tracked.target.uffd, [bytearray(32)]) == 0
 
 
+def test_raw_regions_are_the_same(tracked: Tracked) -> None:
+    """Many regions are left as the kernel wrote them; a full vector stops the walk early."""
+    for page in (1, 2, 5):
+        tracked.target.start_write(page, 1).result()
+    raw, end = pagemap.scan_raw(tracked.fd, tracked.start, tracked.end, required=WRITTEN)
+    found = pagemap.scan(tracked.fd, tracked.start, tracked.end, required=WRITTEN)
+    assert list(abi.PAGE_REGION_STRUCT.iter_unpack(raw)) == found.regions
+    assert end == found.walk_end == tracked.end
+    raw, end = pagemap.scan_raw(
+        tracked.fd, tracked.start, tracked.end, required=WRITTEN, max_regions=1
+    )
+    assert len(raw) == abi.PAGE_REGION_STRUCT.size
+    assert end < tracked.end
+
+
 def test_reading_is_not_writing(tracked: Tracked) -> None:
     """A page that was only read stays clean."""
     tracked.target.start_read(3).result()
