@@ -132,13 +132,24 @@ def seal(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
 
+def is_memfd(fd: int) -> bool:
+    """Say whether a file is memory: to read it never waits for anybody."""
+    return _seals(fd) is not None
+
+
 def _cannot_shrink(fd: int) -> bool:
     import fcntl
 
+    return bool((_seals(fd) or 0) & fcntl.F_SEAL_SHRINK)
+
+
+def _seals(fd: int) -> int | None:
+    import fcntl
+
     try:
-        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:  # no memfd
-        return False
+        return None
 
 
 def split(data: bytes, offset: int, page_size: int) -> tuple[list[tuple[int, int]], bool]:

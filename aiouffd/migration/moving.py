@@ -34,13 +34,14 @@ from ..uffd import Userfaultfd
 from ..unix_socket import Connection
 from . import program
 from .incoming import Incoming
-from .memory import Landing, SourceMemory, seal
+from .memory import Landing, SourceMemory, is_memfd, seal
 from .stages import Stage
 from .wire import Extent, text_of
 
 log: Final = logging.getLogger("aiouffd.migration")
 
 
+_SHORT_STATE: Final = 1 << 20  # bytes
 _A_MOMENT: Final = 2.0  # seconds that a program which says nothing may take to end
 _ENDED: Final = "the program has ended"
 
@@ -227,7 +228,10 @@ class Leaving:
         try:
             if len(fds) != 1:
                 raise PeerError("stopped without giving its state")
-            return await in_thread(program.read_state, fds[0].fileno())
+            fd = fds[0].fileno()
+            if is_memfd(fd) and os.fstat(fd).st_size <= _SHORT_STATE:
+                return program.read_state(fd)  # a thread would take longer, and nothing runs now
+            return await in_thread(program.read_state, fd)
         finally:
             _close(fds)
 
