@@ -53,7 +53,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "frames of a line that was given up are taken",
-        _LINES,
+        "test_listener.py",
         "migration/incoming.py",
         "            if not channel.is_parting:\n"
         "                channel.abort()\n"

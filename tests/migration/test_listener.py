@@ -527,3 +527,28 @@ async def test_asked_for_by_name_others_may_come() -> None:
     """Plainly."""
     async with listening(host="0.0.0.0", plain=True):
         pass
+
+
+async def test_frames_of_a_line_that_was_given_up_are_not_taken() -> None:
+    """They may be older than what a later line brings, whatever number they have."""
+    async with listening() as listener:
+        incoming = asyncio.create_task(listener.accept())
+        over = asyncio.Event()
+
+        async def destination() -> None:
+            async with landed(await incoming):
+                await over.wait()
+
+        task = asyncio.create_task(destination())
+        old_demand, old_bulk, welcome = await source_of(listener.port)
+        demand, bulk, _ = await source_of(listener.port, token=welcome["token"], epoch=2)
+        with contextlib.suppress(OSError):  # it may be closed by now
+            old_bulk.say(frame(frames.PAGES, CONTENTS, span=len(CONTENTS), number=5))
+            await old_bulk.writer.drain()
+        assert await old_bulk.is_ended()
+        assert await old_demand.is_ended()
+        assert not (await incoming)._landed[0]
+        over.set()
+        await within(task)
+        for raw in (old_demand, old_bulk, demand, bulk):
+            raw.close()
