@@ -57,7 +57,9 @@ FLOORS = {
         protocols.criu.parcel protocols.criu.command migration.tree_leaving
         migration.tree_pages migration.tree_arriving""",
     "tools": """
-        . testing testing.sources cli.statuses cli.main cli cli.arguments
+        . testing testing.sources
+        testing.touches testing.latency
+        cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
         plotting working_set_plot cli.picture cli.working_set
         image image.new_file image.sparse image.packed image.copying image.survey
