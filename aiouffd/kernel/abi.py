@@ -35,6 +35,8 @@ UFFD_API: Final = 0xAA
 
 #: Number of the ``cachestat`` system call, the same on every machine; since Linux 6.5.
 NR_CACHESTAT: Final = 451
+#: Number of the ``tgkill`` system call, which the C library has no wrapper for before glibc 2.30.
+NR_TGKILL: Final = {"x86_64": 234, "i386": 270, "i686": 270}.get(_MACHINE, 131)
 
 # --- ioctl numbers ---------------------------------------------------------------------
 
