@@ -12,6 +12,7 @@ Laws of this file:
 * A connection that is lost, a server that loads its data and a cluster that changes are no
   errors: the commands are sent again, until who asked has waited long enough.  So every command
   given must be harmless when it is done twice.
+* A mistake in a program is no lost connection: it is raised at once, as what it is.
 * Who stops waiting leaves the connection as it is: its answer is thrown away.
 * No message holds a password.
 """
@@ -19,6 +20,7 @@ Laws of this file:
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,6 +163,36 @@ def _host_and_port(text: str) -> tuple[str, int]:
     return parts.hostname, parts.port or 6379
 
 
+def _named(error: Exception) -> Exception:
+    """Call redis-py's stumble over a connection that was closed under its writer a lost one.
+
+    Its cluster client closes connections that other tasks are using: all that it has when a
+    pipeline failed or the cluster is down, and of a node that failed those that were idle a
+    moment ago.  The writing task has looked before whether it is connected; then
+    ``_send_packed_command``, which is ``self._writer.writelines`` and ``drain``, finds
+
+    * no writer: AttributeError, seen with redis-py 8.1.0 when a node was killed;
+    * or a closed transport: uvloop 0.23.0 raises RuntimeError, seen likewise; asyncio of Python
+      3.12.1 and 3.13.0 calls None, TypeError; that of 3.11 says ConnectionResetError.
+
+    Who reads keeps its stream and finds its end.  So it is told by the place: the innermost
+    frame of redis-py is that method, in which nothing but the writer can fail.
+    """
+    if type(error) in {AttributeError, TypeError}:
+        if not str(error).startswith("'NoneType' object"):
+            return error
+    elif type(error) is not RuntimeError:
+        return error
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    while frames and not frames[-1].f_globals.get("__name__", "").startswith("redis."):
+        frames.pop()  # of the event loop
+    if not frames or frames[-1].f_code.co_name != "_send_packed_command":
+        return error
+    lost = refusals.ConnectionError("the connection was closed while a command was written")
+    lost.__cause__ = error
+    return lost
+
+
 class _Waiting:
     """One command that somebody waits for."""
 
@@ -208,8 +240,11 @@ class Commands:
         except TimeoutError:
             why = f"no answer within {self._place.timeout:g} s"
             raise SourceError(f"{self._place.shown}: {why}") from None
-        except (refusals.RedisError, refusals.RedisClusterException, OSError) as error:
-            raise SourceError(f"{self._place.shown}: {error}") from error
+        except Exception as raised:
+            error = _named(raised)
+            if isinstance(error, (refusals.RedisError, refusals.RedisClusterException, OSError)):
+                raise SourceError(f"{self._place.shown}: {error}") from error
+            raise
 
     async def send(self, commands: Sequence[tuple[Command, int]]) -> list[Any]:
         """Send commands, each with the bytes it costs, and give their answers in order.
@@ -278,9 +313,10 @@ class Commands:
         except Exception as error:  # whatever it is: somebody waits
             values = [error] * len(batch)
         again = []
-        for waiting, value in zip(batch, values, strict=True):
+        for waiting, answer in zip(batch, values, strict=True):
             if waiting.answer.done():
                 continue
+            value = _named(answer) if isinstance(answer, Exception) else answer
             if isinstance(value, _TRANSIENT) and not isinstance(value, _FINAL):
                 self._why = str(value) or type(value).__name__
                 again.append(waiting)

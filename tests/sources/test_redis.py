@@ -21,6 +21,7 @@ from aiouffd.errors import ClosedError, SourceError
 from aiouffd.sources import Source, identity_of
 from aiouffd.sources.buffer import BufferSource
 from aiouffd.sources.redis import RedisSource, open_url, store_image
+from aiouffd.sources.redis_client import Commands
 from aiouffd.sources.redis_client import Place as RedisPlace
 from aiouffd.sources.urls import open_image
 from aiouffd.testing.sources import PAGE, SourceContract, as_bytes, image
@@ -371,6 +372,66 @@ async def test_a_restarted_server_is_no_error(tmp_path: Path, seed: int) -> None
                 await connected.flushall()
             with pytest.raises(SourceError, match="are gone"):
                 await source.read(0, PAGE)
+
+
+def commands_over(server: RedisServer, connection_class: type) -> Commands:
+    """Make commands whose connections are of a class of the test's."""
+    commands = Commands(RedisPlace.parse(f"{server.url}{new_key()}?timeout=30"))
+    commands._client.connection_pool.connection_class = connection_class
+    return commands
+
+
+@pytest.mark.parametrize("how", ["closed", "closed and forgotten"])
+async def test_a_connection_closed_under_its_writer_is_a_lost_one(
+    server: RedisServer, how: str
+) -> None:
+    """Between redis-py's look at it and its write: the command is sent again, by another one."""
+    left = 0
+
+    class ClosedInBetween(redis.asyncio.Connection):
+        async def check_health(self) -> None:  # stands between the two
+            nonlocal left
+            if left:
+                left -= 1
+                if how == "closed and forgotten":
+                    await self.disconnect()
+                elif self._writer is not None:
+                    self._writer.close()
+                    await self._writer.wait_closed()
+
+    ping = (("PING",), 0)
+    commands = commands_over(server, ClosedInBetween)
+    try:
+        for together in (1, 3):
+            right = await within(commands.send([ping] * together))
+            left = 3  # the first hits a command, the others the greeting of the next connection
+            assert await within(commands.send([ping] * together)) == right
+            assert left == 0
+        left = 1
+        with pytest.raises(SourceError, match=r"closed while|onnection lost"):
+            await within(commands.first("PING"))
+    finally:
+        await commands.aclose()
+
+
+@pytest.mark.parametrize("kind", [AttributeError, RuntimeError, TypeError])
+async def test_a_mistake_in_a_program_is_no_lost_connection(
+    server: RedisServer, kind: type[Exception]
+) -> None:
+    """Though it comes out of redis-py's sending as well: it is raised at once."""
+
+    class Mistaken(redis.asyncio.Connection):
+        async def check_health(self) -> None:
+            raise kind("'NoneType' object has no attribute 'writelines'; the handler is closed")
+
+    commands = commands_over(server, Mistaken)
+    try:
+        with pytest.raises(kind, match="the handler is closed"):
+            await within(commands.send([(("PING",), 0)]))
+        with pytest.raises(kind, match="the handler is closed"):
+            await within(commands.first("PING"))
+    finally:
+        await commands.aclose()
 
 
 async def test_the_command_stores_an_image(server: RedisServer, tmp_path: Path) -> None:
