@@ -59,7 +59,7 @@ FLOORS = {
         migration.tree_pages migration.tree_arriving""",
     "tools": """
         . testing testing.sources
-        testing.touches testing.latency testing.schedules testing.strategies
+        testing.touches testing.latency testing.schedules testing.strategies testing.pasting
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
         plotting working_set_plot cli.picture cli.working_set
