@@ -60,6 +60,7 @@ FLOORS = {
     "tools": """
         . testing testing.sources
         testing.touches testing.latency testing.schedules testing.strategies testing.pasting
+        testing.places
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
         plotting working_set_plot cli.picture cli.working_set

@@ -7,31 +7,9 @@ import marshal
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
-from aiouffd.testing.touches import OUTCOMES, Access, Touch
-
-#: Any touch whose byte lies in its page, with the size of that page.
-TOUCHES = st.builds(
-    lambda page, page_size, byte, **rest: (
-        Touch(page=page, offset=page * page_size + byte % page_size, **rest),
-        page_size,
-    ),
-    page=st.integers(0, 1 << 20),
-    page_size=st.sampled_from([4096, 16384, 65536, 2 << 20]),
-    byte=st.integers(0, 1 << 21),
-    number=st.integers(1, 1 << 40),
-    time_ns=st.integers(0, 1 << 60),
-    process=st.integers(1, 1 << 22),
-    thread=st.integers(1, 1 << 22),
-    region=st.text(min_size=1),
-    access=st.sampled_from(Access),
-    system_call=st.none() | st.integers(0, 500),
-    pc=st.none() | st.integers(0, (1 << 64) - 1),
-    where=st.text(),
-    outcome=st.sampled_from(list(OUTCOMES)),
-    waited_ns=st.integers(0, 1 << 50),
-)
+from aiouffd.testing.touches import Access, Touch
+from tests.touching import ANY_TOUCH
 
 PLAIN = Touch(
     number=3,
@@ -80,7 +58,7 @@ def test_the_line_says_what_was_special(changes: dict[str, object], end: str) ->
     assert str(touch).endswith(end)
 
 
-@given(TOUCHES)
+@given(ANY_TOUCH)
 def test_what_is_sent_arrives(pair: tuple[Touch, int]) -> None:
     """A touch survives marshal, as plain ints, strings and None."""
     touch, _ = pair
@@ -89,7 +67,7 @@ def test_what_is_sent_arrives(pair: tuple[Touch, int]) -> None:
     assert Touch.from_wire(marshal.loads(marshal.dumps(wire))) == touch
 
 
-@given(TOUCHES)
+@given(ANY_TOUCH)
 def test_the_byte_in_its_page_is_found(pair: tuple[Touch, int]) -> None:
     """Whatever the size of a page is."""
     touch, page_size = pair
