@@ -61,7 +61,7 @@ FLOORS = {
         . testing testing.sources
         testing.touches testing.latency testing.schedules testing.strategies testing.pasting
         testing.places
-        testing.touch_log testing.record_file testing.record
+        testing.touch_log testing.record_file testing.record testing.perfetto
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
         plotting working_set_plot cli.picture cli.working_set

@@ -71,11 +71,20 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     Raises:
         OSError: It cannot be written.
     """
+    write_whole(path, _pieces(contents))
+
+
+def write_whole(path: str | os.PathLike[str], pieces: Iterable[str]) -> None:
+    """Write ASCII text so that a file has all of it, or is as it was before.
+
+    Raises:
+        OSError: It cannot be written; the error names ``path``.
+    """
     target = os.fspath(path)
     part = f"{target}.part"
     try:
         with open(part, "w", encoding="ascii") as file:
-            file.writelines(_pieces(contents))
+            file.writelines(pieces)
         os.replace(part, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, target) from error
