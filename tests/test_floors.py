@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent / "aiouffd"
 #: for annotations only (``if TYPE_CHECKING``) may also stand below it on the same floor.
 FLOORS = {
     "facts": """
-        errors kernel kernel.abi kernel.buffers kernel.calls kernel.tracing kernel.holding_gil
-        kernel.history
+        errors kernel kernel.abi kernel.buffers kernel.calls kernel.ptrace kernel.registers
+        kernel.injection kernel.tracing kernel.holding_gil kernel.history
         kernel.gates kernel.handshake kernel.pagemap kernel.maps kernel.page_cache
         kernel.capabilities kernel.probe kernel.parent""",
     "values": """

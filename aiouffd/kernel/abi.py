@@ -28,15 +28,17 @@ UNPRIVILEGED_SYSCTL: Final = "/proc/sys/vm/unprivileged_userfaultfd"  # since Li
 
 #: Number of the ``userfaultfd`` system call; asm-generic (arm64, riscv64, loongarch64) is 282.
 SYSCALL_NUMBERS: Final = {"x86_64": 323, "i386": 374, "i686": 374}
-_MACHINE: Final = os.uname().machine if hasattr(os, "uname") else ""
-NR_USERFAULTFD: Final = SYSCALL_NUMBERS.get(_MACHINE, 282)
+MACHINE: Final = os.uname().machine if hasattr(os, "uname") else ""
+NR_USERFAULTFD: Final = SYSCALL_NUMBERS.get(MACHINE, 282)
 
 UFFD_API: Final = 0xAA
 
 #: Number of the ``cachestat`` system call, the same on every machine; since Linux 6.5.
 NR_CACHESTAT: Final = 451
 #: Number of the ``tgkill`` system call, which the C library has no wrapper for before glibc 2.30.
-NR_TGKILL: Final = {"x86_64": 234, "i386": 270, "i686": 270}.get(_MACHINE, 131)
+NR_TGKILL: Final = {"x86_64": 234, "i386": 270, "i686": 270}.get(MACHINE, 131)
+#: Number of the ``madvise`` system call.
+NR_MADVISE: Final = {"x86_64": 28, "i386": 219, "i686": 219}.get(MACHINE, 233)
 
 # --- ioctl numbers ---------------------------------------------------------------------
 

@@ -1,20 +1,10 @@
-"""ptrace: stop one thread of another process, let it make one instruction, let it go.
+"""Tracing threads of another process: whether it is allowed, and the door to all of it.
 
-Knows: the requests, the statuses that waitpid gives back, how to send one thread a signal.
+Knows: Yama, seccomp, what /proc says of a thread, how to send one thread a signal.
 Must not know: pages, userfaultfds, why a thread is stopped.
 
-Laws of this file:
-
-* Only ``seize`` begins to trace: it stops nobody and sends nobody a signal.  ``interrupt`` stops,
-  ``wait`` says that it has; every other request is refused with ESRCH until then.
-* All requests on a thread come from the *thread* that seized it (any other gets ESRCH), and so
-  it has to live as long.  When it ends, what it traced is let go and runs on.
-* A thread of the same process cannot be traced: this is for a helper process.
-* An error is an OSError with the kernel's errno: ProcessLookupError (ESRCH) where the thread has
-  ended, is not ours or does not stand still; PermissionError (EPERM) where somebody else traces
-  it already or we may not.
-* A step ends in a SIGTRAP of the kernel's making, which cannot be blocked: in a thread that
-  blocks SIGTRAP a step unblocks it, and where it is ignored it gets its default again.
+Stopping and stepping are in ``ptrace``, a system call in another thread's place in ``injection``;
+both are to be had here.
 """
 
 from __future__ import annotations
@@ -23,225 +13,53 @@ import ctypes
 import functools
 import os
 import sys
-import time
 from typing import Final
 
 from . import abi, calls
+from .injection import call_in
+from .ptrace import (
+    PTRACE_O_EXITKILL,
+    PTRACE_O_TRACECLONE,
+    PTRACE_O_TRACEEXEC,
+    PTRACE_O_TRACEFORK,
+    PTRACE_O_TRACEVFORK,
+    SIGTRAP,
+    cont,
+    detach,
+    interrupt,
+    is_event_stop,
+    libc,
+    seize,
+    singlestep,
+    stopped_by_signal,
+    wait,
+)
 
-# linux/ptrace.h
-_PTRACE_CONT: Final = 7
-_PTRACE_SINGLESTEP: Final = 9
-_PTRACE_DETACH: Final = 17
-_PTRACE_SEIZE: Final = 0x4206
-_PTRACE_INTERRUPT: Final = 0x4207
-_NAMES: Final = {
-    _PTRACE_CONT: "PTRACE_CONT",
-    _PTRACE_SINGLESTEP: "PTRACE_SINGLESTEP",
-    _PTRACE_DETACH: "PTRACE_DETACH",
-    _PTRACE_SEIZE: "PTRACE_SEIZE",
-    _PTRACE_INTERRUPT: "PTRACE_INTERRUPT",
-}
-_PTRACE_EVENT_STOP: Final = 128
+__all__ = (
+    "PTRACE_O_EXITKILL",
+    "PTRACE_O_TRACECLONE",
+    "PTRACE_O_TRACEEXEC",
+    "PTRACE_O_TRACEFORK",
+    "PTRACE_O_TRACEVFORK",
+    "SIGTRAP",
+    "allow_tracer",
+    "call_in",
+    "can_trace",
+    "cont",
+    "detach",
+    "in_system_call",
+    "interrupt",
+    "is_event_stop",
+    "seize",
+    "singlestep",
+    "stopped_by_signal",
+    "tgkill",
+    "wait",
+    "why_not",
+)
 
-#: Options of ``seize``: end the thread's process when we end; trace what it forks, clones, runs.
-PTRACE_O_TRACEFORK: Final = 0x2
-PTRACE_O_TRACEVFORK: Final = 0x4
-PTRACE_O_TRACECLONE: Final = 0x8
-PTRACE_O_TRACEEXEC: Final = 0x10
-PTRACE_O_EXITKILL: Final = 0x100000
-
-# linux/prctl.h
-_PR_SET_PTRACER: Final = 0x59616D61  # "Yama"
-
-# linux/wait.h; os has the first on Unix only
-_WNOHANG: Final = 1
-_WALL: Final = 0x40000000  # threads that are no children of ours, too
-
+_PR_SET_PTRACER: Final = 0x59616D61  # linux/prctl.h: "Yama"
 _SIGKILL: Final = 9
-SIGTRAP: Final = 5
-
-_SECOND: Final = 1_000_000_000
-# A step takes about ten microseconds, a waitpid one: ask again and again at first, then let
-# others run, then sleep, for who has not stopped by now waits for a CPU or for a disk.
-_SPINS: Final = 32
-_YIELDS: Final = 32
-_NAP: Final = 0.000_1
-
-
-# --- the requests ----------------------------------------------------------------------
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    # Not at import, which has to work on every system.
-    calls.require_linux()
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
-    libc.ptrace.restype = ctypes.c_long
-    return libc
-
-
-def _ptrace(request: int, tid: int, address: int, data: int) -> None:
-    if _libc().ptrace(request, tid, address, data) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), f"{_NAMES[request]} of thread {tid}")
-
-
-def seize(tid: int, options: int = 0) -> None:
-    """Begin to trace a thread; it goes on as if nothing had happened.
-
-    Kernel: PTRACE_SEIZE, since Linux 3.4.
-
-    Args:
-        tid: A thread's id (of a process's first thread: the process id).  No thread of ours.
-        options: PTRACE_O_..., or'ed.
-
-    Raises:
-        PermissionError: It is traced already, is a thread of this process, or we may not:
-            ``can_trace`` has the reasons.
-        ProcessLookupError: There is no such thread.
-
-    Sharing: this thread is its tracer from now on, no other.
-    """
-    _ptrace(_PTRACE_SEIZE, tid, 0, options)
-
-
-def interrupt(tid: int) -> None:
-    """Ask a seized thread to stop; ``wait`` says when it has.
-
-    A thread that waits for a page of a userfaultfd stops before the access that it was about to
-    make, if that is its own instruction.  In a system call it stops at the call's end, and some
-    calls end early, to be restarted when it goes on.  A stop that is under way is enough: several
-    requests make one stop.
-
-    Kernel: PTRACE_INTERRUPT, since Linux 3.4.
-
-    Raises:
-        ProcessLookupError: The thread has ended, or this thread did not seize it.
-
-    Sharing: only the thread that seized it.
-    """
-    _ptrace(_PTRACE_INTERRUPT, tid, 0, 0)
-
-
-def singlestep(tid: int, signal: int = 0) -> None:
-    """Let a stopped thread make one instruction and stop again, with SIGTRAP.
-
-    A system call is one instruction.  So is an entry into a signal handler: with a ``signal`` the
-    thread stops at the handler's first instruction.
-
-    Kernel: PTRACE_SINGLESTEP.
-
-    Args:
-        tid: The stopped thread.
-        signal: A signal to deliver; 0 is none, also where it stood before the delivery of one,
-            which is lost then.
-
-    Raises:
-        ProcessLookupError: It is not stopped, has ended, or this thread did not seize it.
-
-    Sharing: only the thread that seized it.
-    """
-    _ptrace(_PTRACE_SINGLESTEP, tid, 0, signal)
-
-
-def cont(tid: int, signal: int = 0) -> None:
-    """Let a stopped thread run; it stays traced, and stops before each signal's delivery.
-
-    Kernel: PTRACE_CONT.
-
-    Args:
-        tid: The stopped thread.
-        signal: As for ``singlestep``.
-
-    Raises:
-        ProcessLookupError: It is not stopped, has ended, or this thread did not seize it.
-
-    Sharing: only the thread that seized it.
-    """
-    _ptrace(_PTRACE_CONT, tid, 0, signal)
-
-
-def detach(tid: int, signal: int = 0) -> None:
-    """Let a stopped thread run and trace it no longer.
-
-    Kernel: PTRACE_DETACH.
-
-    Args:
-        tid: The stopped thread.
-        signal: As for ``singlestep``.
-
-    Raises:
-        ProcessLookupError: It is not stopped, has ended, or this thread did not seize it.
-
-    Sharing: only the thread that seized it.
-    """
-    _ptrace(_PTRACE_DETACH, tid, 0, signal)
-
-
-# --- statuses --------------------------------------------------------------------------
-
-
-def wait(tid: int, *, block_ns: int = _SECOND) -> int | None:
-    """Wait until a traced thread has stopped or ended.
-
-    Each stop is told once.  If the thread is the first one of a child process of ours, its exit
-    status is told once too, and nobody else gets it any more.
-
-    Kernel: waitpid(2) with __WALL.
-
-    Args:
-        tid: A thread that this process traces.
-        block_ns: How long to wait at most, in nanoseconds; 0 only looks.
-
-    Returns:
-        The status as of ``os.waitpid``, of a thread that ended too (``os.WIFSTOPPED`` tells
-        them apart); None if it still runs.
-
-    Raises:
-        ChildProcessError: Nobody here traces it: it was let go, or its end was told already.
-
-    Sharing: any thread of the tracing process, but one for a ``tid``.
-    """
-    calls.require_linux()
-    end = time.monotonic_ns() + block_ns
-    polls = 0
-    while True:
-        changed, status = os.waitpid(tid, _WNOHANG | _WALL)
-        if changed:
-            return status
-        if time.monotonic_ns() >= end:
-            return None
-        polls += 1
-        if polls > _SPINS + _YIELDS:
-            time.sleep(_NAP)
-        elif polls > _SPINS:
-            os.sched_yield()
-
-
-def stopped_by_signal(status: int) -> int:
-    """Say before the delivery of which signal a thread stands.
-
-    A step's end is a SIGTRAP too.  Give the signal on to ``cont`` or ``detach``, or it is lost.
-
-    Args:
-        status: From ``wait``.
-
-    Returns:
-        The signal; 0 if the thread stands for another reason, or has ended.
-    """
-    return status >> 8 if status & 0xFF == 0x7F and status < 0x10000 else 0
-
-
-def is_event_stop(status: int) -> bool:
-    """Say whether a thread stands because of ``interrupt``, or because its process is stopped.
-
-    The second has the stopping signal in bits 8 to 15, the first SIGTRAP.
-
-    Args:
-        status: From ``wait``.
-    """
-    return status >> 16 == _PTRACE_EVENT_STOP and status & 0xFF == 0x7F
 
 
 # --- who may ---------------------------------------------------------------------------
@@ -352,7 +170,7 @@ def allow_tracer(pid: int) -> bool:
         where there is no such process.
     """
     # -1 is converted to ULONG_MAX, which is the kernel's word for everybody.
-    return bool(_libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0) == 0)
+    return bool(libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0) == 0)
 
 
 # --- one thread ------------------------------------------------------------------------
@@ -372,7 +190,7 @@ def tgkill(pid: int, tid: int, signal: int) -> None:
         ProcessLookupError: There is no such thread in that process.
         PermissionError: We may not.
     """
-    if _libc().syscall(ctypes.c_long(abi.NR_TGKILL), pid, tid, signal):
+    if libc().syscall(ctypes.c_long(abi.NR_TGKILL), pid, tid, signal):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), f"tgkill of thread {tid}")
 

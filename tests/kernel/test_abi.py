@@ -81,7 +81,11 @@ OPEN_ENDED = {
 }
 
 #: What abi.py calls otherwise than the header, or has from elsewhere.
-OTHER_NAMES = {"NR_USERFAULTFD": "__NR_userfaultfd", "NR_TGKILL": "__NR_tgkill"}
+OTHER_NAMES = {
+    "NR_USERFAULTFD": "__NR_userfaultfd",
+    "NR_TGKILL": "__NR_tgkill",
+    "NR_MADVISE": "__NR_madvise",
+}
 
 
 def our_constants() -> dict[str, int]:
