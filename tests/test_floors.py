@@ -64,7 +64,7 @@ FLOORS = {
         testing.touch_log testing.record_file testing.record testing.perfetto
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
-        plotting working_set_plot cli.picture cli.working_set
+        plotting testing.record_plot working_set_plot cli.picture cli.working_set
         image image.new_file image.sparse image.packed image.copying image.survey
         snapshot protected_memory live_snapshot
         page_map status prometheus http_site control
