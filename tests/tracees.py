@@ -22,10 +22,10 @@ INTERRUPTED = tracing.SIGTRAP << 8 | 0x7F | 128 << 16
 STEPPED = tracing.SIGTRAP << 8 | 0x7F
 
 #: Numbers of system calls on this machine.
-_NAMES = "read poll ppoll pwrite64 getpid getppid getcwd ptrace exit_group"
+_NAMES = "read poll ppoll pwrite64 getpid getppid getcwd ptrace exit_group mmap"
 _NUMBERS = {
-    "x86_64": (0, 7, 271, 18, 39, 110, 79, 101, 231),
-    "aarch64": (63, -1, 73, 68, 172, 173, 17, 117, 94),  # -1: there is none
+    "x86_64": (0, 7, 271, 18, 39, 110, 79, 101, 231, 9),
+    "aarch64": (63, -1, 73, 68, 172, 173, 17, 117, 94, 222),  # -1: there is none
 }
 NR = dict(zip(_NAMES.split(), _NUMBERS.get(abi.MACHINE, ()), strict=False))
 

@@ -54,7 +54,7 @@ PTRACE_O_EXITKILL: Final = 0x100000
 
 # linux/wait.h; os has the first on Unix only
 _WNOHANG: Final = 1
-_WALL: Final = 0x40000000  # threads that are no children of ours, too
+_WALL: Final = 0x40000000  # before Linux 4.7 it takes this for threads that are no children
 
 #: A step's end; ``signal`` has it on Unix only.
 SIGTRAP: Final = 5

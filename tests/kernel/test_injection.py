@@ -76,6 +76,18 @@ def test_its_arguments_arrive(target: Target, standing: int) -> None:
     assert not target.is_present(1)
 
 
+def test_all_six_arguments_arrive(target: Target, standing: int) -> None:
+    """A file is mapped, at a place in it."""
+    there, here = target.make_memfd("six", 0, 3 * PAGE, thread=1)
+    os.close(here)
+    read = mmap.PROT_READ
+    address = call_in(standing, NR["mmap"], 0, PAGE, read, mmap.MAP_SHARED, there, 2 * PAGE)
+    with open(f"/proc/{target.pid}/maps", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith(f"{address:x}-{address + PAGE:x} "))
+    assert line.split()[1:3] == ["r--s", f"{2 * PAGE:08x}"]
+    assert "memfd:six" in line
+
+
 def test_a_refusal_is_minus_an_errno(target: Target, standing: int) -> None:
     """As the kernel gives it."""
     answer = call_in(standing, abi.NR_MADVISE, target.at(1) + 1, PAGE, mmap.MADV_DONTNEED)

@@ -122,6 +122,11 @@ def test_each_reason_comes_with_what_helps(scope: str, status: dict[str, str], w
     assert "(PTRACE_SEIZE of thread 5: Operation not permitted)" in said
 
 
+def test_what_cannot_be_read_says_nothing() -> None:
+    """There is no Yama everywhere."""
+    assert tracing._text("/proc/sys/kernel/yama/no_such_file") == ""
+
+
 def test_a_tracer_is_allowed_where_yama_forbids() -> None:
     """Everybody, this parent, nobody; elsewhere there is nothing to allow."""
     yama = Path("/proc/sys/kernel/yama/ptrace_scope").exists()
