@@ -94,7 +94,7 @@ def seize(tid: int, options: int = 0) -> None:
 
     Args:
         tid: A thread's id (of a process's first thread: the process id).  No thread of ours.
-        options: PTRACE_O_..., or'ed.
+        options: ``PTRACE_O_TRACEFORK`` and its like, or'ed.
 
     Raises:
         PermissionError: It is traced already, is a thread of this process, or we may not:
