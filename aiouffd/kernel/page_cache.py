@@ -53,3 +53,23 @@ def holds(fd: int, offset: int, length: int) -> bool:
         raise OSError(number, os.strerror(number), "cachestat")
     first, last = offset // mmap.PAGESIZE, (offset + length - 1) // mmap.PAGESIZE
     return bool(_STAT.unpack(found.raw)[0] == last - first + 1)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give back pages of a file, in the page cache and in every mapping of it.
+
+    Kernel: fallocate(2) with FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE, since Linux 2.6.38
+    (tmpfs 3.5, hugetlbfs 4.3).  A userfaultfd is told nothing: the next access is a missing fault.
+
+    Args:
+        fd: The file, open for writing.
+        offset: Of the first page, in bytes.
+        length: Whole pages, in bytes.
+
+    Raises:
+        OSError: Not a file that can have holes, or sealed against writing.
+    """
+    arguments = (ctypes.c_int(fd), ctypes.c_int(3), ctypes.c_long(offset), ctypes.c_long(length))
+    if _libc().fallocate(*arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "fallocate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,3 +54,27 @@ def test_no_file_is_an_error() -> None:
     """With its errno."""
     with pytest.raises(OSError, match="cachestat"):
         page_cache.holds(-1, 0, PAGE)
+
+
+def test_a_hole_reads_as_zeros() -> None:
+    """What is punched out of a memfd is given back, and its neighbours are not."""
+    fd = os.memfd_create("holes")
+    try:
+        os.write(fd, b"x" * 3 * PAGE)
+        page_cache.punch_hole(fd, PAGE, PAGE)
+        assert os.pread(fd, 3 * PAGE, 0) == b"x" * PAGE + bytes(PAGE) + b"x" * PAGE
+        assert os.fstat(fd).st_blocks * 512 == 2 * PAGE
+    finally:
+        os.close(fd)
+
+
+def test_no_hole_where_there_can_be_none() -> None:
+    """A pipe has none: the kernel's errno."""
+    read, write = os.pipe()
+    try:
+        with pytest.raises(OSError, match="fallocate") as caught:
+            page_cache.punch_hole(write, 0, PAGE)
+        assert caught.value.errno == errno.ESPIPE
+    finally:
+        os.close(read)
+        os.close(write)
