@@ -1,0 +1,296 @@
+"""What becomes of a touch: the rules' counts, who stands where, and what is written down.
+
+Knows: rules, touches, whose turn it is.
+Must not know: userfaultfds, ptrace, clocks, sockets; ``service`` does what is decided here.
+
+A *touch* is one access of a thread to one page that was not there for it (absent, or
+write-protected and written to).  The kernel reports it once, or again after a signal; it ends
+when the access is let through.
+
+Laws of this file:
+
+* A thread stands at one touch at a time; a message that repeats it is the same touch.
+* Each touch is counted once by every rule that it fits, in the order of arrival.
+* A touch is stepped over, and its page taken away again, exactly when a rule would otherwise
+  not see what it still waits for.
+* Every touch is written down, and ends with what became of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from .rules import Kind, Rule
+
+#: Touches kept; later ones are counted only.
+KEPT: Final = 1_000_000
+
+
+@dataclass(slots=True, eq=False)
+class Standing:
+    """A touch that has not ended: its thread stands in the kernel, or in the trampoline.
+
+    Attributes:
+        number: From 1, in order of arrival.
+        process: Process id.
+        thread: Thread id.
+        region: The region's number.
+        page: Which page of the region.
+        offset: The touched byte's offset in the region.
+        access: ``read`` or ``write``.
+        system_call: The number of the system call that touched; None for the program itself.
+        pc: The program counter; 0 if not known.
+        mapping: Where the memory is mapped; the service's own.
+        time_ns: When it arrived.
+        delay: The distribution of each SLOW rule that fits, in order.
+        freeze: The number of the FREEZE rule that stops it; 0 if none does.
+        values: (start, bytes) that it is to find.
+        failing: It is to fail.
+        once: ... and the next one is not.
+        held_by: ``page``, ``trampoline``, or empty while it does not stand.
+        parked: It has said that it is in the trampoline.
+        returning: It was let go, and is on its way out of the trampoline.
+        parks: How often it came back from the trampoline by itself.
+        overdue: Nobody released it in time.
+        outcome: What became of it.
+    """
+
+    number: int
+    process: int
+    thread: int
+    region: int
+    page: int
+    offset: int
+    access: str
+    system_call: int | None
+    pc: int
+    mapping: Any
+    time_ns: int
+    where: str = ""
+    delay: list[tuple[Any, ...]] = field(default_factory=list)
+    freeze: int = 0
+    values: list[tuple[int, bytes]] = field(default_factory=list)
+    failing: bool = False
+    once: bool = False
+    held_by: str = ""
+    parked: bool = False
+    returning: bool = False
+    parks: int = 0
+    overdue: bool = False
+    outcome: str = ""
+
+
+@dataclass(slots=True)
+class Armed:
+    """A rule and how far it has come."""
+
+    rule: Rule
+    hits: int = 0
+    fired: bool = False
+    spent: bool = False
+    slowed: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A region as far as deciding needs it."""
+
+    page_size: int
+    pages: int
+
+
+class Engine:
+    """The harness's books.
+
+    Sharing: one thread.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no region, no rule and no touch."""
+        self.regions: dict[int, Shape] = {}
+        self.armed: dict[int, Armed] = {}
+        self.standing: dict[tuple[int, int], Standing] = {}
+        self.written: list[tuple[Any, ...]] = []
+        self.count = 0
+
+    # --- what a test orders ------------------------------------------------------------
+
+    def add_region(self, number: int, page_size: int, pages: int) -> None:
+        """Know a region."""
+        self.regions[number] = Shape(page_size, pages)
+
+    def forget_region(self, number: int) -> None:
+        """Forget a region and the rules about it."""
+        del self.regions[number]
+        for rule in [a.rule.number for a in self.armed.values() if a.rule.region == number]:
+            del self.armed[rule]
+
+    def arm(self, rule: Rule) -> None:
+        """Have a rule from now on."""
+        self.armed[rule.number] = Armed(rule)
+
+    def disarm(self, number: int) -> list[Standing]:
+        """Drop a rule.
+
+        Returns:
+            Who stands because of it, in order of arrival.
+        """
+        self.armed.pop(number, None)
+        return [s for s in self.standing.values() if s.freeze == number]
+
+    def spend(self, number: int) -> None:
+        """Note that a freeze has let somebody go: unless it is for ever, it stops nobody new."""
+        if armed := self.armed.get(number):
+            armed.spent = True
+
+    # --- what a thread does ------------------------------------------------------------
+
+    def repeated(self, process: int, thread: int, region: int, page: int) -> Standing | None:
+        """Give the touch that a message repeats, if the thread stands at this page already."""
+        standing = self.standing.get((process, thread))
+        if standing is not None and (standing.region, standing.page) == (region, page):
+            return standing
+        return None
+
+    def arrive(
+        self,
+        *,
+        process: int,
+        thread: int,
+        region: int,
+        offset: int,
+        access: str,
+        mapping: Any,
+        time_ns: int,
+        system_call: int | None = None,
+        pc: int = 0,
+        where: str = "",
+    ) -> Standing:
+        """Take in a touch that is not ``repeated``, and decide what becomes of it."""
+        self.count += 1
+        touch = Standing(
+            number=self.count,
+            process=process,
+            thread=thread,
+            region=region,
+            page=offset // self.regions[region].page_size,
+            offset=offset,
+            access=access,
+            system_call=system_call,
+            pc=pc,
+            mapping=mapping,
+            time_ns=time_ns,
+            where=where,
+        )
+        for armed in self.armed.values():
+            if armed.rule.fits(region, offset, access, thread):
+                armed.hits += 1
+                _apply(armed, touch)
+        self.standing[process, thread] = touch
+        return touch
+
+    def sees_more(self, touch: Standing) -> bool:
+        """Say whether some rule has to see the next touch of this page too."""
+        size = self.regions[touch.region].page_size
+        start = touch.page * size
+        return any(
+            _waits(armed, touch.access)
+            for armed in self.armed.values()
+            if armed.rule.covers(touch.region, start, start + size)
+        )
+
+    def others(self, touch: Standing) -> Iterator[Standing]:
+        """Give who else stands at this page of this mapping in the kernel."""
+        for other in self.standing.values():
+            if (
+                other is not touch
+                and other.mapping is touch.mapping
+                and (other.region, other.page) == (touch.region, touch.page)
+                and not other.parked
+            ):
+                yield other
+
+    def returning(self, touch: Standing) -> list[Standing]:
+        """Give who is on its way out of the trampoline to the same page."""
+        return [
+            other
+            for other in self.standing.values()
+            if other.returning
+            and other.mapping is touch.mapping
+            and (other.region, other.page) == (touch.region, touch.page)
+        ]
+
+    def end(self, touch: Standing, outcome: str, now_ns: int) -> None:
+        """Write down that a touch was let through, and how."""
+        key = touch.process, touch.thread
+        if self.standing.get(key) is not touch:
+            return
+        del self.standing[key]
+        touch.outcome = outcome
+        touch.held_by = ""
+        if len(self.written) < KEPT:
+            self.written.append(wire(touch, now_ns))
+
+
+def wire(touch: Standing, now_ns: int) -> tuple[Any, ...]:
+    """Give a touch as ``touches.Touch`` reads it; the region by its number."""
+    return (
+        touch.number,
+        touch.time_ns,
+        touch.process,
+        touch.thread,
+        touch.region,
+        touch.page,
+        touch.offset,
+        touch.access,
+        touch.system_call,
+        touch.pc,
+        touch.where,
+        touch.outcome,
+        now_ns - touch.time_ns,
+    )
+
+
+def _apply(armed: Armed, touch: Standing) -> None:
+    """Let a rule that fits have its say."""
+    rule = armed.rule
+    due = armed.hits >= rule.nth
+    match rule.kind:
+        case Kind.FREEZE:
+            if due and (rule.every or not armed.spent) and not touch.freeze:
+                armed.fired = True
+                touch.freeze = rule.number
+        case Kind.SLOW:
+            if due and (rule.every or touch.page not in armed.slowed):
+                armed.slowed.add(touch.page)
+                touch.delay.append(rule.latency)
+        case Kind.FAIL:
+            if due and (rule.every or not armed.fired):
+                armed.fired = True
+                touch.failing = True
+                touch.once = not rule.every
+        case Kind.CHANGE:
+            value = rule.values[min(armed.hits, len(rule.values)) - 1]
+            touch.values.append((rule.start, value))
+        case Kind.WATCH:
+            pass
+
+
+def _waits(armed: Armed, access: str) -> bool:
+    """Say whether a rule waits for touches that a page which is there would not show."""
+    rule = armed.rule
+    if rule.access == "write" and access == "read":
+        return False  # the page is filled write-protected: the write will show
+    match rule.kind:
+        case Kind.WATCH:
+            return True
+        case Kind.SLOW:
+            return rule.every
+        case Kind.FREEZE:
+            return rule.every or not armed.fired
+        case Kind.FAIL:
+            return not armed.fired
+        case Kind.CHANGE:
+            return armed.hits < len(rule.values)
