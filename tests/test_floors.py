@@ -62,6 +62,9 @@ FLOORS = {
         testing.touches testing.latency testing.schedules testing.strategies testing.pasting
         testing.places
         testing.touch_log testing.record_file testing.record testing.perfetto
+        testing.rules testing.engine testing.channel testing.where testing.pages testing.stepping
+        testing.service testing.trampoline testing.failures testing.running testing.freezing
+        testing.region testing.recording testing.harness
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
         plotting testing.record_plot working_set_plot cli.picture cli.working_set
@@ -98,6 +101,7 @@ OPTIONAL: dict[str, set[str]] = {
     "matplotlib": {"plotting"},
     "prometheus_client": {"prometheus", "migration.prometheus"},
     "rich": {"cli.top"},
+    "numpy": {"testing.region"},
     "lz4": {"migration.lz4_blocks"},
     "pytest": {"testing.sources"},
     "redis": {"sources.redis_client"},

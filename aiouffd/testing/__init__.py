@@ -1,4 +1,77 @@
-"""What tests of programs that use aiouffd can build on; public, and shipped with it.
+"""Tools for tests of code that uses memory, and of code that uses aiouffd; public.
 
-``aiouffd.testing.sources`` has the tests that every source passes, to be inherited.
+``Harness`` makes memory whose touches a test sees, stops, delays, changes and fails::
+
+    with Harness() as uffd:
+        region = uffd.region(2, contents=packet)
+        with region.page(1).freeze() as freeze:
+            parsing = uffd.start(library.parse, region.pointer(), len(packet))
+            thread = freeze.wait()  # it stands exactly at its access
+            region.poke(0, b"other bytes")
+            thread.release()
+        parsing.result()
+
+``aiouffd.testing.sources`` has the tests that every source passes, to be inherited;
+``aiouffd.testing.pytest_plugin`` brings the fixtures.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .failures import FreezeTimeout, HarnessError
+    from .freezing import AsyncFreeze, AsyncFrozen, Freeze, Frozen, freeze
+    from .harness import Armed, Harness
+    from .record import Record, RecordMismatch
+    from .recording import Recording
+    from .region import Page, Place, Region
+    from .running import Running
+    from .touches import Access, Touch
+
+#: Where each public name lives.  They are imported when first asked for (PEP 562): a pytest
+#: plugin is imported in every run, and most runs need none of it.
+_EXPORTS = {
+    "failures": ("FreezeTimeout", "HarnessError"),
+    "freezing": ("AsyncFreeze", "AsyncFrozen", "Freeze", "Frozen", "freeze"),
+    "harness": ("Armed", "Harness"),
+    "record": ("Record", "RecordMismatch"),
+    "recording": ("Recording",),
+    "region": ("Page", "Place", "Region"),
+    "running": ("Running",),
+    "touches": ("Access", "Touch"),
+}
+_HOMES = {name: home for home, names in _EXPORTS.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+__all__ = [
+    "Access",
+    "Armed",
+    "AsyncFreeze",
+    "AsyncFrozen",
+    "Freeze",
+    "FreezeTimeout",
+    "Frozen",
+    "Harness",
+    "HarnessError",
+    "Page",
+    "Place",
+    "Record",
+    "RecordMismatch",
+    "Recording",
+    "Region",
+    "Running",
+    "Touch",
+    "freeze",
+]

@@ -1,0 +1,861 @@
+"""Harness: memory whose touches a test sees, stops, delays, changes and fails.
+
+Knows: how to start the helper process, what to order from it, and what it tells.
+Must not know: pytest; how pages are filled.
+
+The helper (``service``) holds the userfaultfds and decides, in a process of its own, so that
+no lock of this interpreter can stop it.  Here one thread, the porter, hears what it tells:
+who stands, and which thread in the trampoline may go on.
+
+Laws of this file:
+
+* An order is sent and answered under one lock; no order waits for a thread of the test.
+* Whatever the helper had to end by itself is raised: at the next order, and when the harness
+  closes.  A test that left a thread standing fails.
+* The helper is the only one that keeps the userfaultfds: if it dies, threads go on at once.
+* A forked child of the test process has no harness: it says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, ParamSpec, Self, TypeVar
+
+from ..errors import ClosedError, NotSupported
+from ..kernel import tracing
+from ..uffd import Feature, Userfaultfd
+from . import trampoline
+from .channel import PIECE, pair
+from .failures import HarnessError
+from .freezing import Freeze, Frozen
+from .places import Layout
+from .record import Record
+from .recording import Recording
+from .region import Place, Region
+from .rules import KINDS, SHARED_KINDS, Kind, Rule
+from .running import Running
+from .touches import Touch
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+#: What names a thread: its kernel id, or an object that knows it.
+ThreadLike = int | threading.Thread | Running[Any]
+
+_ANSWER_SECONDS: Final = 20.0  # an order takes microseconds; a helper that is silent is lost
+_HUGE: Final = 2 * 1024 * 1024
+_MAP_HUGETLB: Final = 0x40000
+_MFD_HUGETLB: Final = 4
+_MADV_DONTNEED: Final = 4
+_MADV_DONTFORK: Final = 10
+_BACK_ENDS: Final = {"auto": "auto", "process": "never", "trampoline": "always"}
+_ENDED: Final = (
+    "the helper process has ended: threads that stood at a page went on, and pages that nobody"
+    " had touched read as zeros"
+)
+_ACCOUNT: Final = 20  # touches in an error's text
+
+
+#: Memory of regions that were closed while threads still ran; never unmapped.
+_kept: Final[list[mmap.mmap]] = []
+
+
+class Armed:
+    """A rule that holds until it is disarmed, or to the end of its ``with`` block.
+
+    Attributes:
+        rule: What it says.
+    """
+
+    def __init__(self, harness: Harness, rule: Rule) -> None:
+        """Made by the harness."""
+        self._harness = harness
+        self.rule = rule
+        self._armed = True
+
+    def disarm(self) -> None:
+        """End it; a second call does nothing."""
+        if self._armed:
+            self._armed = False
+            self._harness.disarm(self.rule.number)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.disarm()
+
+
+class Harness:
+    """Makes memory, and stops, delays, changes, fails and records what touches it.
+
+    Attributes:
+        timeout: Seconds that a thread may stand before it is let go and the test fails.
+        seed: Of all latencies.
+        backend: How threads of this process are held: ``auto``, ``process``, ``trampoline``.
+        limits: What is not possible here, a sentence each.
+        regions: Those that are open.
+        changed: Notified whenever the helper has told something.
+        listeners: Called then, in the porter's thread.
+
+    Sharing: any thread of the process that made it.
+    """
+
+    def __init__(
+        self,
+        *,
+        timeout: float = 10.0,
+        seed: int | None = None,
+        backend: str = "auto",
+        user_mode_only: bool = False,
+    ) -> None:
+        """Start the helper process.
+
+        Kernel: userfaultfd(2), since Linux 4.3; write-protection of shared memory since 5.19.
+
+        Args:
+            timeout: Seconds that a thread may stand; past it all stacks are shown.
+            seed: Of all latencies; a random one if None.
+            backend: ``auto``: the kernel holds a thread, and one that has the GIL waits in the
+                trampoline.  ``process``: the kernel holds all; a Python access that is stopped
+                stops the interpreter.  ``trampoline``: all threads of this process wait there.
+            user_mode_only: Do without system calls' touches, as it is without privilege.
+
+        Raises:
+            NotSupported: This kernel, user or container cannot; says what would help.
+            HarnessError: The helper did not start.
+            ValueError: There is no such back end, or a time limit is not above zero.
+        """
+        if backend not in _BACK_ENDS:
+            raise ValueError(f"backend is one of {', '.join(_BACK_ENDS)}, not {backend!r}")
+        if not timeout > 0:
+            raise ValueError(f"timeout is seconds above zero, not {timeout!r}")
+        self.timeout = timeout
+        self.seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+        self.backend = backend
+        self.limits: list[str] = []
+        self.regions: list[Region] = []
+        self.changed = threading.Condition()
+        self.listeners: list[Callable[[], None]] = []
+        self._pid = os.getpid()
+        self._ordering = threading.Lock()
+        self._numbers = 0
+        self._freezes: dict[int, Freeze] = {}
+        self._frozen: dict[int, Frozen] = {}
+        self._names: dict[int, str] = {}  # of regions, the closed ones too
+        self._threads: dict[int, str] = {}
+        self._running: list[Running[Any]] = []
+        self._troubles: list[str] = []
+        self._closed = False
+        self._touches: list[Touch] = []  # that have ended, as far as they were asked for
+        self._remembering = threading.RLock()
+        self._all_regions: list[Region] = []
+        self._began_ns = time.monotonic_ns()
+        self._start(user_mode_only)
+
+    # --- beginning and end -------------------------------------------------------------
+
+    def _start(self, user_mode_only: bool) -> None:
+        features, why_not = _features()
+        uffd = Userfaultfd.open(features, user_mode_only=user_mode_only, allow_user_mode_only=True)
+        with contextlib.ExitStack() as stack:
+            stack.callback(uffd.close)
+            self._user_mode_only = user_mode_only or not _may_kernel_mode()
+            self._may_fork = bool(features & Feature.EVENT_FORK)
+            self._commands, commands = pair()
+            stack.callback(commands.close)
+            self._events, events = pair()
+            stack.callback(events.close)
+            self._dump = trampoline.StackDump()
+            door = trampoline.install(self._nobody)
+            self._service = subprocess.Popen(
+                _command(commands.fileno(), events.fileno()),
+                pass_fds=(commands.fileno(), events.fileno()),
+                stdin=subprocess.DEVNULL,
+            )
+            trampoline.set_service(self._service.pid, self._tell_parked)
+            tracing.allow_tracer(self._service.pid)
+            self._commands.sock.settimeout(_ANSWER_SECONDS)
+            try:
+                cannot_trace = self._ask(
+                    "begin",
+                    self.timeout,
+                    self.seed,
+                    _BACK_ENDS[self.backend],
+                    door,
+                    int(self._dump.signal),
+                    fds=(uffd.fileno(), self._dump.fd),
+                )
+            except BaseException:
+                self._end_service()
+                raise
+        self._cannot_step = cannot_trace or ""
+        if self._user_mode_only:
+            self.limits.append(
+                "System calls that touch a region fail with EFAULT instead of being seen:"
+                " this user may catch user-mode touches only (run as root, or give this user"
+                " rights on /dev/userfaultfd)."
+            )
+        if why_not:
+            self.limits.append(why_not)
+        if self._cannot_step:
+            self.limits.append(
+                "Touches after the first of a page are not seen, so nth, every, thread, change,"
+                f" once and places smaller than a page are refused: {self._cannot_step}"
+            )
+        self._porter = threading.Thread(target=self._carry, name="aiouffd porter", daemon=True)
+        self._porter.start()
+
+    def close(self) -> None:
+        """End: everybody who stands goes on, and the memory is given back.
+
+        A second call does nothing.
+
+        Raises:
+            HarnessError: Somebody was let go at the time limit, or the helper had ended.
+        """
+        if self._closed:
+            return
+        if os.getpid() != self._pid:
+            self._closed = True
+            return
+        for region in list(self.regions):
+            with contextlib.suppress(HarnessError):
+                region.close()
+        with contextlib.suppress(HarnessError, OSError), self._remembering:
+            self._remember()
+        self._closed = True
+        with contextlib.suppress(HarnessError, OSError):
+            self._ask("close")
+        self._end_service()
+        self._porter.join()
+        self._raise_troubles()
+
+    def _end_service(self) -> None:
+        self._closed = True
+        for channel in (self._commands, self._events):
+            with contextlib.suppress(OSError):
+                channel.sock.shutdown(socket.SHUT_RDWR)
+        try:
+            self._service.wait(_ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._service.kill()
+            self._service.wait()
+        trampoline.release_all(self._service.pid)
+        self._dump.close()
+        if hasattr(self, "_porter"):
+            self._porter.join()
+        self._commands.close()
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            # What the test raised is what its reader wants to see first.
+            try:
+                self.close()
+            except HarnessError as trouble:
+                error.add_note(str(trouble))
+
+    def __del__(self) -> None:
+        if getattr(self, "_closed", True) or os.getpid() != self._pid:
+            return
+        import warnings
+
+        warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
+        with contextlib.suppress(Exception):
+            self._end_service()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self.regions)} regions"
+        return f"<Harness {state} backend={self.backend!r} seed={self.seed}>"
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
+    def service_pid(self) -> int:
+        """The helper's process id."""
+        return self._service.pid
+
+    # --- orders ------------------------------------------------------------------------
+
+    def order(self, name: str, *arguments: Any, fds: tuple[int, ...] = ()) -> Any:
+        """Have the helper do something; not for tests, which have methods for all of it.
+
+        Raises:
+            HarnessError: Somebody was let go at the time limit, or the helper has ended.
+            ClosedError: The harness was closed.
+        """
+        self.check()
+        return self._ask(name, *arguments, fds=fds)
+
+    def _ask(self, name: str, *arguments: Any, fds: tuple[int, ...] = ()) -> Any:
+        if os.getpid() != self._pid:
+            raise HarnessError(
+                f"this harness is process {self._pid}'s; process {os.getpid()} was forked from it"
+                " and has none: open one there"
+            )
+        try:
+            with self._ordering:
+                self._commands.send((name, *arguments), fds)
+                answer = self._commands.receive()
+        except TimeoutError as error:
+            raise HarnessError("the helper process does not answer") from error
+        except OSError:
+            answer = None
+        if answer is None:
+            raise HarnessError(_ENDED)
+        state, *values = answer[0]
+        if state == "ok":
+            return values[0]
+        kind, text = values
+        raise _ERRORS.get(kind, HarnessError)(text)
+
+    def check(self) -> None:
+        """Raise what the helper had to end by itself, once.
+
+        Raises:
+            HarnessError: Somebody was let go at the time limit, or the helper has ended.
+            ClosedError: The harness was closed.
+        """
+        if self._closed:
+            raise ClosedError("this harness was closed")
+        self._raise_troubles()
+
+    def _raise_troubles(self) -> None:
+        troubles, self._troubles = self._troubles, []
+        if troubles:
+            raise HarnessError("\n".join(troubles))
+
+    # --- what the helper tells ---------------------------------------------------------
+
+    @staticmethod
+    def _nobody(_tid: int) -> None:
+        """Stand in until the helper's number is known."""
+
+    def _tell_parked(self, tid: int) -> None:
+        # On top of an interrupted access: one send, nothing else.
+        self._events.send(("parked", tid) if tid > 0 else ("interrupted", -tid))
+
+    def _carry(self) -> None:
+        """Hear what the helper tells, until it has ended."""
+        while True:
+            try:
+                received = self._events.receive()
+            except OSError:
+                received = None
+            if received is None:
+                break
+            match received[0]:
+                case ("ping", number):
+                    with contextlib.suppress(OSError):
+                        self._events.send(("pong", number))
+                    continue
+                case ("go", tid):
+                    trampoline.go(tid)
+                    continue
+                case message:
+                    self._hear(message)
+        trampoline.release_all(self._service.pid)
+        with self.changed:
+            if not self._closed:
+                self._troubles.append(_ENDED)
+            self.changed.notify_all()
+        for listener in list(self.listeners):
+            listener()
+
+    def _hear(self, message: tuple[Any, ...]) -> None:
+        with self.changed:
+            match message:
+                case ("frozen", rule, fields):
+                    touch = self._touch(fields)
+                    if (freeze := self._freezes.get(rule)) is not None:
+                        frozen = Frozen(freeze, touch)
+                        self._frozen[touch.number] = frozen
+                        freeze._arrive(frozen)
+                case ("held", number, by):
+                    if (frozen_now := self._frozen.get(number)) is not None:
+                        frozen_now._held_by = by
+                case ("ended", number, _outcome):
+                    if (gone := self._frozen.pop(number, None)) is not None:
+                        gone._ended.set()
+                case ("overdue", late, stacks):
+                    self._troubles.append(self._overdue(late, stacks))
+                case ("trouble", text):
+                    self._troubles.append(text)
+            self.changed.notify_all()
+        for listener in list(self.listeners):
+            listener()
+
+    def _overdue(self, late: Sequence[Any], stacks: str) -> str:
+        lines = [
+            f"nobody released within {self.timeout:g} s, so the harness let go:",
+            *(
+                f"  {self._line(self._touch(fields))}, held by {held_by or 'page'},"
+                f" stopped by {self._what(rule)}"
+                for fields, rule, held_by in late
+            ),
+        ]
+        if stacks:
+            lines += ["stacks of the test process at that moment:", stacks.rstrip()]
+        return "\n".join(lines)
+
+    def _what(self, rule: int) -> str:
+        freeze = self._freezes.get(rule)
+        return "a latency" if freeze is None else f"the freeze of {freeze.what}"
+
+    # --- memory ------------------------------------------------------------------------
+
+    def region(
+        self,
+        pages: int = 1,
+        *,
+        contents: bytes = b"",
+        memory: str = "shmem",
+        name: str = "",
+    ) -> Region:
+        """Make memory to hand to the code under test.
+
+        Args:
+            pages: How many pages.
+            contents: What it begins with; zeros after that.
+            memory: ``shmem`` (a memfd, shared), ``anon``, ``shmem-private``, ``hugetlb``,
+                ``hugetlb-private``.
+            name: What reports call it.
+
+        Raises:
+            ValueError: A number is not above zero, the contents are too long, or there is no
+                such kind of memory.
+            NotSupported: There are no free huge pages.
+        """
+        if memory not in KINDS:
+            raise ValueError(f"memory is one of {', '.join(KINDS)}, not {memory!r}")
+        if pages < 1:
+            raise ValueError(f"a region has one page or more, not {pages}")
+        page_size = _HUGE if memory.startswith("hugetlb") else mmap.PAGESIZE
+        length = pages * page_size
+        if len(contents) > length:
+            raise ValueError(f"contents of {len(contents)} bytes do not fit into {length}")
+        self.check()
+        number = self._number()
+        name = name or f"region{number}"
+        mapping, memfd = _map(memory, length, name)
+        region = Region(self, number, name, memory, mapping, page_size, memfd)
+        try:
+            if not self._may_fork:
+                _madvise(region.address, length, _MADV_DONTFORK)
+            self.order(
+                *("region", number, page_size, pages, memory, region.address),
+                fds=() if memfd is None else (memfd,),
+            )
+        except BaseException:
+            if memfd is not None:
+                os.close(memfd)
+            mapping.close()
+            raise
+        self._names[number] = name
+        self._all_regions.append(region)
+        self.regions.append(region)
+        if contents:
+            region.poke(0, contents)
+        return region
+
+    def forget(self, region: Region, mapping: mmap.mmap, memfd: int | None) -> None:
+        """Give back the memory of a region; for ``Region.close``."""
+        self.regions.remove(region)
+        used = any(not running.done for running in self._running)
+        try:
+            with contextlib.suppress(ClosedError):
+                self._ask("close_region", region.number, True)
+        finally:
+            if memfd is not None:
+                os.close(memfd)
+            if used:
+                _kept.append(mapping)  # unmapped under a running thread it would be the last of us
+            else:
+                with contextlib.suppress(BufferError):  # somebody still looks at it: it stays
+                    mapping.close()
+
+    def peek(self, region: Region, offset: int, length: int) -> bytes:
+        """Read without a touch; see ``Region.peek``."""
+        parts = []
+        while length:
+            piece = min(length, PIECE)
+            parts.append(self.order("peek", region.number, offset, piece))
+            offset += piece
+            length -= piece
+        return b"".join(parts)
+
+    def poke(self, region: Region, offset: int, data: bytes) -> None:
+        """Write without a touch; see ``Region.poke``."""
+        for start in range(0, len(data), PIECE):
+            piece = bytes(data[start : start + PIECE])
+            self.order("poke", region.number, offset + start, piece)
+
+    def rearm(self, region: Region, first: int, count: int) -> None:
+        """Take pages away again, their bytes kept; see ``Region.rearm``."""
+        going = self.order("leave", region.number, first, count)
+        if going:
+            for page in going:
+                _madvise(region.address + page * region.page_size, region.page_size, _MADV_DONTNEED)
+            self.order("left", region.number, going)
+
+    # --- rules -------------------------------------------------------------------------
+
+    def _number(self) -> int:
+        with self.changed:
+            self._numbers += 1
+            return self._numbers
+
+    def arm(
+        self,
+        kind: Kind,
+        place: Place,
+        *,
+        access: str = "any",
+        thread: ThreadLike | Iterable[ThreadLike] | None = None,
+        nth: int = 1,
+        every: bool = False,
+        latency: tuple[Any, ...] = (),
+        values: tuple[bytes, ...] = (),
+        freeze: Freeze | None = None,
+    ) -> Armed:
+        """Have a rule about a place; ``Place`` has a method for each kind.
+
+        Raises:
+            ValueError: The access, the number or a thread is not what it should be.
+            NotSupported: It takes seeing touches after the first, which is not possible here.
+        """
+        if access not in ("any", "read", "write"):
+            raise ValueError(f"access is 'any', 'read' or 'write', not {access!r}")
+        if nth < 1:
+            raise ValueError(f"nth counts touches from 1, not {nth}")
+        region = place.region
+        rule = Rule(
+            number=self._number(),
+            kind=kind,
+            region=region.number,
+            start=place.start,
+            end=place.end,
+            access=access,
+            threads=_threads(thread),
+            nth=nth,
+            every=every,
+            latency=latency,
+            values=values,
+        )
+        size = region.page_size
+        whole = place.start % size == 0 and place.end % size == 0
+        if self._cannot_step and not (
+            kind in (Kind.FREEZE, Kind.FAIL, Kind.SLOW)
+            and (whole or kind is Kind.SLOW)
+            and nth == 1
+            and not rule.threads
+            and access in ("any", "write")
+            and every is (kind is Kind.FAIL)
+        ):
+            raise NotSupported(
+                f"this takes seeing touches after the first: {self._cannot_step}",
+                "Without that only the first touch of a whole page can be acted on.",
+            )
+        if freeze is not None:
+            self._freezes[rule.number] = freeze
+        self.order("arm", rule.to_wire())
+        first = place.start // size
+        self.rearm(region, first, (place.end - 1) // size - first + 1)
+        return Armed(self, rule)
+
+    def disarm(self, number: int) -> None:
+        """End a rule; for ``Armed.disarm``."""
+        if self._closed:
+            return
+        self._ask("disarm", number)
+
+    # --- threads -----------------------------------------------------------------------
+
+    def start(
+        self, function: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs
+    ) -> Running[T]:
+        """Run a function in a thread of its own.
+
+        Args:
+            function: A Python function, or one of a C library through ctypes or cffi, which
+                give up the GIL while it runs.
+            arguments: What it is called with.
+            keywords: ... and by name.
+        """
+        return self.start_named(
+            getattr(function, "__name__", "thread"), function, *arguments, **keywords
+        )
+
+    def start_named(
+        self, name: str, function: Callable[P, T], /, *arguments: P.args, **keywords: P.kwargs
+    ) -> Running[T]:
+        """Run a function in a thread of its own, under a name that reports use."""
+        self.check()
+        running = Running(name, lambda: function(*arguments, **keywords))
+        self._threads[running.tid] = name
+        self._running = [each for each in self._running if not each.done] + [running]
+        return running
+
+    # --- what has happened -------------------------------------------------------------
+
+    def _touch(self, fields: tuple[Any, ...]) -> Touch:
+        number, time_ns, process, thread, region, *rest = fields
+        page, offset, access, call, pc, where, outcome, waited = rest
+        return Touch.from_wire(
+            (
+                *(number, time_ns, process, thread, self._names.get(region, str(region))),
+                *(page, offset, access, call, pc or None, where, outcome or "passed", waited),
+            )
+        )
+
+    def _remember(self) -> list[Touch]:
+        """Fetch touches that have ended since the last time; give those that have not."""
+        while True:
+            ended, standing, more = self._ask("touches", len(self._touches))
+            self._touches += [self._touch(each) for each in ended]
+            if not more:
+                return [self._touch(each) for each in standing]
+
+    def touches(self) -> list[Touch]:
+        """Give all touches so far, in order of arrival; those that have not ended too.
+
+        Raises:
+            HarnessError: The helper has ended, and took the last ones along.
+        """
+        with self._remembering:
+            standing = [] if self._closed else self._remember()
+            return sorted((*self._touches, *standing), key=lambda touch: touch.number)
+
+    def touch_count(self) -> int:
+        """Give how many touches there were so far."""
+        count: int = self._ask("count")
+        return count
+
+    def record(self, *regions: Region, every: bool = False) -> Recording:
+        """Record who touches what, from ``with`` to its end.
+
+        The regions are armed again at the beginning, so that the first touch of each page
+        counts, whatever was touched before.
+
+        Args:
+            regions: Which; all that are open if none is given.
+            every: Each access, not only each page's first read and first write: threads are
+                stepped over one by one, some 100 microseconds an access.
+        """
+        return Recording(self, regions, every=every)
+
+    @property
+    def record_so_far(self) -> Record:
+        """Everything that was touched since the harness was opened."""
+        return self.make_record(self.touches())
+
+    def make_record(self, touches: Iterable[Touch], *, every: bool = False) -> Record:
+        """Make a record of some touches, with the names of this harness."""
+        return Record(
+            touches,
+            regions=[
+                Layout(
+                    region.name,
+                    region.length // region.page_size,
+                    region.page_size,
+                    dict(region.page_names),
+                )
+                for region in self._all_regions
+            ],
+            threads=self.thread_names(),
+            began_ns=self._began_ns,
+            every=every,
+        )
+
+    def thread_names(self) -> dict[int, str]:
+        """Give the names of threads by their number, those that have ended too."""
+        for thread in threading.enumerate():
+            if thread.native_id is not None:
+                self._threads.setdefault(thread.native_id, thread.name)
+        return dict(self._threads)
+
+    def standing(self) -> list[tuple[Touch, str, str]]:
+        """Give who stands now: the touch, what stops it in words, what holds it."""
+        return [
+            (self._touch(fields), self._what(rule), held_by)
+            for fields, rule, held_by in self._ask("standing")
+        ]
+
+    def account(self, after: int = 0) -> str:
+        """Say who did what after the first ``after`` touches, who stands, and what others do.
+
+        Never raises: it is for the texts of errors.
+        """
+        try:
+            touches = [touch for touch in self.touches() if touch.number > after]
+            standing = self.standing()
+        except (HarnessError, ClosedError) as error:
+            return f"  (not known: {error})"
+        lines = [f"  {self._line(touch)}" for touch in touches[-_ACCOUNT:]]
+        if len(touches) > _ACCOUNT:
+            lines.insert(0, f"  ... {len(touches) - _ACCOUNT} touches before these ...")
+        if not touches:
+            lines.append("  nothing was touched")
+        lines += [
+            f"  {self._name(touch.thread)} stands at {touch.region}[{touch.page}],"
+            f" stopped by {what}, held by {held_by}"
+            for touch, what, held_by in standing
+        ]
+        lines.append("threads of this process:")
+        stood = {touch.thread for touch, _, _ in standing}
+        for thread in sorted(map(int, os.listdir("/proc/self/task"))):
+            if thread not in stood and thread != self._porter.native_id:
+                lines.append(f"  {self._name(thread)} {_doing(thread)}")
+        return "\n".join(lines)
+
+    def _line(self, touch: Touch) -> str:
+        region = next((r for r in self._all_regions if r.name == touch.region), None)
+        return touch.describe(
+            began_ns=self._began_ns,
+            page_name=region.page_names.get(touch.page, "") if region else "",
+            thread_name=self.thread_names().get(touch.thread, ""),
+        )
+
+    def _name(self, thread: int) -> str:
+        name = self.thread_names().get(thread, "")
+        return f"{name} (tid {thread})" if name else f"tid {thread}"
+
+
+def _number_of(thread: ThreadLike) -> int:
+    if isinstance(thread, Running):
+        return thread.tid
+    if isinstance(thread, threading.Thread):
+        if thread.native_id is None:
+            raise ValueError(f"{thread!r} has not been started: it has no thread id yet")
+        return thread.native_id
+    return int(thread)
+
+
+def _threads(thread: ThreadLike | Iterable[ThreadLike] | None) -> frozenset[int]:
+    if thread is None:
+        return frozenset()
+    if isinstance(thread, (int, threading.Thread, Running)):
+        return frozenset({_number_of(thread)})
+    numbers = frozenset(map(_number_of, thread))
+    if not numbers:
+        raise ValueError("an empty list of threads: give at least one, or None for all")
+    return numbers
+
+
+def _doing(thread: int) -> str:
+    """Say what the kernel knows of a thread: its state and where it sleeps."""
+    try:
+        stat = Path(f"/proc/self/task/{thread}/stat").read_text(encoding="ascii", errors="replace")
+        sleeps = Path(f"/proc/self/task/{thread}/wchan").read_text(encoding="ascii")
+    except OSError:
+        return "has ended"
+    state = stat.rpartition(")")[2].split()[0]
+    words = {"R": "runs", "S": "sleeps", "D": "sleeps", "T": "is stopped", "t": "is traced"}
+    where = f" in {sleeps}" if sleeps not in ("", "0") else ""
+    return words.get(state, f"is in state {state}") + where
+
+
+def _command(commands: int, events: int) -> list[str]:
+    """Give the helper's command line: little is imported, and from where we came from."""
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    program = (
+        f"import sys; sys.path.insert(0, {root!r});"
+        " from aiouffd.testing.service import main; main()"
+    )
+    return [
+        *(sys.executable, "-S", "-E", "-c", program),
+        *(str(commands), str(events), str(os.getpid())),
+    ]
+
+
+def _features() -> tuple[int, str]:
+    """Give what to ask of the userfaultfd, and what cannot be had with it."""
+    features = Feature.THREAD_ID | Feature.EXACT_ADDRESS | Feature.WP_HUGETLBFS_SHMEM
+    try:
+        with Userfaultfd.open(
+            features | Feature.EVENT_FORK, user_mode_only=False, allow_user_mode_only=True
+        ):
+            return features | Feature.EVENT_FORK, ""
+    except NotSupported:
+        return features, (
+            "Children that fork from this process do not get its regions: watching them takes"
+            " CAP_SYS_PTRACE."
+        )
+
+
+def _may_kernel_mode() -> bool:
+    try:
+        with Userfaultfd.open():
+            return True
+    except NotSupported:
+        return False
+
+
+def _map(memory: str, length: int, name: str) -> tuple[mmap.mmap, int | None]:
+    """Map memory of a kind; give it and its memfd, if it has one."""
+    huge = memory.startswith("hugetlb")
+    memfd = None
+    try:
+        if memory in ("shmem", "hugetlb", "shmem-private"):
+            flags = os.MFD_CLOEXEC | (_MFD_HUGETLB if huge else 0)
+            memfd = os.memfd_create(f"aiouffd-{name}"[:200], flags)
+            os.ftruncate(memfd, length)
+            how = mmap.MAP_SHARED if memory in SHARED_KINDS else mmap.MAP_PRIVATE
+            mapping = mmap.mmap(memfd, length, how)
+        else:
+            how = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_HUGETLB if huge else 0)
+            mapping = mmap.mmap(-1, length, how)
+    except OSError as error:
+        if memfd is not None:
+            os.close(memfd)
+        if huge:
+            raise NotSupported(
+                f"{length // _HUGE} free huge pages of 2 MiB ({error})",
+                "Reserve some: echo 16 | sudo tee /proc/sys/vm/nr_hugepages",
+            ) from error
+        raise
+    return mapping, memfd
+
+
+def _madvise(address: int, length: int, advice: int) -> None:
+    # Not mmap.madvise, which keeps the GIL.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "madvise")
+
+
+_ERRORS: Final[dict[str, Callable[[str], Exception]]] = {
+    "ValueError": ValueError,
+}

@@ -1,0 +1,46 @@
+"""C code of tests, built once per session.
+
+Knows: the compiler.
+Must not know: what the code does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+@functools.cache
+def build(source: Path, *, library: bool = True) -> Path:
+    """Compile a C file, once per test session.
+
+    Args:
+        source: The file.
+        library: A shared library; else a program.
+
+    Returns:
+        The path of what was built.
+    """
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip(f"no C compiler for {source.name}: install one (apt install gcc) or set CC")
+    folder = Path(tempfile.mkdtemp(prefix="aiouffd-native-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    built = folder / (source.stem + (".so" if library else ""))
+    how = ["-shared", "-fPIC"] if library else []
+    subprocess.run(
+        [
+            *(compiler, "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-Werror"),
+            *(*how, "-o", str(built), str(source)),
+        ],
+        check=True,
+        timeout=120,
+    )
+    return built

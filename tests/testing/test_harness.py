@@ -1,0 +1,655 @@
+"""The harness on the real kernel: threads of a C library and of Python touch its regions."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aiouffd import ClosedError, NotSupported
+from aiouffd.kernel import tracing
+from aiouffd.testing import Access, FreezeTimeout, Harness, HarnessError, Region, latency
+from aiouffd.testing.rules import KINDS
+from tests.native import build
+from tests.targets import wait_until
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+SMALL_KINDS = [kind for kind in KINDS if "huge" not in kind]
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    """touching.c, with the types of what is asked of it."""
+    found = ctypes.CDLL(str(build(Path(__file__).with_name("touching.c"))))
+    for name in ("load", "load_twice", "load_forked"):
+        getattr(found, name).argtypes = (ctypes.c_void_p,)
+    found.store.argtypes = (ctypes.c_void_p, ctypes.c_ubyte)
+    found.store.restype = None
+    found.load_again.argtypes = found.increment.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    found.increment.restype = None
+    found.walk.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    found.load8.argtypes = (ctypes.c_void_p,)
+    found.load8.restype = ctypes.c_ulong
+    found.load_until_whole.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_ubyte))
+    for name in ("write_out", "read_in"):
+        getattr(found, name).argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong)
+        getattr(found, name).restype = ctypes.c_long
+    return found
+
+
+@pytest.fixture
+def uffd() -> Iterator[Harness]:
+    """A harness."""
+    with Harness(timeout=20) as harness:
+        yield harness
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe, closed afterwards."""
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+CONTENTS = bytes(range(256)) * (2 * PAGE // 256)
+
+
+@pytest.fixture(params=SMALL_KINDS)
+def memory(request: pytest.FixtureRequest) -> str:
+    """Each kind of memory of small pages."""
+    kind: str = request.param
+    return kind
+
+
+# --- freezing ----------------------------------------------------------------------------
+
+
+def test_a_thread_stands_at_its_access(uffd: Harness, library: ctypes.CDLL, memory: str) -> None:
+    """A frozen thread has not made its access; what is changed meanwhile is what it finds."""
+    region = uffd.region(2, contents=CONTENTS, memory=memory)
+    with region.page(1).freeze() as freeze:
+        running = uffd.start(library.load, region.pointer(PAGE + 7))
+        frozen = freeze.wait()
+        assert (frozen.thread, frozen.touch.offset) == (running.tid, PAGE + 7)
+        assert frozen.touch.access is Access.READ
+        assert frozen.where.startswith("touching.so+0x")
+        assert not running.done
+        region.poke(PAGE + 7, b"\xaa")
+        frozen.release()
+        assert running.result() == 0xAA
+        assert frozen.released
+
+
+def test_a_store_lands_where_it_was_let_go(
+    uffd: Harness, library: ctypes.CDLL, memory: str
+) -> None:
+    """A frozen store is not there before its release, and there after it."""
+    region = uffd.region(2, contents=CONTENTS, memory=memory)
+    with region.page(0).freeze("write") as freeze:
+        assert uffd.start(library.load, region.pointer(3)).result() == 3  # reads pass
+        running = uffd.start(library.store, region.pointer(3), 99)
+        frozen = freeze.wait()
+        assert frozen.touch.access is Access.WRITE
+        assert region.peek(3, 1) == b"\x03"
+        frozen.release()
+        running.result()
+    assert region.peek(2, 3) == b"\x02\x63\x04"
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 7])
+def test_the_nth_touch_stops(uffd: Harness, library: ctypes.CDLL, memory: str, nth: int) -> None:
+    """Touches before the n-th pass, each exactly once, and the n-th stands."""
+    region = uffd.region(1, contents=CONTENTS[:PAGE], memory=memory)
+    with region.page(0).freeze(nth=nth) as freeze:
+        running = uffd.start(library.load_again, region.pointer(5), 7)
+        frozen = freeze.wait()
+        assert frozen.touch.number == nth
+        region.poke(5, b"\x01")
+        frozen.release()
+        assert running.result() == 5 * (nth - 1) + 8 - nth
+
+
+def test_only_one_thread_stops(uffd: Harness, library: ctypes.CDLL, memory: str) -> None:
+    """A freeze of one thread lets others make the same accesses, before and after."""
+    region = uffd.region(1, contents=CONTENTS[:PAGE], memory=memory)
+    go_on = threading.Event()
+    chosen = uffd.start(lambda: go_on.wait(20) and library.load(region.pointer(9)))
+    with region.page(0).freeze(thread=chosen) as freeze:
+        for _ in range(3):
+            assert uffd.start(library.load, region.pointer(9)).result() == 9
+        go_on.set()
+        frozen = freeze.wait()
+        assert frozen.thread == chosen.tid
+        assert uffd.start(library.load, region.pointer(9)).result() == 9
+        assert not chosen.done
+        frozen.release()
+        assert chosen.result() == 9
+
+
+def test_many_on_one_page_go_in_any_order(
+    uffd: Harness, library: ctypes.CDLL, memory: str, seed: int
+) -> None:
+    """Threads that stand at one page are let go one by one, in an order of the test's."""
+    print(f"seed {seed}")
+    order = random.Random(seed)
+    region = uffd.region(1, contents=CONTENTS[:PAGE], memory=memory)
+    for _ in range(10):
+        with region.page(0).freeze() as freeze:
+            running = [uffd.start(library.load, region.pointer(n)) for n in range(5)]
+            standing = {each.thread: each for each in (freeze.wait() for _ in running)}
+            left = list(running)
+            while left:
+                chosen = left.pop(order.randrange(len(left)))
+                standing[chosen.tid].release()
+                assert chosen.result() == running.index(chosen)
+                assert not any(each.done for each in left)
+
+
+def test_every_touch_stops(uffd: Harness, library: ctypes.CDLL, memory: str) -> None:
+    """With every=True each access stands, and is released, by itself."""
+    region = uffd.region(1, memory=memory)
+    with region.page(0).freeze(every=True) as freeze:
+        running = uffd.start(library.increment, region.pointer(), 3)
+        seen = []
+        for _ in range(6):
+            frozen = freeze.wait()
+            seen.append(frozen.touch.access.value)
+            frozen.release()
+        running.result()
+    assert seen == ["read", "write"] * 3
+    assert region.peek(0, 1) == b"\x03"
+
+
+def test_a_place_smaller_than_a_page(uffd: Harness, library: ctypes.CDLL, memory: str) -> None:
+    """Touches of other bytes of the page pass; that of the place stands."""
+    region = uffd.region(1, contents=CONTENTS[:PAGE], memory=memory)
+    with region.at(40, 4).freeze() as freeze:
+        for offset in (39, 44, 0):
+            assert uffd.start(library.load, region.pointer(offset)).result() == offset
+        running = uffd.start(library.load, region.pointer(42))
+        freeze.wait().release()
+        assert running.result() == 42
+
+
+def test_an_object_across_an_edge_stands_twice(uffd: Harness, library: ctypes.CDLL) -> None:
+    """A load of eight bytes across the edge of two pages touches both, one after the other."""
+    region = uffd.region(2, contents=CONTENTS)
+    at = region.straddle(8, before=3)
+    with region.all.freeze(every=True) as freeze:
+        running = uffd.start(library.load8, region.pointer(at))
+        pages = []
+        for _ in range(2):
+            frozen = freeze.wait()
+            pages.append(frozen.page.number)
+            frozen.release()
+        assert sorted(pages) == [0, 1]
+        assert running.result() == int.from_bytes(CONTENTS[at : at + 8], "little")
+
+
+def test_a_python_access_leaves_the_interpreter_running(uffd: Harness) -> None:
+    """A thread that stands with the GIL in its hands waits where others can run."""
+    region = uffd.region(1, contents=b"python")
+    view = region.view
+    with region.page(0).freeze() as freeze:
+        running = uffd.start(lambda: bytes(view[:6]))
+        frozen = freeze.wait()
+        wait_until(lambda: frozen.held_by == "trampoline", "the trampoline")
+        region.poke(0, b"PYTHON")
+        frozen.release()
+        assert running.result() == b"PYTHON"
+    view.release()
+
+
+def test_python_and_c_stand_side_by_side(uffd: Harness, library: ctypes.CDLL, seed: int) -> None:
+    """Python threads and C threads at the same pages are released in any order, many times."""
+    print(f"seed {seed}")
+    order = random.Random(seed)
+    region = uffd.region(2, contents=CONTENTS)
+    view = region.view
+    for _ in range(10):
+        with region.all.freeze() as freeze:
+            running = [uffd.start(view.__getitem__, n) for n in (1, PAGE + 2)]
+            running += [uffd.start(library.load, region.pointer(n)) for n in (3, PAGE + 4)]
+            standing = {each.thread: each for each in (freeze.wait() for _ in running)}
+            order.shuffle(running)
+            for each in running:
+                standing[each.tid].release()
+                assert each.result() in (1, 2, 3, 4)
+    view.release()
+
+
+@pytest.mark.root
+def test_a_system_call_stands(
+    uffd: Harness, library: ctypes.CDLL, memory: str, pipe: tuple[int, int]
+) -> None:
+    """A write(2) stands in the kernel before it reads the page, and finds what is changed."""
+    region = uffd.region(2, contents=CONTENTS, memory=memory)
+    with region.page(1).freeze() as freeze:
+        running = uffd.start(library.write_out, pipe[1], region.pointer(PAGE - 4), 8)
+        frozen = freeze.wait()
+        assert frozen.touch.system_call is not None
+        assert frozen.held_by == "page"
+        region.poke(PAGE, b"late")
+        frozen.release()
+        assert running.result() == 8
+    assert os.read(pipe[0], 100) == CONTENTS[PAGE - 4 : PAGE] + b"late"
+
+
+@pytest.mark.root
+def test_system_calls_are_counted(
+    uffd: Harness, library: ctypes.CDLL, memory: str, pipe: tuple[int, int]
+) -> None:
+    """Two system calls on one page are two touches; both are whole."""
+    region = uffd.region(1, contents=CONTENTS[:PAGE], memory=memory)
+    with region.page(0).freeze(nth=2) as freeze:
+        assert uffd.start(library.write_out, pipe[1], region.pointer(), 64).result() == 64
+        running = uffd.start(library.write_out, pipe[1], region.pointer(), 64)
+        freeze.wait().release()
+        assert running.result() == 64
+    assert os.read(pipe[0], 1000) == CONTENTS[:64] * 2
+
+
+def test_nobody_comes(uffd: Harness, library: ctypes.CDLL) -> None:
+    """A wait that ends without anybody says who did what instead."""
+    region = uffd.region(2, name="packet")
+    region.name_page(1, "body")
+    with region.page("body").freeze() as freeze:
+        uffd.start_named("reader", library.load, region.pointer()).result()
+        with pytest.raises(FreezeTimeout) as caught:
+            freeze.wait(timeout=0.05)
+    text = str(caught.value)
+    assert "no touch of packet[body] within 0.05 s" in text
+    assert "reader" in text
+    assert "reads packet[0]+0x0" in text
+    assert "MainThread" in text
+
+
+def test_leaving_releases_all(uffd: Harness, library: ctypes.CDLL) -> None:
+    """An exception in the block lets everybody go who stands."""
+    region = uffd.region(1, contents=CONTENTS[:PAGE])
+    running: Any = None
+    with pytest.raises(KeyError), region.page(0).freeze() as freeze:
+        running = uffd.start(library.load, region.pointer(8))
+        freeze.wait()
+        raise KeyError
+    assert running.result() == 8
+
+
+def test_a_freeze_can_be_used_again(uffd: Harness, library: ctypes.CDLL) -> None:
+    """Arming anew stops the next touch, whatever is on the page already."""
+    region = uffd.region(1, contents=CONTENTS[:PAGE])
+    freeze = region.page(0).freeze()
+    for _ in range(5):
+        with freeze:
+            running = uffd.start(library.load, region.pointer(8))
+            freeze.wait().release()
+            assert running.result() == 8
+    assert freeze.frozen == ()
+
+
+def test_thousands_of_rounds(uffd: Harness, library: ctypes.CDLL, seed: int) -> None:
+    """Freezes of random pages, accesses and counts, over and over: each stops as asked."""
+    print(f"seed {seed}")
+    choose = random.Random(seed)
+    region = uffd.region(4, contents=CONTENTS * 2)
+    pages = region.pages
+    jobs: list[Callable[[], object]] = []
+    ready = threading.Semaphore(0)
+    done = threading.Semaphore(0)
+
+    def work() -> None:
+        while ready.acquire() and (job := jobs.pop()) is not None:
+            job()
+            done.release()
+
+    worker = uffd.start(work)
+    for _ in range(1000):
+        page = choose.choice(pages)
+        nth = choose.choice((1, 1, 2, 3))
+        with page.freeze(nth=nth) as freeze:
+            jobs.append(lambda page=page: library.load_again(region.pointer(page.start + 1), 3))  # type: ignore[misc]
+            ready.release()
+            frozen = freeze.wait()
+            assert frozen.page.number == page.number
+            frozen.release()
+            assert done.acquire(timeout=20)
+    jobs.append(None)  # type: ignore[arg-type]
+    ready.release()
+    worker.result()
+
+
+# --- slow, failing and changing memory -----------------------------------------------------
+
+
+def test_slow_memory_takes_its_time(uffd: Harness, library: ctypes.CDLL) -> None:
+    """Each page's first touch waits as long as drawn; the record says so."""
+    region = uffd.region(3)
+    with region.all.slow(latency.constant(0.02)):
+        assert uffd.start(library.walk, region.pointer(), 3, PAGE).result() == 0
+    touches = list(uffd.record_so_far)
+    assert [touch.outcome for touch in touches] == ["delayed"] * 3
+    assert all(touch.waited_ns >= 20_000_000 for touch in touches)
+
+
+def test_the_same_seed_gives_the_same_latencies(library: ctypes.CDLL) -> None:
+    """Latencies are drawn from the harness's seed."""
+    drawn = []
+    for _ in range(2):
+        with Harness(seed=7) as uffd:
+            region = uffd.region(8)
+            with region.all.slow(latency.choice(0.0, 0.05)):
+                uffd.start(library.walk, region.pointer(), 8, PAGE).result()
+            drawn.append([touch.waited_ns >= 50_000_000 for touch in uffd.record_so_far])
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 2
+
+
+def test_a_page_fails_once(uffd: Harness, library: ctypes.CDLL, memory: str) -> None:
+    """SIGBUS comes exactly once, and the access that follows finds the page whole."""
+    region = uffd.region(1, contents=CONTENTS[:PAGE], memory=memory)
+    value = ctypes.c_ubyte()
+    for _ in range(20):
+        with region.page(0).fail(once=True):
+            running = uffd.start(library.load_until_whole, region.pointer(11), ctypes.byref(value))
+            assert running.result() == 1
+            assert value.value == 11
+
+
+@pytest.mark.root
+def test_a_system_call_fails(
+    uffd: Harness, library: ctypes.CDLL, memory: str, pipe: tuple[int, int]
+) -> None:
+    """A system call gets EFAULT: at the page's edge its partial progress, once or for ever."""
+    region = uffd.region(2, contents=CONTENTS, memory=memory)
+    with region.page(1).fail(once=True):
+        assert [write_page(uffd, library, region, pipe[1]) for _ in range(2)] == [-14, 8]
+    with region.page(1).fail():
+        assert [write_page(uffd, library, region, pipe[1]) for _ in range(2)] == [-14, -14]
+
+
+def write_page(uffd: Harness, library: ctypes.CDLL, region: Region, fd: int) -> int:
+    """Write eight bytes of the region's second page to a descriptor."""
+    done: int = uffd.start(library.write_out, fd, region.pointer(PAGE), 8).result()
+    return done
+
+
+def test_the_second_read_finds_other_bytes(
+    uffd: Harness, library: ctypes.CDLL, memory: str
+) -> None:
+    """Each read of a place finds its own value; the last one stays."""
+    region = uffd.region(1, memory=memory)
+    with region.at(16).change(b"\x10", b"\xff"):
+        assert uffd.start(library.load_twice, region.pointer(16)).result() == 0x10FF
+        assert uffd.start(library.load, region.pointer(16)).result() == 0xFF
+    assert region.peek(16, 1) == b"\xff"
+
+
+@pytest.mark.root
+def test_a_system_call_finds_other_bytes(
+    uffd: Harness, library: ctypes.CDLL, memory: str, pipe: tuple[int, int]
+) -> None:
+    """A check in the program and the kernel's copy after it see two values."""
+    region = uffd.region(1, memory=memory)
+    with region.at(0, 4).change(b"good", b"evil"):
+        assert uffd.start(library.load, region.pointer()).result() == ord("g")
+        assert uffd.start(library.write_out, pipe[1], region.pointer(), 4).result() == 4
+    assert os.read(pipe[0], 10) == b"evil"
+
+
+# --- regions -------------------------------------------------------------------------------
+
+
+def test_all_that_a_region_can_be_looked_at_as(uffd: Harness) -> None:
+    """View, array, structure and pointer show the same memory; making them touches nothing."""
+    numpy = pytest.importorskip("numpy")
+
+    class Header(ctypes.LittleEndianStructure):
+        _fields_ = (("magic", ctypes.c_uint32), ("length", ctypes.c_uint32))
+
+    region = uffd.region(2, contents=b"\x01\0\0\0\x02\0\0\0")
+    view, array, header = region.view, region.array("<u4"), region.struct(Header)
+    assert uffd.touch_count() == 0
+    assert (view[0], int(array[1]), header.magic, header.length) == (1, 2, 1, 2)
+    assert region.pointer(4).value == region.address + 4
+    assert uffd.touch_count() == 1
+    assert isinstance(array, numpy.ndarray)
+    del header, array
+    view.release()
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"), [(-1, 1), (0, 3 * PAGE), (2 * PAGE, 1), (2 * PAGE - 1, 2)]
+)
+def test_places_outside_are_refused(uffd: Harness, offset: int, length: int) -> None:
+    """A place, a look and a change beyond the region say how large it is."""
+    region = uffd.region(2)
+    for refused in (
+        lambda: region.at(offset, length),
+        lambda: region.peek(offset, length),
+        lambda: region.poke(offset, bytes(length)),
+    ):
+        with pytest.raises(ValueError, match=f"which has {2 * PAGE} bytes"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (lambda region: region.page(0).freeze("touch").__enter__(), "access is 'any'"),
+        (lambda region: region.page(0).freeze(nth=0).__enter__(), "nth counts touches from 1"),
+        (lambda region: region.page(0).freeze(thread=()).__enter__(), "empty list of threads"),
+        (lambda region: region.at(0, 2).change(b"abc"), "longer than the 2 bytes"),
+        (lambda region: region.at(PAGE - 1, 2).change(b"a"), "spans two pages"),
+        (lambda region: region.at(0).change(), "give the bytes"),
+        (lambda region: region.straddle(8, before=8), "does not lie across an edge"),
+        (lambda region: region.harness.region(0), "one page or more"),
+        (lambda region: region.harness.region(1, memory="rom"), "memory is one of"),
+        (lambda region: region.harness.region(1, contents=bytes(PAGE + 1)), "do not fit"),
+    ],
+)
+def test_bad_arguments_say_what_is_wrong(
+    uffd: Harness, bad: Callable[[Any], object], words: str
+) -> None:
+    """Each is refused with a sentence; the harness serves on."""
+    region = uffd.region(2)
+    with pytest.raises(ValueError, match=words):
+        bad(region)
+    assert region.peek(0, 1) == b"\0"
+
+
+def test_contents_survive_re_arming(
+    uffd: Harness, library: ctypes.CDLL, memory: str, seed: int
+) -> None:
+    """Pages are taken away while a thread writes them: no store is ever lost."""
+    print(f"seed {seed}")
+    region = uffd.region(2, memory=memory)
+    running = uffd.start(library.increment, region.pointer(PAGE), 50_000_000)
+    rounds = 0
+    while not running.done:
+        region.rearm()
+        rounds += 1
+    running.result()
+    print(f"{rounds} rounds")
+    assert region.peek(PAGE, 1)[0] == 50_000_000 % 256
+    assert rounds > 1
+
+
+def test_what_looks_at_a_closed_region_keeps_its_bytes(uffd: Harness) -> None:
+    """After close a view reads the contents as ordinary memory."""
+    region = uffd.region(2, contents=CONTENTS)
+    view = region.view
+    region.close()
+    region.close()
+    assert bytes(view) == CONTENTS
+    view.release()
+    with pytest.raises(ClosedError):
+        region.view  # noqa: B018
+    with pytest.raises(ClosedError):
+        region.memfd  # noqa: B018
+
+
+def test_huge_pages(uffd: Harness, library: ctypes.CDLL, huge_pages: Callable[[int], None]) -> None:
+    """A thread stands at a huge page, shared or private; its bytes survive re-arming."""
+    huge_pages(4)
+    for kind in ("hugetlb", "hugetlb-private"):
+        region = uffd.region(1, contents=b"huge", memory=kind)
+        assert region.page_size == 2 << 20
+        with region.page(0).freeze(nth=2) as freeze:
+            running = uffd.start(library.load_twice, region.pointer(1))
+            frozen = freeze.wait()
+            region.poke(1, b"U")
+            frozen.release()
+            assert running.result() == ord("u") << 8 | ord("U")
+        region.close()
+
+
+# --- other processes, ends -----------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_a_forked_child_is_watched(uffd: Harness, library: ctypes.CDLL, memory: str) -> None:
+    """A child that forks from C touches the region under the same rules."""
+    region = uffd.region(1, contents=CONTENTS[:PAGE], memory=memory)
+    with region.page(0).freeze() as freeze:
+        running = uffd.start(library.load_forked, region.pointer(77))
+        frozen = freeze.wait()
+        assert frozen.process not in (0, os.getpid())
+        frozen.release()
+        assert running.result() == 77
+
+
+def test_who_is_not_released_is_let_go(library: ctypes.CDLL) -> None:
+    """Past the time limit the thread goes on, and the harness raises with all stacks."""
+    with pytest.raises(HarnessError) as caught, Harness(timeout=0.2) as uffd:
+        region = uffd.region(1, contents=CONTENTS[:PAGE])
+        with region.page(0).freeze():
+            running = uffd.start_named("forgotten", library.load, region.pointer(5))
+            assert running.result() == 5
+    text = str(caught.value)
+    assert "nobody released within 0.2 s" in text
+    assert "forgotten" in text
+    assert "test_harness.py" in text
+
+
+def test_the_main_thread_that_freezes_itself_is_let_go() -> None:
+    """A test that touches what it froze itself is a failed test, no hung run."""
+    with pytest.raises(HarnessError, match="MainThread"), Harness(timeout=0.2) as uffd:
+        region = uffd.region(1, contents=b"a")
+        with region.view as view, region.page(0).freeze():
+            assert view[0] == ord("a")
+
+
+@pytest.mark.root
+def test_a_system_call_with_the_gil_held_is_let_go() -> None:
+    """What no trampoline can help, the time limit ends: the interpreter goes on."""
+    mapping: Any = None
+    with pytest.raises(HarnessError, match="system call"), Harness(timeout=0.2) as uffd:
+        region = uffd.region(1)
+        mapping = region._mapping
+        with region.page(0).freeze():
+            mapping.madvise(22)  # MADV_POPULATE_READ, which mmap does with the GIL held
+
+
+def test_a_helper_that_dies_takes_no_thread_along(library: ctypes.CDLL) -> None:
+    """Killed, it lets everybody go, and every later call says that it has ended."""
+    uffd = Harness()
+    region = uffd.region(1)
+    with contextlib.suppress(HarnessError), region.page(0).freeze() as freeze:
+        running = uffd.start(library.load, region.pointer())
+        freeze.wait()
+        os.kill(uffd.service_pid, signal.SIGKILL)
+        assert running.result() == 0
+        with pytest.raises(HarnessError, match="has ended"):
+            freeze.wait(timeout=5)
+    with pytest.raises(HarnessError, match="has ended"):
+        region.peek(0, 1)
+    uffd.close()  # which has nothing to say any more
+
+
+def test_a_closed_harness_says_so(uffd: Harness) -> None:
+    """After close every order is refused, and closing again does nothing."""
+    region = uffd.region(1)
+    uffd.close()
+    uffd.close()
+    with pytest.raises(ClosedError):
+        region.peek(0, 1)
+    assert region.closed
+
+
+def test_user_mode_only_says_what_it_cannot(library: ctypes.CDLL, pipe: tuple[int, int]) -> None:
+    """Without kernel-mode touches a system call gets EFAULT, and the limits say so."""
+    with Harness(user_mode_only=True) as uffd:
+        assert any("EFAULT" in limit for limit in uffd.limits)
+        region = uffd.region(1, contents=CONTENTS[:PAGE])
+        assert uffd.start(library.write_out, pipe[1], region.pointer(), 8).result() == -14
+        with region.page(0).freeze(nth=2) as freeze:
+            running = uffd.start(library.load_twice, region.pointer(3))
+            freeze.wait().release()
+            assert running.result() == 0x303
+
+
+def test_a_thread_under_a_debugger_cannot_be_stepped(uffd: Harness, library: ctypes.CDLL) -> None:
+    """A thread that somebody else traces is let through, and the test told why it fails."""
+    if tracing.can_trace() is not None:
+        pytest.skip("ptrace is not permitted here")
+    region = uffd.region(1)
+    ready, go_on = threading.Event(), threading.Event()
+
+    def wait_and_load() -> int:
+        ready.set()
+        go_on.wait(20)
+        value: int = library.load_twice(region.pointer())
+        return value
+
+    running = uffd.start(wait_and_load)
+    ready.wait()
+    read, write = os.pipe()
+    tracer = os.fork()
+    if tracer == 0:
+        try:
+            tracing.seize(running.tid)
+            os.write(write, b"y")
+        except OSError:
+            os.write(write, b"n")
+        signal.pause()
+    try:
+        assert os.read(read, 1) == b"y"
+        with region.page(0).freeze(nth=2):
+            go_on.set()
+            running.result()
+        with pytest.raises(HarnessError, match="cannot be stepped over"):
+            uffd.check()
+    finally:
+        os.kill(tracer, signal.SIGKILL)
+        os.waitpid(tracer, 0)
+        os.close(read)
+        os.close(write)
+
+
+def test_no_such_back_end() -> None:
+    """A back end or a time limit that is none is refused before anything starts."""
+    with pytest.raises(ValueError, match="backend is one of"):
+        Harness(backend="magic")
+    with pytest.raises(ValueError, match="above zero"):
+        Harness(timeout=0)
+
+
+def test_not_supported_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where threads cannot be stepped, what needs it is refused and named."""
+    with Harness() as uffd:
+        monkeypatch.setattr(uffd, "_cannot_step", "ptrace is not permitted")
+        region = uffd.region(1)
+        with pytest.raises(NotSupported, match="touches after the first"):
+            region.page(0).freeze(nth=2).__enter__()
+        with region.page(0).freeze():
+            pass
