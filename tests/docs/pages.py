@@ -63,6 +63,11 @@ def needs_kvm(page: Path) -> bool:
     return any(block["language"] == "bash" and "kvm" in block["code"] for block in blocks)
 
 
+def needs_root(page: Path) -> bool:
+    """Say whether a page's commands stop or fail system calls at memory that they touch."""
+    return "python3 examples/races/changed_path.py" in page.read_text(encoding="utf-8")
+
+
 def run_page(page: Path, folder: Path, seconds: float) -> None:
     """Run the commands of a page.
 

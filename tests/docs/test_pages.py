@@ -27,6 +27,7 @@ from tests.docs.pages import (
     has_commands,
     needs_criu,
     needs_kvm,
+    needs_root,
     run_page,
 )
 
@@ -92,6 +93,8 @@ def test_commands_run(page: Path, tmp_path: Path, time_scale: float) -> None:
     """The commands of a page, one after the other, do what the page says."""
     if needs_kvm(page) and (why_not() or os.geteuid() != 0):
         pytest.skip(f"needs root, and KVM on x86-64: {why_not() or 'sudo make test'}")
+    if needs_root(page) and os.geteuid() != 0:
+        pytest.skip("needs root: sudo make test")
     run_page(page, tmp_path, 30 * time_scale)
 
 
