@@ -62,8 +62,10 @@ FLOORS = {
         testing.touches testing.latency testing.schedules testing.strategies testing.pasting
         testing.places
         testing.touch_log testing.record_file testing.record testing.perfetto
-        testing.rules testing.engine testing.channel testing.where testing.pages testing.stepping
-        testing.service testing.trampoline testing.failures testing.running testing.freezing
+        testing.rules testing.settings testing.needs
+        testing.engine testing.channel testing.where testing.pages testing.stepping
+        testing.service testing.trampoline testing.failures
+        testing.running testing.freezing
         testing.region testing.recording testing.harness
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
