@@ -65,7 +65,7 @@ FLOORS = {
         testing.rules testing.settings testing.needs
         testing.engine testing.channel testing.where testing.pages testing.stepping
         testing.service testing.trampoline testing.failures
-        testing.running testing.freezing
+        testing.running testing.freezing testing.waiting
         testing.region testing.recording testing.harness
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options

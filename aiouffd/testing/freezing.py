@@ -220,6 +220,8 @@ class Freeze:
     ) -> None:
         armed, self._armed = self._armed, None
         if armed is not None:
+            if error is not None:
+                self.harness.note_standing(error)
             armed.disarm()
             for each in self._came:
                 each._ended.set()

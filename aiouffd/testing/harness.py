@@ -36,7 +36,7 @@ from typing import Any, Final, ParamSpec, Self, TypeVar
 from ..errors import ClosedError, NotSupported
 from ..kernel import tracing
 from ..uffd import Feature, Userfaultfd
-from . import trampoline
+from . import trampoline, waiting
 from .channel import PIECE, pair
 from .failures import HarnessError
 from .freezing import Freeze, Frozen
@@ -114,6 +114,7 @@ class Harness:
         regions: Those that are open.
         changed: Notified whenever the helper has told something.
         listeners: Called then, in the porter's thread.
+        stood: Who stood and who waited when an error left a freeze last, a line each.
 
     Sharing: any thread of the process that made it.
     """
@@ -154,6 +155,7 @@ class Harness:
         self.regions: list[Region] = []
         self.changed = threading.Condition()
         self.listeners: list[Callable[[], None]] = []
+        self.stood: list[str] = []
         self._pid = os.getpid()
         self._ordering = threading.Lock()
         self._numbers = 0
@@ -163,6 +165,8 @@ class Harness:
         self._threads: dict[int, str] = {}
         self._running: list[Running[Any]] = []
         self._troubles: list[str] = []
+        self._settled = 0  # the number that the helper has told last
+        self._noted = 0  # which error has left a freeze
         self._closed = False
         self._touches: list[Touch] = []  # that have ended, as far as they were asked for
         self._remembering = threading.RLock()
@@ -351,6 +355,19 @@ class Harness:
             raise ClosedError("this harness was closed")
         self._raise_troubles()
 
+    def settle(self) -> None:
+        """Wait until everything that the helper has told by now was heard.
+
+        Raises:
+            HarnessError: The helper has ended.
+        """
+        number = self._number()
+        self._ask("settle", number)
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self._settled >= number or not self._porter.is_alive(), _ANSWER_SECONDS
+            )
+
     def _raise_troubles(self) -> None:
         troubles, self._troubles = self._troubles, []
         if troubles:
@@ -412,6 +429,8 @@ class Harness:
                     self._troubles.append(self._overdue(late, stacks))
                 case ("trouble", text):
                     self._troubles.append(text)
+                case ("settled", number):
+                    self._settled = number
             self.changed.notify_all()
         for listener in list(self.listeners):
             listener()
@@ -711,6 +730,13 @@ class Harness:
             (self._touch(fields), self._what(rule), held_by)
             for fields, rule, held_by in self._ask("standing")
         ]
+
+    def note_standing(self, error: BaseException) -> None:
+        """Keep who stands and who waits in ``stood``: an error is about to let them go."""
+        if self._noted != id(error):  # else it has left a freeze inside this one
+            self._noted = id(error)
+            with contextlib.suppress(HarnessError, ClosedError):
+                self.stood = waiting.lines(self)
 
     def account(self, after: int = 0) -> str:
         """Say who did what after the first ``after`` touches, who stands, and what others do.

@@ -418,6 +418,10 @@ class Service:
         """Give how many touches there were, kept or not."""
         return self._engine.count
 
+    def do_settle(self, number: int) -> None:
+        """Tell a number, behind all that was told before."""
+        self._tell("settled", number)
+
     def do_close(self) -> None:
         """End after this answer."""
         self._running = False
