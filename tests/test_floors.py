@@ -69,7 +69,8 @@ FLOORS = {
         testing.region testing.recording testing.harness
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
-        plotting testing.record_plot working_set_plot cli.picture cli.working_set
+        plotting testing.record_plot testing.per_test testing.pytest_plugin
+        working_set_plot cli.picture cli.working_set
         image image.new_file image.sparse image.packed image.copying image.survey
         snapshot protected_memory live_snapshot
         page_map status prometheus http_site control
@@ -105,7 +106,7 @@ OPTIONAL: dict[str, set[str]] = {
     "rich": {"cli.top"},
     "numpy": {"testing.region"},
     "lz4": {"migration.lz4_blocks"},
-    "pytest": {"testing.sources"},
+    "pytest": {"testing.sources", "testing.pytest_plugin"},
     "redis": {"sources.redis_client"},
     "backports": {"sources.zstd_frames"},  # from 3.14 compression.zstd
     "compression": {"sources.zstd_frames"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import subprocess
 import sys
@@ -27,10 +28,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_is_complete(wheel: Path) -> None:
-    """Every module of the checkout, the mark of typing, and the licence are in the wheel."""
+    """Every module of the checkout, the entry points, the mark of typing, and the licence."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = next(name for name in names if name.endswith("/METADATA"))
+        entries = configparser.ConfigParser()
+        entries.read_string(archive.read(metadata.replace("METADATA", "entry_points.txt")).decode())
         needs = [
             line
             for line in archive.read(metadata).decode().splitlines()
@@ -40,6 +43,8 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     assert modules | {"aiouffd/py.typed"} <= names
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert not needs, "the core has no dependency"
+    assert dict(entries["console_scripts"]) == {"aiouffd": "aiouffd.cli:main"}
+    assert dict(entries["pytest11"]) == {"aiouffd": "aiouffd.testing.pytest_plugin"}
     outside = {name for name in names if not name.startswith(("aiouffd/", "aiouffd-"))}
     assert not outside, "nothing but the package is installed"
 
