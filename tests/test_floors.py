@@ -59,7 +59,7 @@ FLOORS = {
         migration.tree_pages migration.tree_arriving""",
     "tools": """
         . testing testing.sources
-        testing.touches testing.latency testing.schedules testing.strategies testing.pasting
+        testing.touches testing.latency testing.ahead testing.schedules testing.strategies testing.pasting
         testing.places
         testing.touch_log testing.record_file testing.record testing.perfetto
         testing.rules testing.settings testing.needs

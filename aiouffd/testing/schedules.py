@@ -35,13 +35,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from ..errors import UffdError
+from .ahead import SPINS, Ahead
 from .touches import Access, Touch
 
 if TYPE_CHECKING:
     from .strategies import Strategy
 
 END: Final = "end"  #: as far as it can: the participant has ended, or waits for another
-SPINS: Final = 16  #: reads of what was read before, one after another, that make a spinner
 MOVES: Final = 10_000  #: moves in one run from which on it is taken to have no end
 
 
@@ -266,6 +266,14 @@ class Course:
         self._again = self._again + 1 if place in self._seen else 0
         if place is not None:
             self._seen.add(place)
+
+    def ahead(self) -> Ahead[str]:
+        """Give what the next choices will be, as far as that is certain; it may be nothing."""
+        plan = self._strategy.ahead(self)
+        plan.most = min(plan.most, self._longest - len(self.moves))
+        plan.current = self.current
+        plan.streak = self._again
+        return plan
 
     def came(self, name: str, position: Position) -> None:
         """Say where a participant came to: the one let go, or one that is not blocked any more."""

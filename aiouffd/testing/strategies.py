@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from .ahead import MOST, Ahead
 from .schedules import (
     END,
     Before,
@@ -46,6 +47,10 @@ class Strategy(Protocol):
 
     def choose(self, enabled: Sequence[str], course: Course) -> str:
         """Name one of those that can go on."""
+        ...
+
+    def ahead(self, course: Course) -> Ahead[str]:
+        """Tell what will be chosen as long as nothing unforeseen happens; changes nothing."""
         ...
 
     def end(self, course: Course) -> bool:
@@ -118,6 +123,14 @@ class Systematic:
         self._run.enabled.append(enabled)
         return choice
 
+    def ahead(self, course: Course) -> Ahead[str]:
+        """Tell the rest of the branch, and that then everybody goes on as long as it can."""
+        at, branch = len(self._run.choices), self._branch
+        rest: list[str] = []
+        if branch is not None and at <= branch.at:
+            rest = [*branch.past.choices[at : branch.at], branch.choice]
+        return Ahead(rest, list(course.positions))
+
     def _note_others(self, at: int, others: list[str], free: Sequence[str]) -> None:
         for other in reversed(others):
             branch = _Branch(self._run, at, other)
@@ -181,10 +194,20 @@ class Seeded:
 
     def choose(self, enabled: Sequence[str], course: Course) -> str:
         """Name the highest; first lower the one whose turn it is if its moment has come."""
-        if course.current is not None and (len(course.moves) in self._moments or course.spinning):
-            self._ranks.remove(course.current)
-            self._ranks.append(course.current)
+        self._ranks = self._ranks_now(course)
         return next(name for name in self._ranks if name in enabled)
+
+    def _ranks_now(self, course: Course) -> list[str]:
+        falls = course.current
+        if falls is None or not (len(course.moves) in self._moments or course.spinning):
+            return self._ranks
+        return [*(name for name in self._ranks if name != falls), falls]
+
+    def ahead(self, course: Course) -> Ahead[str]:
+        """Tell the ranks, and that they hold until the next moment."""
+        made = len(course.moves)
+        most = min((each - made for each in self._moments if each > made), default=MOST)
+        return Ahead([], self._ranks_now(course), stay=False, most=most)
 
     def end(self, course: Course) -> bool:
         """Tell that there is always another."""
@@ -221,12 +244,23 @@ class Fixed:
         step = self._next_step(course)
         if step is None:
             return course.free[0]
-        name = step[0]
+        name, _ = step
         position = course.positions[name]
         if name not in enabled:
             raise self._cannot(step, position, enabled, course)
         self._made += position.kind is Kind.TOUCH
         return name
+
+    def ahead(self, course: Course) -> Ahead[str]:
+        """Tell the rest of the step."""
+        step = self._next_step(course)
+        if step is None:
+            return Ahead([], list(course.positions))
+        name, until = step
+        if isinstance(until, int):
+            unstarted = course.positions[name].kind is Kind.UNSTARTED
+            return Ahead([name] * (until - self._made + unstarted), [], stay=False)
+        return Ahead([name], [], stay=until == END)
 
     def end(self, course: Course) -> bool:
         """Tell that this is the only order.

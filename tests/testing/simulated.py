@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeAlias
 
+from aiouffd.testing.ahead import Ahead
 from aiouffd.testing.schedules import ENDED, MOVES, Course, Kind, Position
 from aiouffd.testing.strategies import Strategy
 from aiouffd.testing.touches import Access, Touch
@@ -65,6 +66,39 @@ def run(programs: Programs, strategy: Strategy, *, moves: int = MOVES) -> Course
     return course
 
 
+def run_ahead(programs: Programs, strategy: Strategy, *, moves: int = MOVES) -> Course:
+    """Run the programs by plans: the strategy hears of the moves only when a plan is over."""
+    strategy.begin()
+    course = Course(programs, strategy, moves=moves)
+    world = World(programs)
+    while True:
+        plan = course.ahead()
+        enabled = set(course.enabled)
+        happened = []
+        while (planned := plan.next(enabled)) is not None:
+            came = [(planned, world.go(planned))]
+            while world.woken:
+                following = world.woken.pop(0)
+                came.append((following, world.go(following)))
+            for name, position in came:
+                enabled.discard(name)
+                if position.kind is Kind.TOUCH:
+                    enabled.add(name)
+            happened.append((planned, came))
+        for planned, came in happened:
+            assert course.choose() == planned
+            for name, position in came:
+                course.came(name, position)
+        if not happened:
+            chosen = course.choose()
+            if chosen is None:
+                return course
+            course.came(chosen, world.go(chosen))
+            while world.woken:
+                following = world.woken.pop(0)
+                course.came(following, world.go(following))
+
+
 def proceed(course: Course, world: World) -> None:
     """Let them go on until nobody can be chosen."""
     while (name := course.choose()) is not None:
@@ -97,6 +131,9 @@ class Listed:
         self.at += 1
         self.preemptions += course.current in enabled and choice != course.current
         return choice
+
+    def ahead(self, course: Course) -> Ahead[str]:
+        return Ahead(self.choices[self.at :], [], stay=False)
 
     def end(self, course: Course) -> bool:
         return False

@@ -22,7 +22,7 @@ from aiouffd.testing.schedules import (
     order_of,
 )
 from aiouffd.testing.strategies import Fixed, Seeded, Strategy, Systematic
-from tests.testing.simulated import Program, Programs, World, every_order, proceed, run
+from tests.testing.simulated import Program, Programs, World, every_order, proceed, run, run_ahead
 
 ACTIONS = st.tuples(st.sampled_from(["read", "write"]), st.sampled_from("xy"))
 
@@ -120,6 +120,48 @@ def _run(programs: Programs, strategy: Strategy) -> tuple[Course, str]:
     except Deadlock as deadlock:
         return course, str(deadlock)
     return course, ""
+
+
+@st.composite
+def with_loops(draw: st.DrawFn) -> Programs:
+    """Programs in which somebody may read the same for long."""
+    programs = draw(some_programs())
+    for name in draw(st.sets(st.sampled_from(sorted(programs)), min_size=1)):
+        loop = [("read", "z")] * draw(st.integers(SPINS - 1, SPINS + 4))
+        after = draw(st.lists(ACTIONS, max_size=2))
+        programs[name] = program([*loop, *after])
+    return programs
+
+
+@given(some_programs() | with_loops(), st.integers(0, 2**32), st.integers(0, 2), st.data())
+def test_plans_are_what_will_be_chosen(
+    programs: Programs, seed: int, bound: int, data: st.DataObject
+) -> None:
+    """A run by plans is the run that the strategy chooses move by move, of every strategy."""
+    names = list(programs)
+    until = st.just(END) | st.integers(1, 3) | st.just(Before(access="write"))
+    order = data.draw(st.lists(st.tuples(st.sampled_from(names), until), max_size=4))
+    for make in (
+        lambda: Systematic(bound),
+        lambda: Seeded(names, seed, bound),
+        lambda: Fixed(order, names),
+    ):
+        by_moves, by_plans = make(), make()
+        for _ in range(10):
+            one, other = (
+                _outcome(lambda: run(programs, by_moves)),  # noqa: B023  # called at once
+                _outcome(lambda: run_ahead(programs, by_plans)),  # noqa: B023
+            )
+            assert one == other
+            if isinstance(one, str) or not all((one, other)):
+                break
+
+
+def _outcome(go: Callable[[], Course]) -> object:
+    try:
+        return choices(go())
+    except (Deadlock, CannotFollow) as error:
+        return str(error)
 
 
 def counter(memory: dict[str, int], guard: bool) -> Callable[[], Program]:
