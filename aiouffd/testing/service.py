@@ -577,8 +577,11 @@ class Service:
 
     def _parked(self, thread: int) -> None:
         touch = self._engine.standing.get((self._process, thread))
-        if touch is None or touch.returning or not touch.held_by:  # let go meanwhile
+        if touch is None or not touch.held_by:
             self._tell("go", thread)
+            return
+        if touch.returning:  # let go meanwhile
+            self._send_back(touch)
             return
         touch.held_by = "trampoline"
         touch.parked = True
@@ -636,10 +639,17 @@ class Service:
             elif touch.values:
                 outcome = "changed"
         touch.outcome = "failed" if touch.failing else outcome
-        if not touch.parked:
+        if touch.parked:
+            self._send_back(touch)
+        elif touch.held_by == "trampoline":
+            # On its way there: a step now would be one of the handler's instructions.
+            touch.returning = True
+        else:
             touch.held_by = ""
             self._ready.append(touch)
-            return
+
+    def _send_back(self, touch: Standing) -> None:
+        """Have a thread leave the trampoline and make its access."""
         self._tell("go", touch.thread)
         if self._is_open(touch):
             self._end(touch, touch.outcome)

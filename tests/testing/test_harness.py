@@ -228,6 +228,20 @@ def test_python_and_c_stand_side_by_side(uffd: Harness, library: ctypes.CDLL, se
     view.release()
 
 
+def test_who_is_on_its_way_to_the_trampoline_is_released(library: ctypes.CDLL) -> None:
+    """A release that comes before the thread has got there lets its access be made, once."""
+    with Harness(timeout=20, backend="trampoline") as uffd:
+        region = uffd.region(1)
+        with region.page(0).freeze(every=True) as freeze:
+            running = uffd.start(library.increment, region.pointer(), 50)
+            for _ in range(100):
+                freeze.wait().release()
+            running.result()
+            assert not freeze.frozen
+        assert region.peek(0, 1) == b"\x32"
+        assert uffd.touch_count() == 100
+
+
 @pytest.mark.root
 def test_a_system_call_stands(
     uffd: Harness, library: ctypes.CDLL, memory: str, pipe: tuple[int, int]
