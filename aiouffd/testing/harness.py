@@ -167,7 +167,7 @@ class Harness:
         self._troubles: list[str] = []
         self._settled = 0  # the number that the helper has told last
         self._noted = 0  # which error has left a freeze
-        self._closed = False
+        self._closed = True  # until it has begun: what raises here leaves nothing to close
         self._touches: list[Touch] = []  # that have ended, as far as they were asked for
         self._remembering = threading.RLock()
         self._all_regions: list[Region] = []
@@ -224,6 +224,7 @@ class Harness:
                 "Touches after the first of a page are not seen, so nth, every, thread, change,"
                 f" once and places smaller than a page are refused: {self._cannot_step}"
             )
+        self._closed = False
         self._porter = threading.Thread(target=self._carry, name="aiouffd porter", daemon=True)
         self._porter.start()
 
