@@ -81,7 +81,7 @@ def _given(config: pytest.Config, name: str) -> object:
     value = config.getoption(f"uffd_{name}")
     if value is None:
         value = config.getini(f"uffd_{name}")
-    return None if value == "" else value
+    return None if value in ("", []) else value  # pytest 7 has [] for what nobody has set
 
 
 def _from_texts(config: pytest.Config) -> dict[str, object]:
