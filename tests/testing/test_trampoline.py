@@ -337,23 +337,47 @@ def test_ctrl_c_and_the_service_does_not_answer_the_fault() -> None:
 def test_a_signal_handler_that_raises_something_else() -> None:
     """What a handler of the test's own raises during the wait arrives as that very object."""
     script = """
-        failure = LookupError("too late")
         def handler(*_):
+            global failure
+            failure = LookupError("too late")
             raise failure
+        signal.signal(signal.SIGALRM, handler)
+        for page in range(3):
+            try:
+                view[page * PAGE] = 9
+                sum(range(1000))
+            except LookupError as error:
+                say([error is failure, view[page * PAGE]])
+    """
+    with standing(script) as child:
+        for _ in range(3):
+            offset, tid = child.park()
+            os.kill(child.pid, signal.SIGALRM)
+            assert child.told() == -tid
+            child.fill(offset, 7)
+            child.go(tid)
+            assert child.said() == [True, 9]
+
+
+def test_an_interruption_of_a_wait_that_is_over() -> None:
+    """Told to go and interrupted at once, a thread goes, says nothing more, and is interrupted."""
+    script = """
+        def handler(*_):
+            say(trampoline.go(threading.get_native_id()))
+            raise LookupError("too late")
         signal.signal(signal.SIGALRM, handler)
         try:
             view[0] = 9
             sum(range(1000))
-        except LookupError as error:
-            say([error is failure, view[0]])
+        except LookupError:
+            say(["interrupted", view[0]])
     """
     with standing(script) as child:
-        offset, tid = child.park()
-        os.kill(child.pid, signal.SIGALRM)
-        assert child.told() == -tid
+        offset, _ = child.park()
         child.fill(offset, 7)
-        child.go(tid)
-        assert child.said() == [True, 9]
+        os.kill(child.pid, signal.SIGALRM)
+        assert child.said() is True
+        assert child.said() == ["interrupted", 9]
 
 
 def test_a_signal_handler_that_returns() -> None:
@@ -412,6 +436,31 @@ def test_a_second_signal_waits_until_the_first_is_told(seed: int) -> None:
                 child.go(tid)
             assert child.said() == page
             assert child.said() == []
+
+
+def test_the_signal_is_let_through_once_the_callback_is_in_python() -> None:
+    """Until then it is blocked, or a second one would run on top of half-done things."""
+    script = """
+        seen = []
+        def blocked():
+            return number in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        class Services(dict):  # the first that the callback looks at
+            def __contains__(self, pid):
+                seen.append(blocked())
+                return super().__contains__(pid)
+        def tell_too(tid):
+            seen.append(blocked())
+            tell(tid)
+        trampoline._services = Services()
+        trampoline.set_service(os.getppid(), tell_too)
+        view[0]
+        say([seen[0], seen[-1], blocked()])
+    """
+    with standing(script) as child:
+        offset, tid = child.park()
+        child.fill(offset, 7)
+        child.go(tid)
+        assert child.said() == [True, False, False]
 
 
 def test_errno_survives() -> None:
@@ -480,6 +529,23 @@ def test_release_all_lets_everybody_go_and_nobody_in() -> None:
             seen.append((offset, tid))
         assert sorted(seen) == sorted(parked * 2)
         assert child.said() == [2, []]
+
+
+def test_all_are_released_while_one_comes() -> None:
+    """A thread whose signal was under way when all were released does not wait."""
+    script = """
+        def getpid():  # what the callback asks for, between its look for the service and its wait
+            trampoline.release_all()
+            return os.getpid()
+        trampoline._getpid = getpid
+        say([view[0], list(trampoline.parked())])
+    """
+    with standing(script) as child:
+        offset, tid = child.fault()
+        child.interrupt(tid)
+        assert child.fault() == (offset, tid)
+        child.fill(offset, 4)
+        assert child.said() == [4, []]
 
 
 def test_the_service_dies_before_it_is_told() -> None:
@@ -637,6 +703,7 @@ def test_stacks_of_a_process_that_stands() -> None:
         dump.close()
         dump.close()
         say(["in stuck" in text, empty, "in stuck" in again, "in <module>" in again])
+        say(again[:6])
     """
     with standing(script, stdin=subprocess.PIPE) as child:
         number, fd = child.said()
@@ -657,6 +724,7 @@ def test_stacks_of_a_process_that_stands() -> None:
         child.fill(offset, 1)
         child.go(tid)
         assert child.said() == [True, "", False, True]
+        assert child.said() == "Thread"
         child.finish_stdin()
 
 
