@@ -147,13 +147,6 @@ class Engine:
 
     # --- what a thread does ------------------------------------------------------------
 
-    def repeated(self, process: int, thread: int, region: int, page: int) -> Standing | None:
-        """Give the touch that a message repeats, if the thread stands at this page already."""
-        standing = self.standing.get((process, thread))
-        if standing is not None and (standing.region, standing.page) == (region, page):
-            return standing
-        return None
-
     def arrive(
         self,
         *,
@@ -168,7 +161,7 @@ class Engine:
         pc: int = 0,
         where: str = "",
     ) -> Standing:
-        """Take in a touch that is not ``repeated``, and decide what becomes of it."""
+        """Take in a touch of a thread that stands nowhere, and decide what becomes of it."""
         self.count += 1
         touch = Standing(
             number=self.count,

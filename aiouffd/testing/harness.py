@@ -515,7 +515,7 @@ class Harness:
         used = any(not running.done for running in self._running)
         try:
             with contextlib.suppress(ClosedError):
-                self._ask("close_region", region.number, True)
+                self._ask("close_region", region.number)
         finally:
             if memfd is not None:
                 os.close(memfd)

@@ -87,6 +87,11 @@ class Mapping:
         self.first = first
         self.contents = contents
 
+    @property
+    def pages(self) -> range:
+        """The pages that are mapped."""
+        return range(self.first, self.first + (self.end - self.address) // self.memory.page_size)
+
     def address_of(self, page: int) -> int:
         """Give the address of a page."""
         return self.address + (page - self.first) * self.memory.page_size

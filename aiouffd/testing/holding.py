@@ -1,0 +1,197 @@
+"""Threads that stand: who holds them, for how long, and what is shown when nobody lets them go.
+
+Knows: the GIL of the test process, the trampoline's door, time limits.
+Must not know: rules; how a page comes.
+
+A thread stands because its fault is not answered.  If it has the GIL of the test process in its
+hands, nothing there can run, the test that is to release it least of all.  Nobody can see that
+from outside, so the test process is asked something that any thread of it answers at once
+(``ping``); if it stays silent, the thread is sent through the trampoline's door, where it gives
+the GIL away.
+
+Laws of this file:
+
+* Whoever stands is let go at the time limit, with the stacks of the test process.
+* Only a thread that stands in a user-mode fault is sent a signal: a system call is never
+  interrupted, and no signal meets a thread elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import Final
+
+from ..kernel import tracing
+from .engine import Engine, Standing, wire
+from .turning import Teller, Turning
+from .watching import threads_of
+
+_PING_NS: Final = 15_000_000  # without an answer that long, the GIL is held
+_PARKS: Final = 3  # attempts to have one thread wait in the trampoline
+_DUMP_NS: Final = 300_000_000  # for the stacks to be written down
+_LONGEST_TEXT: Final = 64 * 1024
+
+
+class Holder:
+    """Who stands, of one harness.
+
+    Attributes:
+        timeout_ns: How long a thread may stand.
+
+    Sharing: one thread.
+    """
+
+    def __init__(
+        self,
+        process: int,
+        engine: Engine,
+        turning: Turning,
+        tell: Teller,
+        *,
+        trampoline: str,
+        door: int,
+        timeout_ns: int,
+        dump_fd: int,
+        dump_signal: int,
+        let_go: Callable[[Standing, str], None],
+        disarm: Callable[[int], None],
+    ) -> None:
+        """Hold threads for a test process.
+
+        Args:
+            process: The test process.
+            engine: The books.
+            turning: The loop.
+            tell: Tells the test process something.
+            trampoline: ``auto``; ``never`` or ``always`` send a thread there.
+            door: The signal that sends a thread there.
+            timeout_ns: How long a thread may stand.
+            dump_fd: Where the test process writes its stacks.
+            dump_signal: The signal that makes it do so.
+            let_go: Lets a thread go on.
+            disarm: Ends a rule.
+        """
+        self.timeout_ns = timeout_ns
+        self._process = process
+        self._engine = engine
+        self._turning = turning
+        self._tell = tell
+        self._trampoline = trampoline
+        self._door = door
+        self._dump_fd = dump_fd
+        self._dump_signal = dump_signal
+        self._let_go = let_go
+        self._disarm = disarm
+        self._dumping = False
+        self._holds_gil: set[int] = set()
+        self._pings = 0
+        self._pongs = 0
+
+    def close(self) -> None:
+        """Close what the stacks are written to."""
+        os.close(self._dump_fd)
+
+    def hold(self, touch: Standing) -> None:
+        """Have a thread stand until it is let go."""
+        touch.held_by = "page"
+        touch.outcome = "frozen"
+        self._tell("frozen", touch.freeze, wire(touch, time.monotonic_ns()))
+        self._turning.after(self.timeout_ns, lambda: self._on_limit(touch))
+        if (
+            touch.process != self._process
+            or touch.system_call is not None
+            or self._trampoline == "never"
+        ):
+            return
+        if self._trampoline == "always" or touch.thread in self._holds_gil:
+            self._park(touch)
+            return
+        self._pings += 1
+        number = self._pings
+        self._tell("ping", number)
+        self._turning.after(_PING_NS, lambda: self._on_silence(touch, number))
+
+    def stands(self, touch: Standing) -> bool:
+        """Say whether a touch still stands."""
+        current = self._engine.standing.get((touch.process, touch.thread))
+        return current is touch and bool(touch.held_by)
+
+    # --- the trampoline ----------------------------------------------------------------
+
+    def pong(self, number: int) -> None:
+        """Note that the test process can run."""
+        self._pongs = max(self._pongs, number)
+
+    def _on_silence(self, touch: Standing, number: int) -> None:
+        if self._pongs < number and self.stands(touch) and touch.held_by == "page":
+            self._holds_gil.add(touch.thread)
+            self._park(touch)
+
+    def _park(self, touch: Standing) -> None:
+        """Have a thread wait in the trampoline, where it gives the GIL away."""
+        with contextlib.suppress(ProcessLookupError):
+            tracing.tgkill(self._process, touch.thread, self._door)
+            touch.held_by = "trampoline"
+
+    def parked(self, thread: int) -> None:
+        """Note that a thread says it is in the trampoline."""
+        touch = self._engine.standing.get((self._process, thread))
+        if touch is None or touch.returning or not touch.held_by:  # let go meanwhile
+            self._tell("go", thread)
+            return
+        touch.held_by = "trampoline"
+        touch.parked = True
+        self._tell("held", touch.number, "trampoline")
+
+    def came_back(self, touch: Standing) -> None:
+        """Try again with a thread that has come back from the trampoline by itself.
+
+        It has no stack or recursion left for the handler.  No pure Python can help that: past
+        some attempts it stands in the kernel, until the time limit.
+        """
+        if touch.held_by != "trampoline":
+            return
+        touch.held_by = "page"
+        touch.parked = False
+        touch.parks += 1
+        if touch.parks < _PARKS:
+            self._park(touch)
+
+    # --- the time limit ----------------------------------------------------------------
+
+    def _on_limit(self, touch: Standing) -> None:
+        """Nobody has released a thread in time: show the stacks, and let it go."""
+        if not self.stands(touch) or touch.returning:
+            return
+        touch.overdue = True
+        if not self._dumping:
+            self._dumping = True
+            self._dump_stacks()
+            self._turning.after(_DUMP_NS, self._on_dumped)
+
+    def _dump_stacks(self) -> None:
+        """Have the test process's interpreter write down its stacks; it needs no GIL for that."""
+        os.ftruncate(self._dump_fd, 0)
+        os.lseek(self._dump_fd, 0, os.SEEK_SET)  # one open file with the test process
+        # A thread in a system call that stands would take the signal after it only.
+        standing = {t.thread for t in self._engine.standing.values() if t.system_call is not None}
+        for thread in threads_of(self._process):
+            if thread not in standing:
+                with contextlib.suppress(OSError):
+                    tracing.tgkill(self._process, thread, self._dump_signal)
+                    return
+
+    def _on_dumped(self) -> None:
+        self._dumping = False
+        text = os.pread(self._dump_fd, _LONGEST_TEXT, 0).decode(errors="replace")
+        now = time.monotonic_ns()
+        late = [t for t in self._engine.standing.values() if t.overdue and self.stands(t)]
+        self._tell("overdue", [(wire(t, now), t.freeze, t.held_by) for t in late], text)
+        rules = {touch.freeze for touch in late}
+        for touch in late:
+            self._let_go(touch, "overdue")
+        for rule in rules:  # or the next touch would stand as long again
+            self._disarm(rule)

@@ -1,0 +1,237 @@
+"""Touches that are let through: one by one, as decided, each at its end written down.
+
+Knows: pages, the stepper, who else stands at the page.
+Must not know: rules; why a touch was delayed or stopped.
+
+Laws of this file:
+
+* Faults that were read are all taken in before a page is filled, so that who else stands there
+  is known; then only the one is let through whose turn it is.
+* What has to be seen again is stepped over; what cannot be stepped over is let through, and the
+  test is told.
+* A touch that cannot be made (its memory is gone, or the kernel has none) ends, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from ..errors import RangeGone, TargetGone, UffdError
+from ..kernel import abi, pagemap, tracing
+from .engine import Engine, Standing
+from .pages import Mapping
+from .stepping import Stepper
+from .turning import Teller, Turning
+
+#: A thread that has left the trampoline and not faulted again within that has passed.
+_RETURN_NS: Final = 1_000_000_000
+_MADV_DONTNEED: Final = 4
+
+
+class Performer:
+    """Lets touches through.
+
+    Attributes:
+        cannot_step: Why threads cannot be stepped over here; None if they can.
+        stepper: Those that are being stepped over.
+
+    Sharing: one thread, the one that made it.
+    """
+
+    def __init__(
+        self,
+        process: int,
+        engine: Engine,
+        turning: Turning,
+        tell: Teller,
+        pump: Callable[[], None],
+        take_in: Callable[[], None],
+    ) -> None:
+        """Let touches through for a test process.
+
+        Args:
+            process: The test process.
+            engine: The books.
+            turning: The loop.
+            tell: Tells the test process something.
+            pump: Reads all userfaultfds.
+            take_in: Takes in the faults that were read.
+        """
+        self.cannot_step = tracing.can_trace()
+        self.stepper = Stepper()
+        self._engine = engine
+        self._turning = turning
+        self._tell = tell
+        self._pump = pump
+        self._take_in = take_in
+        self._ready: deque[Standing] = deque()
+        self._deferred: list[Standing] = []  # their page is being discarded
+        self._pagemap = pagemap.open_pagemap(process)
+
+    def close(self) -> None:
+        """Close what it looks with."""
+        os.close(self._pagemap)
+
+    # --- who may go --------------------------------------------------------------------
+
+    def let_go(self, touch: Standing, outcome: str = "") -> None:
+        """Have a touch made, as soon as its thread stands before it.
+
+        Args:
+            touch: Which.
+            outcome: What to write down; what the rules have done to it if empty.
+        """
+        if touch.returning or touch in self._ready or touch in self._deferred:
+            return
+        touch.freeze = 0
+        touch.outcome = outcome or _outcome(touch)
+        if not touch.parked:
+            touch.held_by = ""
+            self._ready.append(touch)
+            return
+        self._tell("go", touch.thread)
+        if self._is_open(touch):
+            self.end(touch)
+        else:  # it will fault again
+            touch.returning = True
+            self._turning.after(_RETURN_NS, lambda: self._on_return(touch))
+
+    def came_back(self, touch: Standing) -> None:
+        """Go on with a thread that was let out of the trampoline and stands at its page again."""
+        touch.returning = touch.parked = False
+        touch.held_by = ""
+        self._ready.append(touch)
+
+    def end(self, touch: Standing) -> None:
+        """Write down that a touch is over."""
+        touch.returning = False
+        outcome = touch.outcome or _outcome(touch)
+        self._engine.end(touch, outcome, time.monotonic_ns())
+        self._tell("ended", touch.number, outcome)
+
+    def go_on(self) -> None:
+        """Try again with those whose page was being discarded."""
+        self._ready.extend(self._deferred)
+        self._deferred.clear()
+
+    def _is_open(self, touch: Standing) -> bool:
+        """Say whether the access of a thread of the test process would not fault now."""
+        address = touch.mapping.address_of(touch.page)
+        entry = pagemap.entries(self._pagemap, address, mmap.PAGESIZE)[0]
+        return bool(entry & abi.PM_PRESENT) and (
+            touch.access == "read" or not entry & abi.PM_UFFD_WP
+        )
+
+    def _on_return(self, touch: Standing) -> None:
+        """A thread has not faulted again: its page was there for the moment that it took."""
+        if touch.returning and self._engine.standing.get((touch.process, touch.thread)) is touch:
+            self.end(touch)
+
+    def _pass_returning(self, touch: Standing, *, woken: bool) -> None:
+        """Note that a page which is there to stay is there for who leaves the trampoline, too.
+
+        Who had faulted before the page came has said so by now, unless it was woken.
+        """
+        if not woken:
+            self._pump()
+            self._take_in()
+        for other in self._engine.returning(touch):
+            if touch.access == "write" or other.access == "read":
+                self.end(other)
+
+    # --- how they go -------------------------------------------------------------------
+
+    def perform(self) -> None:
+        """Let through whoever may go."""
+        while self._ready:
+            self._take_in()
+            touch = self._ready.popleft()
+            try:
+                self._perform(touch)
+            except (RangeGone, TargetGone):
+                self.end(touch)  # unmapped, or its process has ended
+            except (UffdError, OSError) as error:
+                self._tell("trouble", f"page {touch.page} cannot be filled: {error}")
+                self.end(touch)
+                with contextlib.suppress(UffdError):
+                    touch.mapping.memory.poison(touch.mapping, touch.page, wake=True)
+
+    def _perform(self, touch: Standing) -> None:
+        """Make the page accessible for this touch, and see to it that the next one shows."""
+        mapping: Mapping = touch.mapping
+        memory, page = mapping.memory, touch.page
+        if page in mapping.contents.leaving:
+            self._deferred.append(touch)
+            return
+        for start, value in touch.values:
+            memory.write(mapping, start, value)
+
+        def discard(address: int, length: int) -> None:
+            _discard(touch.thread, address, length)
+
+        def fill(wake: bool) -> None:
+            memory.fill(mapping, page, protect=touch.access == "read", wake=wake)
+
+        def take_away() -> None:
+            memory.take_away(mapping, page, discard)
+
+        def poison(wake: bool) -> None:
+            take_away()
+            memory.poison(mapping, page, wake=wake)
+
+        def heal() -> None:
+            memory.fill(mapping, page, protect=True, wake=True)
+
+        if touch.failing:
+            self._let(touch, poison, heal if touch.once else None)
+            self.end(touch)
+            return
+        again = self.cannot_step is None and self._engine.sees_more(touch)
+        woken = self._let(touch, fill, take_away if again else None)
+        self.end(touch)
+        if not again:
+            self._pass_returning(touch, woken=woken)
+
+    def _let(
+        self, touch: Standing, let: Callable[[bool], None], after: Callable[[], None] | None
+    ) -> bool:
+        """Let one thread make its access; say whether everybody there was woken for it."""
+        alone = not any(True for _ in self._engine.others(touch))
+        if self.cannot_step is None and (after is not None or not alone):
+            try:
+                self.stepper.over(
+                    touch.process,
+                    touch.thread,
+                    in_call=touch.system_call is not None,
+                    let=let,
+                    after=after,
+                )
+                return False
+            except ProcessLookupError:
+                pass  # it has ended
+            except PermissionError as error:
+                self._tell("trouble", f"thread {touch.thread} cannot be stepped over: {error}")
+        let(True)
+        return True
+
+
+def _outcome(touch: Standing) -> str:
+    """Say what the rules have done to a touch."""
+    if touch.failing:
+        return "failed"
+    if touch.delay:
+        return "delayed"
+    return "changed" if touch.values else "passed"
+
+
+def _discard(thread: int, address: int, length: int) -> None:
+    """Drop private pages of a thread that stands still, by a call made in its name."""
+    arguments = (address, length, _MADV_DONTNEED)
+    if (error := tracing.call_in(thread, abi.NR_MADVISE, *arguments)) < 0:
+        raise OSError(-error, os.strerror(-error), "madvise")
