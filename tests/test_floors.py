@@ -64,8 +64,9 @@ FLOORS = {
         testing.touch_log testing.record_file testing.record testing.perfetto
         testing.rules testing.settings testing.needs
         testing.engine testing.channel testing.where testing.pages testing.stepping
-        testing.service testing.trampoline testing.failures
-        testing.running testing.freezing testing.waiting
+        testing.turning testing.watching testing.holding testing.performing testing.service
+        testing.trampoline testing.failures testing.helper testing.mapping
+        testing.running testing.threads testing.arming testing.freezing testing.waiting
         testing.region testing.recording testing.harness
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options

@@ -19,9 +19,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .arming import Armed
     from .failures import FreezeTimeout, HarnessError
     from .freezing import AsyncFreeze, AsyncFrozen, Freeze, Frozen, freeze
-    from .harness import Armed, Harness
+    from .harness import Harness
     from .record import Record, RecordMismatch
     from .recording import Recording
     from .region import Page, Place, Region
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 #: Where each public name lives.  They are imported when first asked for (PEP 562): a pytest
 #: plugin is imported in every run, and most runs need none of it.
 _EXPORTS = {
+    "arming": ("Armed",),
     "failures": ("FreezeTimeout", "HarnessError"),
     "freezing": ("AsyncFreeze", "AsyncFrozen", "Freeze", "Frozen", "freeze"),
-    "harness": ("Armed", "Harness"),
+    "harness": ("Harness",),
     "record": ("Record", "RecordMismatch"),
     "recording": ("Recording",),
     "region": ("Page", "Place", "Region"),

@@ -23,8 +23,10 @@ from .failures import FreezeTimeout
 from .rules import Kind
 
 if TYPE_CHECKING:
-    from .harness import Armed, Harness, ThreadLike
+    from .arming import Armed
+    from .harness import Harness
     from .region import Page, Place
+    from .threads import ThreadLike
     from .touches import Touch
 
 

@@ -1,106 +1,54 @@
 """Harness: memory whose touches a test sees, stops, delays, changes and fails.
 
-Knows: how to start the helper process, what to order from it, and what it tells.
+Knows: what to order from the helper process, and what it tells.
 Must not know: pytest; how pages are filled.
-
-The helper (``service``) holds the userfaultfds and decides, in a process of its own, so that
-no lock of this interpreter can stop it.  Here one thread, the porter, hears what it tells:
-who stands, and which thread in the trampoline may go on.
 
 Laws of this file:
 
-* An order is sent and answered under one lock; no order waits for a thread of the test.
 * Whatever the helper had to end by itself is raised: at the next order, and when the harness
   closes.  A test that left a thread standing fails.
-* The helper is the only one that keeps the userfaultfds: if it dies, threads go on at once.
-* A forked child of the test process has no harness: it says so.
+* Memory under which a thread of the harness still runs is never unmapped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import random
-import socket
-import subprocess
-import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, ParamSpec, Self, TypeVar
 
 from ..errors import ClosedError, NotSupported
-from ..kernel import tracing
 from ..uffd import Feature, Userfaultfd
-from . import trampoline, waiting
-from .channel import PIECE, pair
+from . import waiting
+from .arming import Armed
+from .channel import PIECE, Message
 from .failures import HarnessError
 from .freezing import Freeze, Frozen
+from .helper import ENDED, Helper
+from .mapping import discard, keep_from_children, map_memory, page_size_of
 from .places import Layout
 from .record import Record
 from .recording import Recording
 from .region import Place, Region
-from .rules import KINDS, SHARED_KINDS, Kind, Rule
+from .rules import KINDS, Kind, Rule
 from .running import Running
+from .threads import ThreadLike, doing, numbers_of, own_threads
 from .touches import Touch
 
 T = TypeVar("T")
 P = ParamSpec("P")
 
-#: What names a thread: its kernel id, or an object that knows it.
-ThreadLike = int | threading.Thread | Running[Any]
-
-_ANSWER_SECONDS: Final = 20.0  # an order takes microseconds; a helper that is silent is lost
-_HUGE: Final = 2 * 1024 * 1024
-_MAP_HUGETLB: Final = 0x40000
-_MFD_HUGETLB: Final = 4
-_MADV_DONTNEED: Final = 4
-_MADV_DONTFORK: Final = 10
 _BACK_ENDS: Final = {"auto": "auto", "process": "never", "trampoline": "always"}
-_ENDED: Final = (
-    "the helper process has ended: threads that stood at a page went on, and pages that nobody"
-    " had touched read as zeros"
-)
 _ACCOUNT: Final = 20  # touches in an error's text
-
 
 #: Memory of regions that were closed while threads still ran; never unmapped.
 _kept: Final[list[mmap.mmap]] = []
-
-
-class Armed:
-    """A rule that holds until it is disarmed, or to the end of its ``with`` block.
-
-    Attributes:
-        rule: What it says.
-    """
-
-    def __init__(self, harness: Harness, rule: Rule) -> None:
-        """Made by the harness."""
-        self._harness = harness
-        self.rule = rule
-        self._armed = True
-
-    def disarm(self) -> None:
-        """End it; a second call does nothing."""
-        if self._armed:
-            self._armed = False
-            self._harness.disarm(self.rule.number)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.disarm()
 
 
 class Harness:
@@ -157,7 +105,6 @@ class Harness:
         self.listeners: list[Callable[[], None]] = []
         self.stood: list[str] = []
         self._pid = os.getpid()
-        self._ordering = threading.Lock()
         self._numbers = 0
         self._freezes: dict[int, Freeze] = {}
         self._frozen: dict[int, Frozen] = {}
@@ -172,46 +119,25 @@ class Harness:
         self._remembering = threading.RLock()
         self._all_regions: list[Region] = []
         self._began_ns = time.monotonic_ns()
-        self._start(user_mode_only)
+        self._helper = self._start(user_mode_only)
+        self._closed = False
 
     # --- beginning and end -------------------------------------------------------------
 
-    def _start(self, user_mode_only: bool) -> None:
+    def _start(self, user_mode_only: bool) -> Helper:
         features, why_not = _features()
-        uffd = Userfaultfd.open(features, user_mode_only=user_mode_only, allow_user_mode_only=True)
-        with contextlib.ExitStack() as stack:
-            stack.callback(uffd.close)
-            self._user_mode_only = user_mode_only or not _may_kernel_mode()
-            self._may_fork = bool(features & Feature.EVENT_FORK)
-            self._commands, commands = pair()
-            stack.callback(commands.close)
-            self._events, events = pair()
-            stack.callback(events.close)
-            self._dump = trampoline.StackDump()
-            door = trampoline.install(self._nobody)
-            self._service = subprocess.Popen(
-                _command(commands.fileno(), events.fileno()),
-                pass_fds=(commands.fileno(), events.fileno()),
-                stdin=subprocess.DEVNULL,
+        with Userfaultfd.open(
+            features, user_mode_only=user_mode_only, allow_user_mode_only=True
+        ) as uffd:
+            helper = Helper(
+                uffd,
+                self._hear,
+                timeout=self.timeout,
+                seed=self.seed,
+                trampoline_use=_BACK_ENDS[self.backend],
             )
-            trampoline.set_service(self._service.pid, self._tell_parked)
-            tracing.allow_tracer(self._service.pid)
-            self._commands.sock.settimeout(_ANSWER_SECONDS)
-            try:
-                cannot_trace = self._ask(
-                    "begin",
-                    self.timeout,
-                    self.seed,
-                    _BACK_ENDS[self.backend],
-                    door,
-                    int(self._dump.signal),
-                    fds=(uffd.fileno(), self._dump.fd),
-                )
-            except BaseException:
-                self._end_service()
-                raise
-        self._cannot_step = cannot_trace or ""
-        if self._user_mode_only:
+        self._may_fork = bool(features & Feature.EVENT_FORK)
+        if user_mode_only or not _may_kernel_mode():
             self.limits.append(
                 "System calls that touch a region fail with EFAULT instead of being seen:"
                 " this user may catch user-mode touches only (run as root, or give this user"
@@ -219,14 +145,12 @@ class Harness:
             )
         if why_not:
             self.limits.append(why_not)
-        if self._cannot_step:
+        if helper.cannot_step:
             self.limits.append(
                 "Touches after the first of a page are not seen, so nth, every, thread, change,"
-                f" once and places smaller than a page are refused: {self._cannot_step}"
+                f" once and places smaller than a page are refused: {helper.cannot_step}"
             )
-        self._closed = False
-        self._porter = threading.Thread(target=self._carry, name="aiouffd porter", daemon=True)
-        self._porter.start()
+        return helper
 
     def close(self) -> None:
         """End: everybody who stands goes on, and the memory is given back.
@@ -247,28 +171,8 @@ class Harness:
         with contextlib.suppress(HarnessError, OSError), self._remembering:
             self._remember()
         self._closed = True
-        with contextlib.suppress(HarnessError, OSError):
-            self._ask("close")
-        self._end_service()
-        self._porter.join()
+        self._helper.end()
         self._raise_troubles()
-
-    def _end_service(self) -> None:
-        self._closed = True
-        for channel in (self._commands, self._events):
-            with contextlib.suppress(OSError):
-                channel.sock.shutdown(socket.SHUT_RDWR)
-        try:
-            self._service.wait(_ANSWER_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._service.kill()
-            self._service.wait()
-        trampoline.release_all(self._service.pid)
-        self._dump.close()
-        if hasattr(self, "_porter"):
-            self._porter.join()
-        self._commands.close()
-        self._events.close()
 
     def __enter__(self) -> Self:
         return self
@@ -291,11 +195,9 @@ class Harness:
     def __del__(self) -> None:
         if getattr(self, "_closed", True) or os.getpid() != self._pid:
             return
-        import warnings
-
         warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
         with contextlib.suppress(Exception):
-            self._end_service()
+            self._helper.end()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self.regions)} regions"
@@ -309,7 +211,7 @@ class Harness:
     @property
     def service_pid(self) -> int:
         """The helper's process id."""
-        return self._service.pid
+        return self._helper.pid
 
     # --- orders ------------------------------------------------------------------------
 
@@ -321,29 +223,7 @@ class Harness:
             ClosedError: The harness was closed.
         """
         self.check()
-        return self._ask(name, *arguments, fds=fds)
-
-    def _ask(self, name: str, *arguments: Any, fds: tuple[int, ...] = ()) -> Any:
-        if os.getpid() != self._pid:
-            raise HarnessError(
-                f"this harness is process {self._pid}'s; process {os.getpid()} was forked from it"
-                " and has none: open one there"
-            )
-        try:
-            with self._ordering:
-                self._commands.send((name, *arguments), fds)
-                answer = self._commands.receive()
-        except TimeoutError as error:
-            raise HarnessError("the helper process does not answer") from error
-        except OSError:
-            answer = None
-        if answer is None:
-            raise HarnessError(_ENDED)
-        state, *values = answer[0]
-        if state == "ok":
-            return values[0]
-        kind, text = values
-        raise _ERRORS.get(kind, HarnessError)(text)
+        return self._helper.ask(name, *arguments, fds=fds)
 
     def check(self) -> None:
         """Raise what the helper had to end by itself, once.
@@ -376,44 +256,12 @@ class Harness:
 
     # --- what the helper tells ---------------------------------------------------------
 
-    @staticmethod
-    def _nobody(_tid: int) -> None:
-        """Stand in until the helper's number is known."""
-
-    def _tell_parked(self, tid: int) -> None:
-        # On top of an interrupted access: one send, nothing else.
-        self._events.send(("parked", tid) if tid > 0 else ("interrupted", -tid))
-
-    def _carry(self) -> None:
-        """Hear what the helper tells, until it has ended."""
-        while True:
-            try:
-                received = self._events.receive()
-            except OSError:
-                received = None
-            if received is None:
-                break
-            match received[0]:
-                case ("ping", number):
-                    with contextlib.suppress(OSError):
-                        self._events.send(("pong", number))
-                    continue
-                case ("go", tid):
-                    trampoline.go(tid)
-                    continue
-                case message:
-                    self._hear(message)
-        trampoline.release_all(self._service.pid)
-        with self.changed:
-            if not self._closed:
-                self._troubles.append(_ENDED)
-            self.changed.notify_all()
-        for listener in list(self.listeners):
-            listener()
-
-    def _hear(self, message: tuple[Any, ...]) -> None:
+    def _hear(self, message: Message | None) -> None:
         with self.changed:
             match message:
+                case None:
+                    if not self._closed:
+                        self._troubles.append(ENDED)
                 case ("frozen", rule, fields):
                     touch = self._touch(fields)
                     if (freeze := self._freezes.get(rule)) is not None:
@@ -481,18 +329,18 @@ class Harness:
             raise ValueError(f"memory is one of {', '.join(KINDS)}, not {memory!r}")
         if pages < 1:
             raise ValueError(f"a region has one page or more, not {pages}")
-        page_size = _HUGE if memory.startswith("hugetlb") else mmap.PAGESIZE
+        page_size = page_size_of(memory)
         length = pages * page_size
         if len(contents) > length:
             raise ValueError(f"contents of {len(contents)} bytes do not fit into {length}")
         self.check()
         number = self._number()
         name = name or f"region{number}"
-        mapping, memfd = _map(memory, length, name)
+        mapping, memfd = map_memory(memory, length, name)
         region = Region(self, number, name, memory, mapping, page_size, memfd)
         try:
             if not self._may_fork:
-                _madvise(region.address, length, _MADV_DONTFORK)
+                keep_from_children(region.address, length)
             self.order(
                 *("region", number, page_size, pages, memory, region.address),
                 fds=() if memfd is None else (memfd,),
@@ -515,7 +363,7 @@ class Harness:
         used = any(not running.done for running in self._running)
         try:
             with contextlib.suppress(ClosedError):
-                self._ask("close_region", region.number)
+                self._helper.ask("close_region", region.number)
         finally:
             if memfd is not None:
                 os.close(memfd)
@@ -546,7 +394,7 @@ class Harness:
         going = self.order("leave", region.number, first, count)
         if going:
             for page in going:
-                _madvise(region.address + page * region.page_size, region.page_size, _MADV_DONTNEED)
+                discard(region.address + page * region.page_size, region.page_size)
             self.order("left", region.number, going)
 
     # --- rules -------------------------------------------------------------------------
@@ -587,7 +435,7 @@ class Harness:
             start=place.start,
             end=place.end,
             access=access,
-            threads=_threads(thread),
+            threads=numbers_of(thread),
             nth=nth,
             every=every,
             latency=latency,
@@ -595,7 +443,7 @@ class Harness:
         )
         size = region.page_size
         whole = place.start % size == 0 and place.end % size == 0
-        if self._cannot_step and not (
+        if self._helper.cannot_step and not (
             kind in (Kind.FREEZE, Kind.FAIL, Kind.SLOW)
             and (whole or kind is Kind.SLOW)
             and nth == 1
@@ -604,7 +452,7 @@ class Harness:
             and every is (kind is Kind.FAIL)
         ):
             raise NotSupported(
-                f"this takes seeing touches after the first: {self._cannot_step}",
+                f"this takes seeing touches after the first: {self._helper.cannot_step}",
                 "Without that only the first touch of a whole page can be acted on.",
             )
         if freeze is not None:
@@ -618,7 +466,7 @@ class Harness:
         """End a rule; for ``Armed.disarm``."""
         if self._closed:
             return
-        self._ask("disarm", number)
+        self._helper.ask("disarm", number)
 
     # --- threads -----------------------------------------------------------------------
 
@@ -662,7 +510,7 @@ class Harness:
     def _remember(self) -> list[Touch]:
         """Fetch touches that have ended since the last time; give those that have not."""
         while True:
-            ended, standing, more = self._ask("touches", len(self._touches))
+            ended, standing, more = self._helper.ask("touches", len(self._touches))
             self._touches += [self._touch(each) for each in ended]
             if not more:
                 return [self._touch(each) for each in standing]
@@ -679,7 +527,7 @@ class Harness:
 
     def touch_count(self) -> int:
         """Give how many touches there were so far."""
-        count: int = self._ask("count")
+        count: int = self._helper.ask("count")
         return count
 
     def record(self, *regions: Region, every: bool = False) -> Recording:
@@ -729,7 +577,7 @@ class Harness:
         """Give who stands now: the touch, what stops it in words, what holds it."""
         return [
             (self._touch(fields), self._what(rule), held_by)
-            for fields, rule, held_by in self._ask("standing")
+            for fields, rule, held_by in self._helper.ask("standing")
         ]
 
     def note_standing(self, error: BaseException) -> None:
@@ -761,9 +609,9 @@ class Harness:
         ]
         lines.append("threads of this process:")
         stood = {touch.thread for touch, _, _ in standing}
-        for thread in sorted(map(int, os.listdir("/proc/self/task"))):
-            if thread not in stood and thread != self._porter.native_id:
-                lines.append(f"  {self._name(thread)} {_doing(thread)}")
+        for thread in own_threads():
+            if thread not in stood and thread != self._helper.porter:
+                lines.append(f"  {self._name(thread)} {doing(thread)}")
         return "\n".join(lines)
 
     def _line(self, touch: Touch) -> str:
@@ -777,53 +625,6 @@ class Harness:
     def _name(self, thread: int) -> str:
         name = self.thread_names().get(thread, "")
         return f"{name} (tid {thread})" if name else f"tid {thread}"
-
-
-def _number_of(thread: ThreadLike) -> int:
-    if isinstance(thread, Running):
-        return thread.tid
-    if isinstance(thread, threading.Thread):
-        if thread.native_id is None:
-            raise ValueError(f"{thread!r} has not been started: it has no thread id yet")
-        return thread.native_id
-    return int(thread)
-
-
-def _threads(thread: ThreadLike | Iterable[ThreadLike] | None) -> frozenset[int]:
-    if thread is None:
-        return frozenset()
-    if isinstance(thread, (int, threading.Thread, Running)):
-        return frozenset({_number_of(thread)})
-    numbers = frozenset(map(_number_of, thread))
-    if not numbers:
-        raise ValueError("an empty list of threads: give at least one, or None for all")
-    return numbers
-
-
-def _doing(thread: int) -> str:
-    """Say what the kernel knows of a thread: its state and where it sleeps."""
-    try:
-        stat = Path(f"/proc/self/task/{thread}/stat").read_text(encoding="ascii", errors="replace")
-        sleeps = Path(f"/proc/self/task/{thread}/wchan").read_text(encoding="ascii")
-    except OSError:
-        return "has ended"
-    state = stat.rpartition(")")[2].split()[0]
-    words = {"R": "runs", "S": "sleeps", "D": "sleeps", "T": "is stopped", "t": "is traced"}
-    where = f" in {sleeps}" if sleeps not in ("", "0") else ""
-    return words.get(state, f"is in state {state}") + where
-
-
-def _command(commands: int, events: int) -> list[str]:
-    """Give the helper's command line: little is imported, and from where we came from."""
-    root = str(Path(__file__).resolve().parent.parent.parent)
-    program = (
-        f"import sys; sys.path.insert(0, {root!r});"
-        " from aiouffd.testing.service import main; main()"
-    )
-    return [
-        *(sys.executable, "-S", "-E", "-c", program),
-        *(str(commands), str(events), str(os.getpid())),
-    ]
 
 
 def _features() -> tuple[int, str]:
@@ -847,42 +648,3 @@ def _may_kernel_mode() -> bool:
             return True
     except NotSupported:
         return False
-
-
-def _map(memory: str, length: int, name: str) -> tuple[mmap.mmap, int | None]:
-    """Map memory of a kind; give it and its memfd, if it has one."""
-    huge = memory.startswith("hugetlb")
-    memfd = None
-    try:
-        if memory in ("shmem", "hugetlb", "shmem-private"):
-            flags = os.MFD_CLOEXEC | (_MFD_HUGETLB if huge else 0)
-            memfd = os.memfd_create(f"aiouffd-{name}"[:200], flags)
-            os.ftruncate(memfd, length)
-            how = mmap.MAP_SHARED if memory in SHARED_KINDS else mmap.MAP_PRIVATE
-            mapping = mmap.mmap(memfd, length, how)
-        else:
-            how = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_HUGETLB if huge else 0)
-            mapping = mmap.mmap(-1, length, how)
-    except OSError as error:
-        if memfd is not None:
-            os.close(memfd)
-        if huge:
-            raise NotSupported(
-                f"{length // _HUGE} free huge pages of 2 MiB ({error})",
-                "Reserve some: echo 16 | sudo tee /proc/sys/vm/nr_hugepages",
-            ) from error
-        raise
-    return mapping, memfd
-
-
-def _madvise(address: int, length: int, advice: int) -> None:
-    # Not mmap.madvise, which keeps the GIL.
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), "madvise")
-
-
-_ERRORS: Final[dict[str, Callable[[str], Exception]]] = {
-    "ValueError": ValueError,
-}

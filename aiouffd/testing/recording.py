@@ -17,7 +17,8 @@ from .touches import Touch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .harness import Armed, Harness
+    from .arming import Armed
+    from .harness import Harness
     from .region import Region
 
 

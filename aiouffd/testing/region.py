@@ -24,7 +24,9 @@ from .rules import Kind
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-    from .harness import Armed, Harness, ThreadLike
+    from .arming import Armed
+    from .harness import Harness
+    from .threads import ThreadLike
 
 C = TypeVar("C", bound=Any)
 

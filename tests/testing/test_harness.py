@@ -642,7 +642,7 @@ def test_a_thread_under_a_debugger_cannot_be_stepped(uffd: Harness, library: cty
             go_on.set()
             running.result()
         with pytest.raises(HarnessError, match="cannot be stepped over"):
-            uffd.check()
+            uffd.close()
     finally:
         os.kill(tracer, signal.SIGKILL)
         os.waitpid(tracer, 0)
@@ -661,7 +661,7 @@ def test_no_such_back_end() -> None:
 def test_not_supported_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where threads cannot be stepped, what needs it is refused and named."""
     with Harness() as uffd:
-        monkeypatch.setattr(uffd, "_cannot_step", "ptrace is not permitted")
+        monkeypatch.setattr(uffd._helper, "cannot_step", "ptrace is not permitted")
         region = uffd.region(1)
         with pytest.raises(NotSupported, match="touches after the first"):
             region.page(0).freeze(nth=2).__enter__()

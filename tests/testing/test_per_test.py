@@ -89,8 +89,8 @@ def test_trouble_is_told_once() -> None:
     """A helper that has ended is told when the test ends, and not again at the close."""
     harnesses = PerTest(Settings(), seed=5)
     harness = harnesses.open()
-    harness._service.kill()
-    harness._service.wait()
+    harness._helper._process.kill()
+    harness._helper._process.wait()
     trouble = harnesses.trouble()
     assert isinstance(trouble, HarnessError)
     assert "helper process" in str(trouble)

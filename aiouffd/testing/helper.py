@@ -1,0 +1,205 @@
+"""The helper process as the test process sees it: started, asked, heard, ended.
+
+Knows: a subprocess, two channels, the trampoline's door.
+Must not know: what is ordered, what is told.
+
+Laws of this file:
+
+* An order is sent and answered under one lock; no order waits for a thread of the test.
+* The helper is the only one that keeps the userfaultfd: if it dies, threads go on at once.
+* However it ends, no thread is left in the trampoline, and no descriptor or child behind.
+* A forked child of the test process has no helper: it says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import UffdError
+from ..kernel import tracing
+from ..uffd import Userfaultfd
+from . import trampoline
+from .channel import Message, pair
+from .failures import HarnessError
+
+_ANSWER_SECONDS: Final = 20.0  # an order takes microseconds; a helper that is silent is lost
+ENDED: Final = (
+    "the helper process has ended: threads that stood at a page went on, and pages that nobody"
+    " had touched read as zeros"
+)
+#: Errors of the helper's that mean the same here.
+_ERRORS: Final[dict[str, type[Exception]]] = {"ValueError": ValueError}
+
+
+class Helper:
+    """A helper process and the thread that hears it.
+
+    Attributes:
+        pid: Its process id.
+        cannot_step: Why it cannot step over threads; empty if it can.
+
+    Sharing: any thread of the process that made it.
+    """
+
+    def __init__(
+        self,
+        uffd: Userfaultfd,
+        hear: Callable[[Message | None], None],
+        *,
+        timeout: float,
+        seed: int,
+        trampoline_use: str,
+    ) -> None:
+        """Start it.
+
+        Args:
+            uffd: Of this process's memory; the caller closes its own descriptor.
+            hear: Gets what it tells, in a thread of its own; None once it has ended.
+            timeout: Seconds that a thread may stand.
+            seed: Of latencies.
+            trampoline_use: ``auto``; ``never`` or ``always`` have threads wait there.
+
+        Raises:
+            HarnessError: It did not start.
+            NotSupported: There is no free signal for the trampoline.
+        """
+        self._owner = os.getpid()
+        self._hear = hear
+        self._ordering = threading.Lock()
+        with contextlib.ExitStack() as stack:
+            self._commands, commands = pair()
+            stack.callback(commands.close)
+            self._events, events = pair()
+            stack.callback(events.close)
+            self._commands.sock.settimeout(_ANSWER_SECONDS)
+            undo = stack.enter_context(contextlib.ExitStack())
+            undo.callback(self._commands.close)
+            undo.callback(self._events.close)
+            self._stacks = trampoline.StackDump()
+            undo.callback(self._stacks.close)
+            door = trampoline.install(_nobody)
+            self._process = subprocess.Popen(
+                _command(commands.fileno(), events.fileno()),
+                pass_fds=(commands.fileno(), events.fileno()),
+                stdin=subprocess.DEVNULL,
+            )
+            undo.callback(self._reap)
+            self.pid = self._process.pid
+            trampoline.set_service(self.pid, self._tell_parked)
+            tracing.allow_tracer(self.pid)
+            self.cannot_step: str = (
+                self.ask(
+                    *("begin", timeout, seed, trampoline_use, door, int(self._stacks.signal)),
+                    fds=(uffd.fileno(), self._stacks.fd),
+                )
+                or ""
+            )
+            undo.pop_all()
+        self._porter = threading.Thread(target=self._carry, name="aiouffd porter", daemon=True)
+        self._porter.start()
+
+    @property
+    def porter(self) -> int | None:
+        """The number of the thread that hears it."""
+        return self._porter.native_id
+
+    def ask(self, name: str, *arguments: Any, fds: tuple[int, ...] = ()) -> Any:
+        """Have it do something.
+
+        Returns:
+            What the service's method of that name (``do_...``) returns.
+
+        Raises:
+            HarnessError: It has ended, or could not do it.
+            ValueError: It was asked for something that makes no sense.
+        """
+        if os.getpid() != self._owner:
+            raise HarnessError(
+                f"this harness is process {self._owner}'s; process {os.getpid()} was forked from"
+                " it and has none: open one there"
+            )
+        try:
+            with self._ordering:
+                self._commands.send((name, *arguments), fds)
+                answer = self._commands.receive()
+        except TimeoutError as error:
+            raise HarnessError("the helper process does not answer") from error
+        except OSError as error:
+            raise HarnessError(ENDED) from error
+        if answer is None:
+            raise HarnessError(ENDED)
+        state, *values = answer[0]
+        if state == "ok":
+            return values[0]
+        kind, text = values
+        raise _ERRORS.get(kind, HarnessError)(text)
+
+    def end(self) -> None:
+        """Have it end, and wait until it has."""
+        with contextlib.suppress(UffdError):
+            self.ask("close")
+        self._reap()
+        self._porter.join()
+        self._stacks.close()
+        self._commands.close()
+        self._events.close()
+
+    def _reap(self) -> None:
+        for channel in (self._commands, self._events):
+            with contextlib.suppress(OSError):
+                channel.sock.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(_ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        trampoline.release_all(self._process.pid)
+
+    def _tell_parked(self, tid: int) -> None:
+        # On top of an interrupted access: one send, nothing else.
+        self._events.send(("parked", tid) if tid > 0 else ("interrupted", -tid))
+
+    def _carry(self) -> None:
+        """Hear what it tells, until it has ended."""
+        while True:
+            try:
+                received = self._events.receive()
+            except OSError:
+                received = None
+            if received is None:
+                break
+            match received[0]:
+                case ("ping", number):
+                    with contextlib.suppress(OSError):
+                        self._events.send(("pong", number))
+                case ("go", tid):
+                    trampoline.go(tid)
+                case message:
+                    self._hear(message)
+        trampoline.release_all(self.pid)
+        self._hear(None)
+
+
+def _nobody(_tid: int) -> None:
+    """Stand in: each helper is named to the trampoline with its own."""
+
+
+def _command(commands: int, events: int) -> list[str]:
+    """Give its command line: little is imported, and from where we came from."""
+    root = str(Path(__file__).resolve().parent.parent.parent)
+    program = (
+        f"import sys; sys.path.insert(0, {root!r});"
+        " from aiouffd.testing.service import main; main()"
+    )
+    return [
+        *(sys.executable, "-S", "-E", "-c", program),
+        *(str(commands), str(events), str(os.getpid())),
+    ]
