@@ -30,7 +30,7 @@ from .arming import Armed
 from .channel import PIECE, Message
 from .failures import HarnessError
 from .freezing import Freeze, Frozen
-from .helper import ENDED, Helper
+from .helper import ANSWER_SECONDS, ENDED, Helper
 from .mapping import discard, keep_from_children, map_memory, page_size_of
 from .places import Layout
 from .record import Record
@@ -243,10 +243,10 @@ class Harness:
             HarnessError: The helper has ended.
         """
         number = self._number()
-        self._ask("settle", number)
+        self._helper.ask("settle", number)
         with self.changed:
             self.changed.wait_for(
-                lambda: self._settled >= number or not self._porter.is_alive(), _ANSWER_SECONDS
+                lambda: self._settled >= number or self._helper.ended, ANSWER_SECONDS
             )
 
     def _raise_troubles(self) -> None:

@@ -30,7 +30,8 @@ from . import trampoline
 from .channel import Message, pair
 from .failures import HarnessError
 
-_ANSWER_SECONDS: Final = 20.0  # an order takes microseconds; a helper that is silent is lost
+#: An order takes microseconds; a helper that is silent that long is lost.
+ANSWER_SECONDS: Final = 20.0
 ENDED: Final = (
     "the helper process has ended: threads that stood at a page went on, and pages that nobody"
     " had touched read as zeros"
@@ -45,6 +46,7 @@ class Helper:
     Attributes:
         pid: Its process id.
         cannot_step: Why it cannot step over threads; empty if it can.
+        ended: It has ended.
 
     Sharing: any thread of the process that made it.
     """
@@ -73,13 +75,14 @@ class Helper:
         """
         self._owner = os.getpid()
         self._hear = hear
+        self.ended = False
         self._ordering = threading.Lock()
         with contextlib.ExitStack() as stack:
             self._commands, commands = pair()
             stack.callback(commands.close)
             self._events, events = pair()
             stack.callback(events.close)
-            self._commands.sock.settimeout(_ANSWER_SECONDS)
+            self._commands.sock.settimeout(ANSWER_SECONDS)
             undo = stack.enter_context(contextlib.ExitStack())
             undo.callback(self._commands.close)
             undo.callback(self._events.close)
@@ -157,7 +160,7 @@ class Helper:
             with contextlib.suppress(OSError):
                 channel.sock.shutdown(socket.SHUT_RDWR)
         try:
-            self._process.wait(_ANSWER_SECONDS)
+            self._process.wait(ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -185,6 +188,7 @@ class Helper:
                 case message:
                     self._hear(message)
         trampoline.release_all(self.pid)
+        self.ended = True
         self._hear(None)
 
 

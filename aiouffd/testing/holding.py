@@ -57,6 +57,7 @@ class Holder:
         dump_fd: int,
         dump_signal: int,
         let_go: Callable[[Standing, str], None],
+        send_back: Callable[[Standing], None],
         disarm: Callable[[int], None],
     ) -> None:
         """Hold threads for a test process.
@@ -72,6 +73,7 @@ class Holder:
             dump_fd: Where the test process writes its stacks.
             dump_signal: The signal that makes it do so.
             let_go: Lets a thread go on.
+            send_back: Has one leave the trampoline that was let go before it came there.
             disarm: Ends a rule.
         """
         self.timeout_ns = timeout_ns
@@ -84,6 +86,7 @@ class Holder:
         self._dump_fd = dump_fd
         self._dump_signal = dump_signal
         self._let_go = let_go
+        self._send_back = send_back
         self._disarm = disarm
         self._dumping = False
         self._holds_gil: set[int] = set()
@@ -139,11 +142,14 @@ class Holder:
     def parked(self, thread: int) -> None:
         """Note that a thread says it is in the trampoline."""
         touch = self._engine.standing.get((self._process, thread))
-        if touch is None or touch.returning or not touch.held_by:  # let go meanwhile
+        if touch is None or not touch.held_by:
             self._tell("go", thread)
             return
-        touch.held_by = "trampoline"
         touch.parked = True
+        if touch.returning:  # let go meanwhile
+            self._send_back(touch)
+            return
+        touch.held_by = "trampoline"
         self._tell("held", touch.number, "trampoline")
 
     def came_back(self, touch: Standing) -> None:

@@ -31,6 +31,8 @@ from .turning import Teller, Turning
 
 #: A thread that has left the trampoline and not faulted again within that has passed.
 _RETURN_NS: Final = 1_000_000_000
+#: A thread that was sent there and has not said that it is in the trampoline is not coming.
+_PARK_NS: Final = 300_000_000
 _MADV_DONTNEED: Final = 4
 
 
@@ -91,10 +93,18 @@ class Performer:
             return
         touch.freeze = 0
         touch.outcome = outcome or _outcome(touch)
-        if not touch.parked:
+        if touch.parked:
+            self.send_back(touch)
+        elif touch.held_by == "trampoline":
+            # On its way there: a step now would be one of the handler's instructions.
+            touch.returning = True
+            self._turning.after(_PARK_NS, lambda: self._on_no_park(touch))
+        else:
             touch.held_by = ""
             self._ready.append(touch)
-            return
+
+    def send_back(self, touch: Standing) -> None:
+        """Have a thread leave the trampoline and make its access."""
         self._tell("go", touch.thread)
         if self._is_open(touch):
             self.end(touch)
@@ -128,9 +138,19 @@ class Performer:
             touch.access == "read" or not entry & abi.PM_UFFD_WP
         )
 
+    def _on_no_park(self, touch: Standing) -> None:
+        """A signalled thread has not come to the trampoline (it blocks the signal, say)."""
+        if touch.returning and not touch.parked and self._stands(touch):
+            touch.returning = False
+            touch.held_by = ""
+            self._ready.append(touch)
+
+    def _stands(self, touch: Standing) -> bool:
+        return self._engine.standing.get((touch.process, touch.thread)) is touch
+
     def _on_return(self, touch: Standing) -> None:
         """A thread has not faulted again: its page was there for the moment that it took."""
-        if touch.returning and self._engine.standing.get((touch.process, touch.thread)) is touch:
+        if touch.returning and self._stands(touch):
             self.end(touch)
 
     def _pass_returning(self, touch: Standing, *, woken: bool) -> None:

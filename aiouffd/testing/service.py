@@ -193,6 +193,7 @@ class Service:
             dump_fd=dump.detach(),
             dump_signal=dump_signal,
             let_go=self._performer.let_go,
+            send_back=self._performer.send_back,
             disarm=self.do_disarm,
         )
         return self._performer.cannot_step
