@@ -253,6 +253,7 @@ class Freeze:
             FreezeTimeout: Nobody came; says who did what instead.
             HarnessError: The harness has let somebody go at the time limit, or has ended.
         """
+        __tracebackhide__ = True  # pytest shows the test's line, not ours
         seconds = self.harness.timeout if timeout is None else timeout
         end = time.monotonic() + seconds
         with self.harness.changed:
@@ -303,6 +304,7 @@ class AsyncFreeze:
 
         Cancellation: nobody is lost; the next wait gets who came meanwhile.
         """
+        __tracebackhide__ = True  # as above
         freeze = self.sync
         harness = freeze.harness
         seconds = harness.timeout if timeout is None else timeout

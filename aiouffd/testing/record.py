@@ -58,6 +58,7 @@ class Record(TouchLog):
                 touches of pages were recorded, and a page of which a part was allowed, or which
                 another thread touched first, was open from then on.
         """
+        __tracebackhide__ = True  # pytest shows the test's line, not ours
         stretches = self.stretches(places)
         whole = merged(stretches)
         allowed = f"allowed: {listed(stretches)}"
@@ -81,6 +82,7 @@ class Record(TouchLog):
         Raises:
             RecordMismatch: One was, or that cannot be told: as in ``assert_touched_only``.
         """
+        __tracebackhide__ = True
         self._assert_none(places, (*self,), self.openers, "touched")
 
     def assert_never_wrote(self, *places: AnyPlace) -> None:
@@ -89,6 +91,7 @@ class Record(TouchLog):
         Raises:
             RecordMismatch: One was, or that cannot be told: as in ``assert_touched_only``.
         """
+        __tracebackhide__ = True
         writes, openers = (
             [touch for touch in touches if touch.access is Access.WRITE]
             for touches in (self, self.openers)
@@ -106,6 +109,7 @@ class Record(TouchLog):
             RecordMismatch: There is no such sequence of touches.
             ValueError: Nothing has such a name.
         """
+        __tracebackhide__ = True
         if not patterns:
             raise ValueError("an order of nothing always holds: give places, first to last")
         wanted = [self._pattern(each) for each in patterns]
@@ -131,6 +135,7 @@ class Record(TouchLog):
         Raises:
             RecordMismatch: There are more.
         """
+        __tracebackhide__ = True
         touched = self.pages()
         if len(touched) > pages:
             first = {self.page_of(each): each for each in reversed(tuple(self))}
@@ -244,6 +249,7 @@ class Record(TouchLog):
         openers: Sequence[Touch],
         done: str,
     ) -> None:
+        __tracebackhide__ = True
         stretches = self.stretches(places)
         forbidden = f"not to be {done}: {listed(stretches) if places else 'anything'}"
         self._refuse(
@@ -265,11 +271,13 @@ class Record(TouchLog):
         )
 
     def _refuse(self, touches: Sequence[Touch], what: str, rule: str) -> None:
+        __tracebackhide__ = True
         if touches:
             message = f"{what}: {len(touches)} of {len(self)} touches\n{rule}\n"
             raise RecordMismatch(message + "\n".join(self.lines(touches)), touches)
 
     def _undecided(self, touches: Sequence[Touch], rule: str) -> None:
+        __tracebackhide__ = True
         if touches and not self.every:
             why = (
                 "cannot tell: these touches opened their pages, and what came later, to other"

@@ -282,3 +282,21 @@ def test_a_time_limit_can_be_what_is_expected(run: Run) -> None:
         "--uffd-timeout=0.25",
     )
     result.assert_outcomes(xfailed=1)
+
+
+def test_the_line_of_the_test_is_shown(run: Run) -> None:
+    """A wait in vain and a failed assertion point at the test, not into this package."""
+    result = run(
+        """
+        def test_waits(uffd_region):
+            with uffd_region.page(0).freeze() as freeze:
+                freeze.wait(timeout=0.01)
+
+        def test_asserts(uffd, uffd_region):
+            uffd_region.view[0]
+            uffd.record_so_far.assert_untouched()
+        """
+    )
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines([">*freeze.wait(timeout=0.01)", ">*assert_untouched()"])
+    result.stdout.no_re_match_line(r".*(freezing\.py|record\.py)")
