@@ -1,9 +1,10 @@
 """What the pages show is run.
 
 A ``python`` block is a whole program: it must end well, and print the ``output`` block behind it,
-if there is one.  A ``py`` block is a fragment: it must compile.  ``pycon`` blocks are doctests.
-``bash`` blocks are commands, see tests/docs/pages.py; what cannot be run is a ``console`` or
-``sh`` block.  Pages that start CRIU are run by tests/interop.
+if there is one; or it is a file of tests, see tests/docs/pages.py.  A ``py`` block is a fragment:
+it must compile.  ``pycon`` blocks are doctests.  ``bash`` blocks are commands, see
+tests/docs/pages.py; what cannot be run is a ``console`` or ``sh`` block.  Pages that start CRIU
+are run by tests/interop.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ast
 import doctest
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,12 +25,17 @@ from tests.docs.pages import (
     BLOCK,
     PAGES,
     ROOT,
+    STORIES,
     blurred,
     has_commands,
+    has_tests,
+    missing,
     needs_criu,
     needs_kvm,
     needs_root,
     run_page,
+    run_story,
+    run_tests,
 )
 
 pytestmark = pytest.mark.once
@@ -40,6 +47,7 @@ def _blocks(language: str) -> list[object]:
             block, id=f"{page.relative_to(ROOT)}:{text.count(chr(10), 0, block.start()) + 1}"
         )
         for page in PAGES
+        if page not in STORIES
         for text in [page.read_text(encoding="utf-8")]
         for block in BLOCK.finditer(text)
         if block["language"] == language
@@ -64,8 +72,13 @@ def run(program: str | Path, time_scale: float) -> str:
 
 
 @pytest.mark.parametrize("block", _blocks("python"))
-def test_programs_run(block: re.Match[str], time_scale: float) -> None:
-    """A program on a page does what the page says."""
+def test_programs_run(block: re.Match[str], tmp_path: Path, time_scale: float) -> None:
+    """A program on a page, or a file of tests, does what the page says."""
+    if lacking := missing(block["code"]):
+        pytest.skip(f"needs {lacking}")
+    if has_tests(block["code"]):
+        run_tests(block, tmp_path, 60 * time_scale)
+        return
     printed = run(block["code"], time_scale)
     assert block["output"] is None or printed == block["output"]
 
@@ -87,7 +100,9 @@ def test_sessions_hold(block: re.Match[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if has_commands(page) and not needs_criu(page)], ids=str
+    "page",
+    [page for page in PAGES if has_commands(page) and not needs_criu(page) and page not in STORIES],
+    ids=str,
 )
 def test_commands_run(page: Path, tmp_path: Path, time_scale: float) -> None:
     """The commands of a page, one after the other, do what the page says."""
@@ -96,6 +111,14 @@ def test_commands_run(page: Path, tmp_path: Path, time_scale: float) -> None:
     if needs_root(page) and os.geteuid() != 0:
         pytest.skip("needs root: sudo make test")
     run_page(page, tmp_path, 30 * time_scale)
+
+
+@pytest.mark.parametrize("page", STORIES, ids=str)
+def test_stories_come_true(page: Path, tmp_path: Path, time_scale: float) -> None:
+    """Who saves and runs what a page says sees what it shows."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc: apt install gcc")
+    run_story(page, tmp_path, 60 * time_scale)
 
 
 def test_samples_differ_in_numbers_only() -> None:
