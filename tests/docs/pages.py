@@ -208,7 +208,9 @@ def run_page(page: Path, folder: Path, seconds: float) -> None:
         environment = {
             **os.environ,
             **found,
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": install(folder / "site"),
+            # Unset, pytest-asyncio warns, and warnings are errors here.
+            "PYTEST_ADDOPTS": " ".join(_SETTINGS),
             "PATH": f"{programs}:{os.environ['PATH']}",
         }
         for block in BLOCK.finditer(text):
