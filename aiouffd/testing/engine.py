@@ -9,7 +9,8 @@ when the access is let through.
 
 Laws of this file:
 
-* A thread stands at one touch at a time; a message that repeats it is the same touch.
+* A thread stands at one touch at a time; a message that repeats it is the same touch.  Only a
+  signal handler that runs while it stands can make another, *within* the first, and ends it first.
 * Each touch is counted once by every rule that it fits, in the order of arrival.
 * A touch is stepped over, and its page taken away again, exactly when a rule would otherwise
   not see what it still waits for.
@@ -53,7 +54,9 @@ class Standing:
         parked: It has said that it is in the trampoline.
         returning: It was let go, and is on its way out of the trampoline.
         parks: How often it came back from the trampoline by itself.
+        going: It was let go; what remains is up to its thread.
         overdue: Nobody released it in time.
+        outer: The touch at which the thread stood when a signal handler of its made this one.
         outcome: What became of it.
     """
 
@@ -78,7 +81,9 @@ class Standing:
     parked: bool = False
     returning: bool = False
     parks: int = 0
+    going: bool = False
     overdue: bool = False
+    outer: Standing | None = None
     outcome: str = ""
 
 
@@ -111,7 +116,7 @@ class Engine:
         """Begin with no region, no rule and no touch."""
         self.regions: dict[int, Shape] = {}
         self.armed: dict[int, Armed] = {}
-        self.standing: dict[tuple[int, int], Standing] = {}
+        self.standing: dict[tuple[int, int], Standing] = {}  # innermost, by process and thread
         self.written: list[tuple[Any, ...]] = []
         self.count = 0
 
@@ -138,7 +143,7 @@ class Engine:
             Who stands because of it, in order of arrival.
         """
         self.armed.pop(number, None)
-        return [s for s in self.standing.values() if s.freeze == number]
+        return [touch for touch in self.all_standing() if touch.freeze == number]
 
     def spend(self, number: int) -> None:
         """Note that a freeze has let somebody go: unless it is for ever, it stops nobody new."""
@@ -161,7 +166,10 @@ class Engine:
         pc: int = 0,
         where: str = "",
     ) -> Standing:
-        """Take in a touch of a thread that stands nowhere, and decide what becomes of it."""
+        """Take in a touch, and decide what becomes of it.
+
+        If its thread stands already, a signal handler makes it within the touch that stands.
+        """
         self.count += 1
         touch = Standing(
             number=self.count,
@@ -181,8 +189,23 @@ class Engine:
             if armed.rule.fits(region, offset, access, thread):
                 armed.hits += 1
                 _apply(armed, touch)
+        touch.outer = self.standing.get((process, thread))
         self.standing[process, thread] = touch
         return touch
+
+    def all_standing(self) -> list[Standing]:
+        """Give all touches that have not ended, those within which a thread made others too."""
+        found = []
+        for touch in self.standing.values():
+            chain: Standing | None = touch
+            while chain is not None:
+                found.append(chain)
+                chain = chain.outer
+        return found
+
+    def is_innermost(self, touch: Standing) -> bool:
+        """Say whether a touch has not ended and is the one at which its thread stands now."""
+        return self.standing.get((touch.process, touch.thread)) is touch
 
     def sees_more(self, touch: Standing) -> bool:
         """Say whether some rule has to see the next touch of this page too."""
@@ -196,7 +219,7 @@ class Engine:
 
     def others(self, touch: Standing) -> Iterator[Standing]:
         """Give who else stands at this page of this mapping in the kernel."""
-        for other in self.standing.values():
+        for other in self.all_standing():
             if (
                 other is not touch
                 and other.mapping is touch.mapping
@@ -209,7 +232,7 @@ class Engine:
         """Give who is on its way out of the trampoline to the same page."""
         return [
             other
-            for other in self.standing.values()
+            for other in self.all_standing()
             if other.returning
             and other.mapping is touch.mapping
             and (other.region, other.page) == (touch.region, touch.page)
@@ -220,7 +243,10 @@ class Engine:
         key = touch.process, touch.thread
         if self.standing.get(key) is not touch:
             return
-        del self.standing[key]
+        if touch.outer is None:
+            del self.standing[key]
+        else:
+            self.standing[key] = touch.outer
         touch.outcome = outcome
         touch.held_by = ""
         if len(self.written) < KEPT:

@@ -119,8 +119,7 @@ class Holder:
 
     def stands(self, touch: Standing) -> bool:
         """Say whether a touch still stands."""
-        current = self._engine.standing.get((touch.process, touch.thread))
-        return current is touch and bool(touch.held_by)
+        return bool(touch.held_by) and touch in self._engine.all_standing()
 
     # --- the trampoline ----------------------------------------------------------------
 
@@ -183,7 +182,7 @@ class Holder:
         os.ftruncate(self._dump_fd, 0)
         os.lseek(self._dump_fd, 0, os.SEEK_SET)  # one open file with the test process
         # A thread in a system call that stands would take the signal after it only.
-        standing = {t.thread for t in self._engine.standing.values() if t.system_call is not None}
+        standing = {t.thread for t in self._engine.all_standing() if t.system_call is not None}
         for thread in threads_of(self._process):
             if thread not in standing:
                 with contextlib.suppress(OSError):
@@ -194,7 +193,7 @@ class Holder:
         self._dumping = False
         text = os.pread(self._dump_fd, _LONGEST_TEXT, 0).decode(errors="replace")
         now = time.monotonic_ns()
-        late = [t for t in self._engine.standing.values() if t.overdue and self.stands(t)]
+        late = [t for t in self._engine.all_standing() if t.overdue and self.stands(t)]
         self._tell("overdue", [(wire(t, now), t.freeze, t.held_by) for t in late], text)
         rules = {touch.freeze for touch in late}
         for touch in late:

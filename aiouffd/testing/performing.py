@@ -92,7 +92,10 @@ class Performer:
         if touch.returning or touch in self._ready or touch in self._deferred:
             return
         touch.freeze = 0
+        touch.going = True
         touch.outcome = outcome or _outcome(touch)
+        if not self._engine.is_innermost(touch):
+            return  # ``end`` goes on with it
         if touch.parked:
             self.send_back(touch)
         elif touch.held_by == "trampoline":
@@ -124,6 +127,9 @@ class Performer:
         outcome = touch.outcome or _outcome(touch)
         self._engine.end(touch, outcome, time.monotonic_ns())
         self._tell("ended", touch.number, outcome)
+        outer = touch.outer
+        if outer is not None and outer.going and self._engine.is_innermost(outer):
+            self.let_go(outer, outer.outcome)
 
     def go_on(self) -> None:
         """Try again with those whose page was being discarded."""

@@ -122,7 +122,7 @@ class Service:
 
     def _leave(self) -> None:
         """End: nobody is left standing, and nobody reads zeros that were something else."""
-        for touch in list(self._engine.standing.values()):
+        for touch in self._engine.all_standing():
             self._performer.let_go(touch)
         self._performer.perform()
         for memory in self._memories.values():
@@ -268,7 +268,7 @@ class Service:
 
     def do_release(self, number: int) -> bool:
         """Let a standing thread go on; say whether it stood."""
-        for touch in self._engine.standing.values():
+        for touch in self._engine.all_standing():
             if touch.number == number and touch.freeze:
                 self._engine.spend(touch.freeze)
                 self._performer.let_go(touch, "frozen")
@@ -322,13 +322,13 @@ class Service:
         written = self._engine.written[after : after + _TOUCHES]
         if after + len(written) < len(self._engine.written):
             return written, [], True
-        return written, [wire(touch, now) for touch in self._engine.standing.values()], False
+        return written, [wire(touch, now) for touch in self._engine.all_standing()], False
 
     def do_standing(self) -> list[tuple[tuple[Any, ...], int, str]]:
         """Give who stands: the touch, the freeze's number, what holds it."""
         now = time.monotonic_ns()
         return [
-            (wire(t, now), t.freeze, t.held_by) for t in self._engine.standing.values() if t.held_by
+            (wire(t, now), t.freeze, t.held_by) for t in self._engine.all_standing() if t.held_by
         ]
 
     def do_count(self) -> int:
@@ -344,7 +344,7 @@ class Service:
         self._turning.stop()
 
     def _standing_in(self, region: int) -> list[Standing]:
-        return [touch for touch in self._engine.standing.values() if touch.region == region]
+        return [touch for touch in self._engine.all_standing() if touch.region == region]
 
     # --- touches -----------------------------------------------------------------------
 
@@ -361,7 +361,8 @@ class Service:
             if (standing.region, standing.page) == (memory.number, offset // memory.page_size):
                 self._repeat(standing)
                 return
-            self._performer.end(standing)  # its page came for somebody else, and it went on
+            if not standing.parked and standing.page in standing.mapping.contents.present:
+                self._performer.end(standing)  # its page came for somebody else: it went on
         try:
             system_call, pc = tracing.in_system_call(source.process, thread)
         except OSError:

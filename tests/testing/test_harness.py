@@ -16,7 +16,7 @@ import pytest
 
 from aiouffd import ClosedError, NotSupported
 from aiouffd.kernel import tracing
-from aiouffd.testing import Access, FreezeTimeout, Harness, HarnessError, Region, latency
+from aiouffd.testing import Access, Freeze, FreezeTimeout, Harness, HarnessError, Region, latency
 from aiouffd.testing.rules import KINDS
 from tests.native import build
 from tests.targets import wait_until
@@ -667,3 +667,37 @@ def test_not_supported_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
             region.page(0).freeze(nth=2).__enter__()
         with region.page(0).freeze():
             pass
+
+
+def test_a_signal_handler_stands_within_a_touch(uffd: Harness) -> None:
+    """A handler that runs while its thread stands, and touches a frozen page, stands too."""
+    region = uffd.region(2, contents=b"o" * PAGE + b"i" * PAGE)
+    view = region.view
+    found = []
+
+    def handler(*_: object) -> None:
+        found.append(view[PAGE])
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for outer_first in (False, True):
+            found.clear()
+            with region.page(0).freeze() as outer, region.page(1).freeze() as inner:
+
+                def release(
+                    outer: Freeze = outer, inner: Freeze = inner, outer_first: bool = outer_first
+                ) -> None:
+                    standing = [outer.wait()]
+                    wait_until(lambda: standing[0].held_by == "trampoline", "the trampoline")
+                    os.kill(os.getpid(), signal.SIGALRM)
+                    standing.append(inner.wait())
+                    for each in standing if outer_first else reversed(standing):
+                        each.release()
+
+                releasing = uffd.start(release)
+                assert view[0] == ord("o")
+                releasing.result()
+            assert found == [ord("i")]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        view.release()
