@@ -8,14 +8,11 @@ Everything runs on one CPU: between two idle virtual CPUs the wake-up is all one
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from .build import HERE, compile_c
-from .contest import RunFailed, loops
+from .build import compile_c
+from .contest import alone, loops
 from .figures import Figure, Sample, Settings, interleave, main, microseconds
 
 #: What the median may be, as a multiple of the floor's.
@@ -33,12 +30,12 @@ def measure(settings: Settings) -> list[Figure]:
     """Take the median time of a first touch."""
     cpu, faults = str(max(settings.cpu, 0)), str(settings.faults)
     contestants: dict[str, Callable[[], Sample]] = {
-        "floor": _contestant([str(compile_c("lazy_floor.c")), cpu, faults], settings)
+        "floor": alone([str(compile_c("lazy_floor.c")), cpu, faults], settings.seconds)
     }
     for kind in CASES:
         for loop in loops() if kind == "loop" else ["asyncio"]:
             command = [sys.executable, "-m", "benchmarks.lazy_touching", kind, loop, cpu, faults]
-            contestants[f"{kind} {loop}"] = _contestant(command, settings)
+            contestants[f"{kind} {loop}"] = alone(command, settings.seconds)
     results = interleave(contestants, settings.runs)
     figures = []
     for name in contestants:
@@ -59,27 +56,6 @@ def measure(settings: Settings) -> list[Figure]:
                 )
             )
     return figures
-
-
-def _contestant(command: Sequence[str], settings: Settings) -> Callable[[], Sample]:
-    environment = dict(os.environ, PYTHONPATH=str(HERE.parent), PYTHONDONTWRITEBYTECODE="1")
-
-    def run() -> Sample:
-        done = subprocess.run(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=settings.seconds,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RunFailed(f"{command!r}: {done.stderr.strip()}")
-        sample: dict[str, float] = json.loads(done.stdout)
-        return sample
-
-    return run
 
 
 if __name__ == "__main__":
