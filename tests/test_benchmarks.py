@@ -78,6 +78,23 @@ def test_page_keeps_its_text() -> None:
         report.between_markers("no markers", text)
 
 
+def test_a_section_alone_is_rewritten() -> None:
+    """A benchmark measured by itself takes its old figures' place, and leaves the others'."""
+    old = {
+        name: [Figure.absolute(f"old {name}", [1.0], unit=microseconds)]
+        for name in ("bench_fault", "bench_observer")
+    }
+    new = Figure.absolute("new", [1.0], unit=microseconds)
+    page = f"{report.BEGIN}\n{report.END}"
+    page = report.between_markers(page, report.body(Settings(), old))
+    once = report.with_sections(page, Settings(), {"bench_fault": [new]})
+    assert "old bench_fault" not in once
+    assert once.index("| new |") < once.index("old bench_observer")
+    assert report.with_sections(once, Settings(), {"bench_fault": [new]}) == once
+    added = report.with_sections(once, Settings(), {"bench_register": [new]})
+    assert added.index("old bench_observer") < added.index(report.BENCHMARKS["bench_register"])
+
+
 def test_the_docs_page_has_its_markers() -> None:
     """The page of the docs can be written to."""
     page = report.PAGE.read_text(encoding="utf-8")
