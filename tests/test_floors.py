@@ -59,12 +59,14 @@ FLOORS = {
         migration.tree_pages migration.tree_arriving""",
     "tools": """
         . testing testing.sources
-        testing.touches testing.latency testing.ahead testing.schedules testing.strategies testing.pasting
+        testing.touches testing.latency
+        testing.ahead testing.schedules testing.strategies testing.pasting
         testing.places
         testing.touch_log testing.record_file testing.record testing.perfetto
         testing.rules testing.settings testing.needs
         testing.engine testing.channel testing.where testing.pages testing.stepping
-        testing.turning testing.watching testing.holding testing.performing testing.service
+        testing.turning testing.watching testing.holding testing.performing
+        testing.participants testing.service
         testing.trampoline testing.failures testing.helper testing.mapping
         testing.running testing.threads testing.arming testing.freezing testing.waiting
         testing.region testing.recording testing.harness

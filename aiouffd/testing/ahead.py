@@ -51,6 +51,7 @@ class Ahead(Generic[Who]):
         Args:
             enabled: Who can go on.
         """
+        who: Who | None
         certain = bool(self.first)
         if certain:
             who = self.first.pop(0)

@@ -22,12 +22,15 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ..kernel import tracing
 from .engine import Engine, Standing, wire
 from .turning import Teller, Turning
 from .watching import threads_of
+
+if TYPE_CHECKING:
+    from .participants import Participants
 
 _PING_NS: Final = 15_000_000  # without an answer that long, the GIL is held
 _PARKS: Final = 3  # attempts to have one thread wait in the trampoline
@@ -40,6 +43,7 @@ class Holder:
 
     Attributes:
         timeout_ns: How long a thread may stand.
+        participants: Threads that go on one at a time, while the test process has some.
 
     Sharing: one thread.
     """
@@ -90,6 +94,7 @@ class Holder:
         self._disarm = disarm
         self._dumping = False
         self._holds_gil: set[int] = set()
+        self.participants: Participants | None = None
         self._pings = 0
         self._pongs = 0
 
@@ -101,8 +106,11 @@ class Holder:
         """Have a thread stand until it is let go."""
         touch.held_by = "page"
         touch.outcome = "frozen"
+        if self.participants is not None and touch.thread in self.participants:
+            self._hold_participant(touch, self.participants)
+            return
         self._tell("frozen", touch.freeze, wire(touch, time.monotonic_ns()))
-        self._turning.after(self.timeout_ns, lambda: self._on_limit(touch))
+        self._turning.after(self.timeout_ns, lambda: self.on_limit(touch))
         if (
             touch.process != self._process
             or touch.system_call is not None
@@ -112,10 +120,17 @@ class Holder:
         if self._trampoline == "always" or touch.thread in self._holds_gil:
             self._park(touch)
             return
-        self._pings += 1
-        number = self._pings
-        self._tell("ping", number)
+        number = self.ping()
         self._turning.after(_PING_NS, lambda: self._on_silence(touch, number))
+
+    def _hold_participant(self, touch: Standing, participants: Participants) -> None:
+        """Have a participant stand; its own time limit and its own questions see to the rest."""
+        if touch.system_call is not None or self._trampoline == "never":
+            participants.on_stand(touch.thread)
+        elif self._trampoline == "always" or touch.thread in self._holds_gil:
+            self._park(touch)
+        else:
+            participants.on_touch(touch)
 
     def stands(self, touch: Standing) -> bool:
         """Say whether a touch still stands."""
@@ -123,9 +138,23 @@ class Holder:
 
     # --- the trampoline ----------------------------------------------------------------
 
+    def ping(self) -> int:
+        """Ask the porter for an answer, which it cannot give without the GIL."""
+        self._pings += 1
+        self._tell("ping", self._pings)
+        return self._pings
+
     def pong(self, number: int) -> None:
         """Note that the test process can run."""
         self._pongs = max(self._pongs, number)
+        if self.participants is not None:
+            self.participants.on_pong(number)
+
+    def park_for_gil(self, touch: Standing) -> None:
+        """Have a thread that may have the GIL wait in the trampoline, if it can."""
+        if touch.held_by == "page" and touch.system_call is None:
+            self._holds_gil.add(touch.thread)
+            self._park(touch)
 
     def _on_silence(self, touch: Standing, number: int) -> None:
         if self._pongs < number and self.stands(touch) and touch.held_by == "page":
@@ -149,7 +178,10 @@ class Holder:
             self._send_back(touch)
             return
         touch.held_by = "trampoline"
-        self._tell("held", touch.number, "trampoline")
+        if self.participants is not None and thread in self.participants:
+            self.participants.on_stand(thread)
+        else:
+            self._tell("held", touch.number, "trampoline")
 
     def came_back(self, touch: Standing) -> None:
         """Try again with a thread that has come back from the trampoline by itself.
@@ -167,7 +199,7 @@ class Holder:
 
     # --- the time limit ----------------------------------------------------------------
 
-    def _on_limit(self, touch: Standing) -> None:
+    def on_limit(self, touch: Standing) -> None:
         """Nobody has released a thread in time: show the stacks, and let it go."""
         if not self.stands(touch) or touch.returning:
             return

@@ -19,7 +19,7 @@ import mmap
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Final
 
 from ..errors import RangeGone, TargetGone, UffdError
@@ -42,6 +42,7 @@ class Performer:
     Attributes:
         cannot_step: Why threads cannot be stepped over here; None if they can.
         stepper: Those that are being stepped over.
+        untold: Threads of whose touches the test process need not hear that they are over.
 
     Sharing: one thread, the one that made it.
     """
@@ -67,6 +68,7 @@ class Performer:
         """
         self.cannot_step = tracing.can_trace()
         self.stepper = Stepper()
+        self.untold: Container[int] = ()
         self._engine = engine
         self._turning = turning
         self._tell = tell
@@ -126,7 +128,8 @@ class Performer:
         touch.returning = False
         outcome = touch.outcome or _outcome(touch)
         self._engine.end(touch, outcome, time.monotonic_ns())
-        self._tell("ended", touch.number, outcome)
+        if touch.thread not in self.untold:
+            self._tell("ended", touch.number, outcome)
         outer = touch.outer
         if outer is not None and outer.going and self._engine.is_innermost(outer):
             self.let_go(outer, outer.outcome)

@@ -40,6 +40,7 @@ from .channel import Channel, Message
 from .engine import Engine, Standing, wire
 from .holding import Holder
 from .pages import Mapping, Memory
+from .participants import Participants
 from .performing import Performer
 from .rules import Rule
 from .turning import Teller, Turning
@@ -114,6 +115,10 @@ class Service:
     def _take_in(self) -> None:
         self._watch.take_in(self._arrive)
 
+    def _read_and_take_in(self) -> None:
+        self._watch.pump()
+        self._take_in()
+
     def _on_child(self, wakeup: socket.socket) -> None:
         """A thread has stopped for the stepper."""
         with contextlib.suppress(BlockingIOError):
@@ -131,6 +136,8 @@ class Service:
         self._watch.close()
         self._performer.close()
         if self._holder is not None:
+            if self._holder.participants is not None:
+                self._holder.participants.close()
             self._holder.close()
 
     # --- talking -----------------------------------------------------------------------
@@ -338,6 +345,43 @@ class Service:
     def do_settle(self, number: int) -> None:
         """Tell a number, behind all that was told before."""
         self._tell("settled", number)
+
+    def do_participants(self, beside: list[int], asking: OwnedFd) -> None:
+        """Have threads of the test process go on one at a time, as it plans.
+
+        Args:
+            beside: Other threads that need the GIL meanwhile.
+            asking: A channel for its plans; all is over when its other side closes.
+        """
+        channel = Channel(socket.socket(fileno=asking.detach()))
+        holder = self._holder
+        assert holder is not None
+        if holder.participants is not None:
+            channel.close()
+            raise ValueError("interleave() and explore() run one call at a time")
+        holder.participants = self._performer.untold = participants = Participants(
+            channel,
+            self._process,
+            beside,
+            engine=self._engine,
+            turning=self._turning,
+            performer=self._performer,
+            holder=holder,
+            take_in=self._read_and_take_in,
+        )
+        self._turning.watch(channel.fileno(), lambda: self._on_plan(holder, participants))
+
+    def do_participant(self, thread: int, starter: OwnedFd) -> None:
+        """Take a thread among them; a byte written to the descriptor starts its call."""
+        assert self._holder is not None
+        assert self._holder.participants is not None
+        self._holder.participants.add(thread, starter.detach())
+
+    def _on_plan(self, holder: Holder, participants: Participants) -> None:
+        if not participants.on_message():
+            holder.participants, self._performer.untold = None, ()
+            self._turning.forget(participants.channel.fileno())
+            participants.close()
 
     def do_close(self) -> None:
         """End after this answer."""

@@ -66,6 +66,9 @@ class Stepper:
     def __len__(self) -> int:
         return len(self._attached)
 
+    def __contains__(self, thread: object) -> bool:
+        return thread in self._attached
+
     def over(
         self,
         process: int,
