@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from .failures import FreezeTimeout, HarnessError
     from .freezing import AsyncFreeze, AsyncFrozen, Freeze, Frozen, freeze
     from .harness import Harness
+    from .interleaving import Exploration, Interleaving, RaceFound
     from .record import Record, RecordMismatch
     from .recording import Recording
     from .region import Page, Place, Region
     from .running import Running
+    from .schedules import END, Before, CannotFollow, Deadlock, Endless, NotDeterministic
     from .touches import Access, Touch
 
 #: Where each public name lives.  They are imported when first asked for (PEP 562): a pytest
@@ -36,10 +38,12 @@ _EXPORTS = {
     "failures": ("FreezeTimeout", "HarnessError"),
     "freezing": ("AsyncFreeze", "AsyncFrozen", "Freeze", "Frozen", "freeze"),
     "harness": ("Harness",),
+    "interleaving": ("Exploration", "Interleaving", "RaceFound"),
     "record": ("Record", "RecordMismatch"),
     "recording": ("Recording",),
     "region": ("Page", "Place", "Region"),
     "running": ("Running",),
+    "schedules": ("END", "Before", "CannotFollow", "Deadlock", "Endless", "NotDeterministic"),
     "touches": ("Access", "Touch"),
 }
 _HOMES = {name: home for home, names in _EXPORTS.items() for name in names}
@@ -58,17 +62,26 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "END",
     "Access",
     "Armed",
     "AsyncFreeze",
     "AsyncFrozen",
+    "Before",
+    "CannotFollow",
+    "Deadlock",
+    "Endless",
+    "Exploration",
     "Freeze",
     "FreezeTimeout",
     "Frozen",
     "Harness",
     "HarnessError",
+    "Interleaving",
+    "NotDeterministic",
     "Page",
     "Place",
+    "RaceFound",
     "Record",
     "RecordMismatch",
     "Recording",

@@ -16,12 +16,13 @@ import contextlib
 import mmap
 import os
 import random
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar
 
 from ..errors import ClosedError, NotSupported
 from ..uffd import Feature, Userfaultfd
@@ -40,6 +41,10 @@ from .rules import KINDS, Kind, Rule
 from .running import Running
 from .threads import ThreadLike, doing, numbers_of, own_threads
 from .touches import Touch
+
+if TYPE_CHECKING:
+    from .interleaving import Exploration, Interleaving
+    from .schedules import Order
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -108,9 +113,11 @@ class Harness:
         self._numbers = 0
         self._freezes: dict[int, Freeze] = {}
         self._frozen: dict[int, Frozen] = {}
+        self._ordered: set[int] = set()  # rules of interleave() and explore()
         self._names: dict[int, str] = {}  # of regions, the closed ones too
         self._threads: dict[int, str] = {}
         self._running: list[Running[Any]] = []
+        self._stuck: list[Callable[[], bool]] = []  # whether a participant still is, in a deadlock
         self._troubles: list[str] = []
         self._settled = 0  # the number that the helper has told last
         self._noted = 0  # which error has left a freeze
@@ -298,6 +305,8 @@ class Harness:
         return "\n".join(lines)
 
     def _what(self, rule: int) -> str:
+        if rule in self._ordered:
+            return "an order of turns"
         freeze = self._freezes.get(rule)
         return "a latency" if freeze is None else f"the freeze of {freeze.what}"
 
@@ -361,6 +370,7 @@ class Harness:
         """Give back the memory of a region; for ``Region.close``."""
         self.regions.remove(region)
         used = any(not running.done for running in self._running)
+        used = used or any(stuck() for stuck in self._stuck)
         try:
             with contextlib.suppress(ClosedError):
                 self._helper.ask("close_region", region.number)
@@ -494,6 +504,107 @@ class Harness:
         self._threads[running.tid] = name
         self._running = [each for each in self._running if not each.done] + [running]
         return running
+
+    # --- orders of threads -------------------------------------------------------------
+
+    def interleave(
+        self,
+        participants: Mapping[str, Callable[[], object]],
+        order: Order,
+        *,
+        reset: Callable[[], object] | None = None,
+        check: Callable[..., object] | None = None,
+    ) -> Interleaving:
+        """Run threads in one order of their touches.
+
+        Each participant runs in a thread of its own.  Whenever it is about to touch a region it
+        stands, until it is its turn again; so exactly one of them runs at a time.  ::
+
+            uffd.interleave(
+                {"a": add_one, "b": add_one},
+                order=[("a", 1), ("b", END), ("a", END)],  # b between the load and the store of a
+                check=lambda: ...,
+            )
+
+        Args:
+            participants: What each one calls, by names of your choice.
+            order: Steps: who, and how far: a number of touches (0: to before its first), ``END``
+                (until it has ended or waits for another), or ``Before(...)``.  After the last
+                step the rest run to their ends, one after another.
+            reset: Called before, in the calling thread.
+            check: Called after; it raises if something is wrong.  It may take the results, a
+                dict of what each participant returned.
+
+        Raises:
+            ValueError: The order is none; the text says at which step.
+            CannotFollow: The participants did not let it happen.
+            Deadlock, Endless: The run came to no end.  Threads that stand in a deadlock stay
+                there: nothing can end a thread of this process.
+            NotSupported: Touches after the first cannot be seen here: see ``limits``.
+            HarnessError: As everywhere.
+            BaseException: What a participant or the check raised.
+
+        Sharing: one call at a time.
+        """
+        from . import interleaving  # only who interleaves pays for it
+
+        return interleaving.interleave(self, participants, order, reset=reset, check=check)
+
+    def explore(
+        self,
+        participants: Mapping[str, Callable[[], object]],
+        *,
+        reset: Callable[[], object] | None = None,
+        check: Callable[..., object] | None = None,
+        preemptions: int | None = 2,
+        orders: int = 1000,
+        seconds: float = 60.0,
+        seed: int | None = None,
+    ) -> Exploration:
+        """Run threads in many orders of their touches, until one goes wrong.
+
+        Without a seed all orders are gone through, those with fewer preemptions first, and none
+        twice.  A preemption takes the turn from a participant that could go on; most races show
+        with one or two.  With a seed orders are drawn at random, the same ones for the same seed.
+
+        Only touches of regions are told apart: what happens between two of them happens at once,
+        and so does an instruction that loads and stores.
+
+        Args:
+            participants: As for ``interleave``.
+            reset: Called before each order; it puts back all that the participants change.
+            check: Called after each order, as for ``interleave``.
+            preemptions: At most so many in an order; None: any number.
+            orders: Stop after so many.
+            seconds: Begin no more after that time.
+            seed: Draw orders at random, from this number.
+
+        Returns:
+            What was run, if nothing was wrong; ``complete`` says whether that was all.
+
+        Raises:
+            RaceFound: A check or a participant raised, or there was a deadlock or no end.  It has
+                the order, the trace, and a test to paste that makes this order again.
+            NotDeterministic: The same choices led elsewhere than before: ``reset`` does not put
+                everything back, or something depends on time or chance.
+            NotSupported: Touches after the first cannot be seen here: see ``limits``.
+            HarnessError: As everywhere.
+
+        Sharing: one call at a time.
+        """
+        from . import interleaving  # as above
+
+        return interleaving.explore(
+            self,
+            participants,
+            reset=reset,
+            check=check,
+            preemptions=preemptions,
+            orders=orders,
+            seconds=seconds,
+            seed=seed,
+            caller=sys._getframe(1),
+        )
 
     # --- what has happened -------------------------------------------------------------
 

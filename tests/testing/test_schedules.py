@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aiouffd.testing import schedules
+from aiouffd.testing.ahead import SPINS
 from aiouffd.testing.schedules import (
     END,
     ENDED,
@@ -108,7 +108,7 @@ def test_leaving_the_current_one_is_a_preemption() -> None:
 def test_leaving_a_spinner_is_none() -> None:
     """One that reads the same again and again gives its turn away."""
     programs: Programs = {"a": poll, "b": add_one}
-    before, spinning = "a" * (schedules.SPINS + 1), "a" * (schedules.SPINS + 2)
+    before, spinning = "a" * (SPINS + 1), "a" * (SPINS + 2)
     assert until(programs, before).spinning is None
     course = until(programs, spinning)
     assert course.spinning == "a"
@@ -130,15 +130,15 @@ def test_who_writes_or_reads_on_does_not_spin() -> None:
                 yield "read", place
 
     def reads_then_writes() -> Program:
-        for _ in range(schedules.SPINS + 1):
+        for _ in range(SPINS + 1):
             yield "read", "x"
         yield "write", "x"
 
     assert until({"a": writes}, "a" * 60).spinning is None
     assert until({"a": reads_on}, "a" * 4).spinning is None
     assert until({"a": reads_on}, "a" * 40).spinning == "a"
-    assert until({"a": reads_then_writes}, "a" * (schedules.SPINS + 1)).spinning is None
-    assert until({"a": reads_then_writes}, "a" * (schedules.SPINS + 2)).spinning is None
+    assert until({"a": reads_then_writes}, "a" * (SPINS + 1)).spinning is None
+    assert until({"a": reads_then_writes}, "a" * (SPINS + 2)).spinning is None
 
 
 def test_a_loop_without_end_is_given_up() -> None:
@@ -177,11 +177,11 @@ def test_end_stands_only_for_a_straight_way() -> None:
     """Where the participant was blocked or spun on its way to the end, its touches are counted."""
 
     def short() -> Program:
-        for _ in range(schedules.SPINS + 4):
+        for _ in range(SPINS + 4):
             yield "read", "x"
 
-    course = run({"a": short}, Listed("a" * (schedules.SPINS + 5)))
-    assert order_of(course.moves) == [("a", schedules.SPINS + 4)]
+    course = run({"a": short}, Listed("a" * (SPINS + 5)))
+    assert order_of(course.moves) == [("a", SPINS + 4)]
 
     course = Course("a", Listed("aa"))
     course._strategy.begin()

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aiouffd.testing.ahead import SPINS
 from aiouffd.testing.schedules import (
     END,
-    SPINS,
     Before,
     CannotFollow,
     Course,
