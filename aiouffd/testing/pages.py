@@ -100,6 +100,30 @@ class Mapping:
         """Give the offset in the region of an address."""
         return address - self.address + self.first * self.memory.page_size
 
+    def cut(self, start: int, end: int) -> Mapping | None:
+        """Take addresses out that are not mapped any more.
+
+        Returns:
+            What lies behind them, if that is a piece of its own; this object keeps what lies
+            before them, or else what lies behind, or is empty.
+        """
+        if end <= self.address or self.end <= start:
+            return None
+        behind = None
+        if self.address < start and end < self.end:
+            behind = Mapping(
+                *(self.memory, self.process, self.uffd, end, self.contents),
+                length=self.end - end,
+                first=self.first + (end - self.address) // self.memory.page_size,
+            )
+        if self.address < start:
+            self.end = start
+        else:
+            cut = min(end, self.end) - self.address
+            self.first += cut // self.memory.page_size
+            self.address += cut
+        return behind
+
 
 class Memory:
     """The memory of one region, wherever it is mapped.

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Container
 from typing import Final
 
-from ..errors import RangeGone, TargetGone, UffdError
+from ..errors import ClosedError, RangeGone, TargetGone, UffdError
 from ..kernel import abi, pagemap, tracing
 from .engine import Engine, Standing
 from .pages import Mapping
@@ -183,7 +183,7 @@ class Performer:
             touch = self._ready.popleft()
             try:
                 self._perform(touch)
-            except (RangeGone, TargetGone):
+            except (RangeGone, TargetGone, ClosedError):
                 self.end(touch)  # unmapped, or its process has ended
             except (UffdError, OSError) as error:
                 self._tell("trouble", f"page {touch.page} cannot be filled: {error}")

@@ -36,6 +36,7 @@ from ..fds import OwnedFd
 from ..kernel import tracing
 from ..uffd import Mode, Userfaultfd
 from . import latency
+from .announcements import Announcement, Announcements
 from .channel import Channel, Message
 from .engine import Engine, Standing, wire
 from .holding import Holder
@@ -72,7 +73,8 @@ class Service:
         self._engine = Engine()
         self._places = Places()
         self._random = random.Random()  # noqa: S311 - latencies are no secrets
-        self._watch = Watch(self._turning)
+        self._watch = Watch(self._turning, self._on_gone)
+        self._announcements = Announcements(self._turning, self._on_mapped)
         self._memories: dict[int, Memory] = {}
         self._performer = Performer(
             process,
@@ -134,6 +136,7 @@ class Service:
             _poison_absent(memory, memory.mappings)
             memory.close()
         self._watch.close()
+        self._announcements.close()
         self._performer.close()
         if self._holder is not None:
             if self._holder.participants is not None:
@@ -230,17 +233,20 @@ class Service:
         self._memories[number] = memory
         source.mappings.append(memory.add(self._process, source.uffd, address))
 
-    def do_program_region(
-        self, number: int, process: int, address: int, length: int, offset: int, uffd: OwnedFd
-    ) -> None:
-        """Watch a region in another program, which has handed over its own userfaultfd."""
-        memory = self._memories[number]
-        source = self._watch.add(Userfaultfd.adopt(uffd), process)
-        source.mappings.append(
-            memory.add(
-                process, source.uffd, address, length=length, first=offset // memory.page_size
-            )
-        )
+    def do_listen(self, listener: OwnedFd) -> None:
+        """Hear what programs announce."""
+        self._announcements.listen(listener)
+
+    def do_program(self, number: int, key: bytes) -> None:
+        """Know a program that is about to start."""
+        self._announcements.expect(number, key)
+
+    def do_known(
+        self, number: int
+    ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int, int, str]]]:
+        """Say what a program has announced: see ``announcements.Known``."""
+        known = self._announcements.known(number)
+        return known.loaded, known.mapped, known.refused
 
     def do_close_region(self, number: int) -> None:
         """Watch a region no more; who stands there goes on, and who still uses it may.
@@ -390,14 +396,39 @@ class Service:
     def _standing_in(self, region: int) -> list[Standing]:
         return [touch for touch in self._engine.all_standing() if touch.region == region]
 
+    # --- other processes ---------------------------------------------------------------
+
+    def _on_mapped(self, process: int, message: Announcement, uffd: OwnedFd) -> None:
+        """Watch a region in another program, which has handed over its own userfaultfd."""
+        memory = self._memories.get(message.region)
+        if memory is None:  # its region was closed: ordinary memory by now
+            uffd.close()
+            return
+        self._watch.sweep()
+        first = message.offset // memory.page_size
+        source = self._watch.add(Userfaultfd.adopt(uffd), process, of_program=True)
+        length = min(message.length, max(memory.pages - first, 0) * memory.page_size)
+        source.mappings.append(
+            memory.add(process, source.uffd, message.address, length=length, first=first)
+        )
+        self._watch.await_exit(process)
+
+    def _on_gone(self, source: Source) -> None:
+        """End where the threads of a process stood that has ended."""
+        for touch in list(self._engine.standing.values()):
+            if touch.mapping.uffd is source.uffd:
+                self._performer.end(touch)
+
     # --- touches -----------------------------------------------------------------------
 
     def _arrive(self, source: Source, fault: RawFault) -> None:
         mapping = source.find(fault.address)
         if mapping is None:
-            return  # a region that was closed meanwhile; unregistering has woken its threads
+            return  # closed or unmapped meanwhile, upon which its threads were woken
         thread = fault.thread_id
         source.name_process(thread)
+        if source is not self._watch.sources[0]:
+            self._watch.await_exit(source.process)
         memory = mapping.memory
         offset = mapping.offset_of(fault.address)
         standing = self._engine.standing.get((source.process, thread))
@@ -440,6 +471,8 @@ class Service:
 
     def _go_on(self, touch: Standing) -> None:
         """After its latency: stop it, or let it through."""
+        if self._engine.standing.get((touch.process, touch.thread)) is not touch:
+            return  # its process has ended meanwhile
         assert self._holder is not None
         if touch.freeze:
             self._holder.hold(touch)
