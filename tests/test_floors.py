@@ -65,11 +65,12 @@ FLOORS = {
         testing.touch_log testing.record_file testing.record testing.perfetto
         testing.rules testing.settings testing.needs
         testing.engine testing.channel testing.where testing.pages testing.stepping
-        testing.turning testing.watching testing.holding testing.performing
+        testing.turning testing.announcements testing.watching testing.holding testing.performing
         testing.participants testing.service
         testing.trampoline testing.failures testing.helper testing.mapping
         testing.running testing.threads testing.arming testing.freezing testing.waiting
-        testing.region testing.recording testing.interleaving testing.harness
+        testing.region testing.recording testing.interleaving
+        testing.preload testing.programs testing.harness
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
         plotting testing.record_plot testing.per_test testing.pytest_plugin

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .freezing import AsyncFreeze, AsyncFrozen, Freeze, Frozen, freeze
     from .harness import Harness
     from .interleaving import Exploration, Interleaving, RaceFound
+    from .programs import Program
     from .record import Record, RecordMismatch
     from .recording import Recording
     from .region import Page, Place, Region
@@ -39,6 +40,7 @@ _EXPORTS = {
     "freezing": ("AsyncFreeze", "AsyncFrozen", "Freeze", "Frozen", "freeze"),
     "harness": ("Harness",),
     "interleaving": ("Exploration", "Interleaving", "RaceFound"),
+    "programs": ("Program",),
     "record": ("Record", "RecordMismatch"),
     "recording": ("Recording",),
     "region": ("Page", "Place", "Region"),
@@ -81,6 +83,7 @@ __all__ = [
     "NotDeterministic",
     "Page",
     "Place",
+    "Program",
     "RaceFound",
     "Record",
     "RecordMismatch",

@@ -34,6 +34,7 @@ from .freezing import Freeze, Frozen
 from .helper import ANSWER_SECONDS, ENDED, Helper
 from .mapping import discard, keep_from_children, map_memory, page_size_of
 from .places import Layout
+from .programs import Program, Programs, Stream
 from .record import Record
 from .recording import Recording
 from .region import Place, Region
@@ -125,6 +126,8 @@ class Harness:
         self._touches: list[Touch] = []  # that have ended, as far as they were asked for
         self._remembering = threading.RLock()
         self._all_regions: list[Region] = []
+        self._programs = Programs(self)
+        self._user_mode_only = user_mode_only
         self._began_ns = time.monotonic_ns()
         self._helper = self._start(user_mode_only)
         self._closed = False
@@ -172,6 +175,7 @@ class Harness:
         if os.getpid() != self._pid:
             self._closed = True
             return
+        self._troubles += [text for text in self._programs.close() if text != ENDED]
         for region in list(self.regions):
             with contextlib.suppress(HarnessError):
                 region.close()
@@ -505,6 +509,60 @@ class Harness:
         self._running = [each for each in self._running if not each.done] + [running]
         return running
 
+    def program(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        regions: Mapping[str, Region] | None = None,
+        *,
+        name: str = "",
+        env: Mapping[str, str] | None = None,
+        stdin: Stream = None,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        cwd: str | os.PathLike[str] | None = None,
+        pass_fds: Sequence[int] = (),
+        user: str | int | None = None,
+    ) -> Program:
+        """Start a program that is not Python, or is, and give it regions.
+
+        It gets the number of each region's memfd in an environment variable, to map it with
+        MAP_SHARED.  Its mappings are watched like the test's own: rules are about a region,
+        whoever touches it.
+
+        Args:
+            argv: The program and its arguments.
+            regions: By the names of the environment variables.
+            name: What reports call it; the name of its file if empty.
+            env: Its environment; this process's if None.  What the harness needs is added.
+            stdin: This stream and the next two as ``subprocess.Popen`` takes them.
+            stdout: ...
+            stderr: ...
+            cwd: The folder that it starts in.
+            pass_fds: More descriptors that it inherits.
+            user: The user that it runs as, if another.
+
+        Raises:
+            NotSupported: It cannot be watched (it is linked statically, or setuid), or there is
+                no C compiler for the library that it has to load.
+            ValueError: A region's memory cannot be given to another program.
+        """
+        self.check()
+        program = self._programs.start(
+            *(argv, regions or {}),
+            number=self._number(),
+            name=name,
+            env=env,
+            user_mode_only=self._user_mode_only,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=cwd,
+            pass_fds=pass_fds,
+            user=user,
+        )
+        self._threads[program.pid] = program.name
+        return program
+
     # --- orders of threads -------------------------------------------------------------
 
     def interleave(
@@ -723,6 +781,7 @@ class Harness:
         for thread in own_threads():
             if thread not in stood and thread != self._helper.porter:
                 lines.append(f"  {self._name(thread)} {doing(thread)}")
+        lines += self._programs.account()
         return "\n".join(lines)
 
     def _line(self, touch: Touch) -> str:

@@ -1,0 +1,510 @@
+"""Child programs on the real kernel: a C program maps a region and touches it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from aiouffd import NotSupported
+from aiouffd.testing import FreezeTimeout, Harness, HarnessError, Region
+from aiouffd.testing.programs import Program
+from tests.native import build
+from tests.targets import wait_until
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+CONTENTS = bytes(range(256)) * (2 * PAGE // 256)
+
+
+@pytest.fixture(scope="module")
+def mapper() -> str:
+    """mapper.c, built."""
+    return str(build(Path(__file__).with_name("mapper.c"), library=False))
+
+
+@pytest.fixture
+def uffd() -> Iterator[Harness]:
+    """A harness."""
+    with Harness(timeout=20) as harness:
+        yield harness
+
+
+@pytest.fixture
+def region(uffd: Harness) -> Region:
+    """Two pages of known bytes."""
+    return uffd.region(2, contents=CONTENTS, name="packet")
+
+
+def start(uffd: Harness, mapper: str, region: Region, *words: object) -> Program:
+    """Have the C program do what some words say."""
+    return uffd.program(
+        [mapper, *map(str, words)],
+        {"AIOUFFD_REGION": region},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def said(program: Program) -> list[str]:
+    """Wait for a program that ends well, and give what it has said."""
+    output, _ = program.communicate(timeout=30)
+    assert program.returncode == 0
+    return output.decode().split()
+
+
+def descriptors(process: int) -> int:
+    """Give how many descriptors a process has."""
+    return len(os.listdir(f"/proc/{process}/fd"))
+
+
+# --- what a program touches ----------------------------------------------------------------
+
+
+def test_a_program_stands_at_its_access(uffd: Harness, mapper: str, region: Region) -> None:
+    """What is changed while a program stands before its access is what it finds."""
+    with region.page(1).freeze("read") as freeze:
+        program = start(uffd, mapper, region, "map", "load", 7, "load", PAGE + 7)
+        frozen = freeze.wait()
+        assert (frozen.process, frozen.thread) == (program.pid, program.pid)
+        assert frozen.touch.offset == PAGE + 7
+        assert frozen.held_by == "page"
+        assert frozen.where.startswith("mapper+0x")
+        assert program.mapped == (region,)
+        region.poke(PAGE + 7, b"\xaa")
+        frozen.release()
+        assert said(program) == ["7", str(0xAA)]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_the_nth_touch_of_a_program_stops(
+    uffd: Harness, mapper: str, region: Region, nth: int
+) -> None:
+    """A program is stepped over the touches before the n-th, each of which it makes."""
+    with region.page(0).freeze(nth=nth) as freeze:
+        program = start(uffd, mapper, region, "map", *("load", 5) * 3)
+        frozen = freeze.wait()
+        assert frozen.touch.number == nth
+        region.poke(5, b"\x01")
+        frozen.release()
+        assert said(program) == ["5"] * (nth - 1) + ["1"] * (4 - nth)
+
+
+def test_a_program_finds_changed_slow_and_failing_memory(
+    uffd: Harness, mapper: str, region: Region
+) -> None:
+    """Rules are about the region, whoever touches it."""
+    with region.at(3).change(b"\x10", b"\xff"):
+        assert said(start(uffd, mapper, region, "map", *("load", 3) * 3)) == ["16", "255", "255"]
+    with region.page(1).slow(0.001):
+        assert said(start(uffd, mapper, region, "map", "load", PAGE)) == ["0"]
+    with region.page(1).fail():
+        program = start(uffd, mapper, region, "map", "load", 4, "load", PAGE)
+        assert program.communicate(timeout=30)[0] == b"4\n"
+        assert program.returncode == -signal.SIGBUS
+    outcomes = [touch.outcome for touch in uffd.touches()]
+    assert outcomes == ["changed"] * 2 + ["delayed", "passed", "failed"]
+
+
+def test_a_program_is_recorded(uffd: Harness, mapper: str, region: Region) -> None:
+    """What a program stores is in the region, and its touches are in the record."""
+    with uffd.record(every=True) as record:
+        said(start(uffd, mapper, region, "map", "load", 1, "store", 1, "load", 1))
+    assert region.peek(0, 3) == b"\x00\x63\x02"
+    assert [touch.access.value for touch in record] == ["read", "write", "read"]
+
+
+@pytest.mark.root
+def test_a_system_call_of_a_program_stands(uffd: Harness, mapper: str, region: Region) -> None:
+    """A write(2) of a program stands in the kernel, and writes what is changed meanwhile."""
+    with region.page(1).freeze() as freeze:
+        program = start(uffd, mapper, region, "map", "write", PAGE)
+        frozen = freeze.wait()
+        assert frozen.touch.system_call is not None
+        region.poke(PAGE, b"!")
+        frozen.release()
+        assert said(program) == ["!", "1"]
+
+
+def test_two_programs_and_the_test_on_one_page(
+    uffd: Harness, mapper: str, region: Region, seed: int
+) -> None:
+    """Each of them has a touch of its own, and they go on in any order, one at a time."""
+    print(f"seed {seed}")
+    order = random.Random(seed)
+    view = region.view
+    for _ in range(5):
+        with region.page(1).freeze() as freeze:
+            programs = [start(uffd, mapper, region, "map", "load", PAGE + n) for n in (1, 2)]
+            mine = uffd.start(view.__getitem__, PAGE + 3)
+            standing = {each.process: each for each in (freeze.wait() for _ in range(3))}
+            assert set(standing) == {programs[0].pid, programs[1].pid, os.getpid()}
+            left = [*standing]
+            order.shuffle(left)
+            while left:
+                chosen = left.pop()
+                standing[chosen].release()
+                if chosen == os.getpid():
+                    assert mine.result() == 3
+                else:
+                    number = [each.pid for each in programs].index(chosen)
+                    assert said(programs[number]) == [str(number + 1)]
+                assert not any(each.poll() is not None for each in programs if each.pid in left)
+                assert not (os.getpid() in left and mine.done)
+    view.release()
+
+
+def test_threads_of_a_program_stand_one_by_one(
+    uffd: Harness, mapper: str, region: Region, seed: int
+) -> None:
+    """Threads of one program at one place are let go in any order."""
+    print(f"seed {seed}")
+    with region.page(1).freeze() as freeze:
+        program = start(uffd, mapper, region, "map", "threads", PAGE + 9)
+        standing = [freeze.wait() for _ in range(3)]
+        assert {frozen.process for frozen in standing} == {program.pid}
+        assert len({frozen.thread for frozen in standing}) == 3
+        random.Random(seed).shuffle(standing)
+        for frozen in standing:
+            frozen.release()
+        assert said(program) == ["27"]
+
+
+@pytest.mark.root
+def test_a_child_of_a_program_is_watched(uffd: Harness, mapper: str, region: Region) -> None:
+    """What a program forks inherits the region, and stands as itself."""
+    with region.page(1).freeze() as freeze:
+        program = start(uffd, mapper, region, "map", "load", 1, "fork", PAGE + 5)
+        frozen = freeze.wait()
+        assert frozen.process not in (program.pid, os.getpid())
+        region.poke(PAGE + 5, b"\x2a")
+        frozen.release()
+        assert said(program) == ["1", "42"]
+
+
+def test_without_privilege_a_child_of_a_program_has_no_region(mapper: str) -> None:
+    """Where forks cannot be watched the child does not get the memory, so it reads no zeros."""
+    with Harness(user_mode_only=True) as uffd:
+        region = uffd.region(2, contents=CONTENTS)
+        words = ("nobody", "map") if os.geteuid() == 0 else ("map",)
+        program = start(uffd, mapper, region, *words, "load", 1, "fork", 2)
+        assert said(program) == ["1", str(-signal.SIGSEGV)]
+
+
+# --- what a program does with its mapping --------------------------------------------------
+
+
+def test_a_program_that_maps_nothing_is_as_it_was(uffd: Harness, region: Region) -> None:
+    """A program that does not map a region has no descriptor more than without the harness."""
+    command = ["/bin/ls", "/proc/self/fd"]
+    alone = subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    program = uffd.program(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert program.communicate() == (alone.stdout, b"")
+    assert program.mapped == ()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("map-filled",), id="populated"),
+        pytest.param(("map-path",), id="opened by its path"),
+        pytest.param(("map", "unmap", "map"), id="mapped anew"),
+        pytest.param(("map", "exec", "map"), id="run anew"),
+        pytest.param(("close-all", "map"), id="without other descriptors"),
+        pytest.param(("map", "close-all", "move"), id="moved"),
+        pytest.param(("map", "load", PAGE + 1, "move"), id="moved when present"),
+        pytest.param(("map-page", "grow"), id="grown"),
+        pytest.param(("map", "map"), id="mapped twice"),
+    ],
+)
+def test_no_mapping_is_missed(
+    uffd: Harness, mapper: str, region: Region, words: tuple[object, ...]
+) -> None:
+    """However a program comes to its mapping, its touches stand there."""
+    program = start(uffd, mapper, region, *words, "wait", "load", PAGE + 7, "store", 3)
+    before = len(words) // 3 if "load" in words else 0
+    wait_until(lambda: program.mapped, "a mapping")
+    wait_until(lambda: uffd.touch_count() == before, "the touches before")
+    with region.all.freeze(every=True) as freeze:
+        assert program.stdin is not None
+        program.stdin.write(b"!")
+        program.stdin.flush()
+        reading = freeze.wait()
+        assert (reading.touch.offset, reading.touch.access.value) == (PAGE + 7, "read")
+        region.poke(PAGE + 7, b"\x01")
+        reading.release()
+        writing = freeze.wait()
+        assert (writing.touch.offset, writing.touch.access.value) == (3, "write")
+        writing.release()
+        assert said(program)[-1] == "1"
+    assert region.peek(3, 1) == b"\x63"
+
+
+def test_mappings_that_are_gone_are_forgotten(uffd: Harness, mapper: str, region: Region) -> None:
+    """The helper keeps no descriptor for what a program has unmapped, nor for one that ended."""
+    said(start(uffd, mapper, region, "map"))
+    wait_until(lambda: uffd.touch_count() == 0, "its end")
+    before = descriptors(uffd.service_pid)
+    program = start(uffd, mapper, region, *("map", "unmap") * 100, "map", "wait")
+    wait_until(lambda: program.mapped, "a mapping")
+    program.communicate(b"!")
+    wait_until(lambda: descriptors(uffd.service_pid) <= before, "the helper to forget")
+
+
+def test_a_private_mapping_is_refused(uffd: Harness, mapper: str, region: Region) -> None:
+    """What cannot be watched is not mapped; the program gets an error, and so does the test."""
+    program = start(uffd, mapper, region, "map-private")
+    assert program.stdout is not None
+    assert program.stdout.read() == b"errno %d\n" % errno.ENOTSUP
+    with pytest.raises(HarnessError, match="could not map region 'packet': MAP_PRIVATE"):
+        program.wait()
+    program.wait()  # it is said once
+    program.end()
+
+
+def test_a_region_that_was_closed_is_ordinary_memory(
+    uffd: Harness, mapper: str, region: Region
+) -> None:
+    """A program that has a region or maps it when it is closed finds all bytes, unwatched."""
+    program = start(
+        uffd, mapper, region, "map", "load", 1, "wait", "load", PAGE + 2, "map", "load", 3
+    )
+    assert program.stdout is not None
+    assert program.stdout.readline() == b"1\n"
+    region.close()
+    assert program.communicate(b"!")[0] == b"2\n3\n"
+    assert uffd.touch_count() == 1
+
+
+def test_huge_pages(uffd: Harness, mapper: str, huge_pages: Callable[[int], None]) -> None:
+    """A region of huge pages is watched in a program too."""
+    huge_pages(2)
+    region = uffd.region(2, contents=b"huge", memory="hugetlb")
+    with region.page(0).freeze() as freeze:
+        program = start(uffd, mapper, region, "map", "load", 1)
+        frozen = freeze.wait()
+        assert frozen.touch.offset == 1
+        frozen.release()
+        assert said(program) == [str(ord("u"))]
+
+
+# --- what cannot be watched ----------------------------------------------------------------
+
+
+def test_a_program_that_touches_nothing(uffd: Harness, region: Region) -> None:
+    """A wait for a program that never maps the region says so, and what may be the reason."""
+    with region.page(0).freeze() as freeze:
+        program = uffd.program(["true"], {"AIOUFFD_REGION": region})
+        assert program.wait() == 0
+        with pytest.raises(FreezeTimeout) as caught:
+            freeze.wait(timeout=0)
+    assert f"true (pid {program.pid}) has ended with status 0" in str(caught.value)
+    assert "it never mapped region 'packet'" in str(caught.value)
+
+
+@pytest.fixture
+def static(tmp_path: Path) -> Path:
+    """A program without a dynamic loader."""
+    source, program = tmp_path / "static.c", tmp_path / "static"
+    source.write_text("int main(void) { return 0; }")
+    done = subprocess.run(
+        ["cc", "-static", "-o", program, source], check=False, capture_output=True
+    )
+    if done.returncode:
+        pytest.skip("no static C library: apt install libc6-dev")
+    return program
+
+
+def test_a_static_program_is_refused(uffd: Harness, region: Region, static: Path) -> None:
+    """A program that loads no library is refused before it starts."""
+    with pytest.raises(NotSupported, match="linked statically"):
+        uffd.program([static], {"AIOUFFD_REGION": region})
+
+
+def test_a_static_program_behind_another_is_found_out(
+    uffd: Harness, region: Region, static: Path
+) -> None:
+    """A program that ran without the harness is an error when it has ended."""
+    script = static.with_name("script")
+    script.write_text(f"#!{static}\n")
+    script.chmod(0o755)
+    with pytest.raises(HarnessError, match="ran without the harness"):
+        uffd.program([script], {"AIOUFFD_REGION": region}).wait()
+
+
+@pytest.mark.root
+def test_a_setuid_program_is_refused(
+    uffd: Harness, region: Region, mapper: str, tmp_path: Path
+) -> None:
+    """A program that runs with other rights loads no library, so it is refused."""
+    program = Path(shutil.copy(mapper, tmp_path))
+    os.chown(program, 65534, 65534)
+    program.chmod(0o755 | stat.S_ISUID)
+    with pytest.raises(NotSupported, match="setuid"):
+        uffd.program([program], {"AIOUFFD_REGION": region})
+
+
+@pytest.mark.parametrize("memory", ["anon", "shmem-private"])
+def test_memory_that_is_not_shared_is_refused(uffd: Harness, memory: str) -> None:
+    """Only memory that a descriptor stands for can be given to a program."""
+    region = uffd.region(1, memory=memory)
+    with pytest.raises(ValueError, match="cannot be given"):
+        uffd.program(["true"], {"AIOUFFD_REGION": region})
+
+
+def test_a_region_of_another_harness_is_refused(uffd: Harness, region: Region) -> None:
+    """A harness watches its own regions only."""
+    with Harness() as other, pytest.raises(ValueError, match="another harness"):
+        other.program(["true"], {"AIOUFFD_REGION": region})
+
+
+# --- ends ----------------------------------------------------------------------------------
+
+
+def test_a_program_that_is_killed_stands_no_more(
+    uffd: Harness, mapper: str, region: Region
+) -> None:
+    """A program can be killed where it stands, and nobody waits for it any more."""
+    with (
+        region.page(0).freeze() as freeze,
+        start(uffd, mapper, region, "map", "load", 1) as program,
+    ):
+        frozen = freeze.wait()
+        program.kill()
+        assert program.wait() == -signal.SIGKILL
+        wait_until(lambda: frozen.released, "the end of its touch")
+        assert freeze.frozen == ()
+
+
+def test_a_program_that_stands_at_the_end_is_an_error(mapper: str) -> None:
+    """A harness that is closed over a standing program kills it and says so."""
+    with pytest.raises(HarnessError, match=r"still stood at packet\[0\]"), Harness() as uffd:
+        region = uffd.region(1, name="packet")
+        region.page(0).slow(10)
+        program = start(uffd, mapper, region, "map", "load", 1)
+        wait_until(uffd.standing, "the program")
+    assert program.returncode == -signal.SIGKILL
+
+
+def test_a_program_that_runs_at_the_end_is_killed(mapper: str) -> None:
+    """A harness leaves no program behind."""
+    with Harness() as uffd:
+        program = start(uffd, mapper, uffd.region(1), "map", "wait")
+        assert repr(program) == f"<Program 'mapper' pid={program.pid} runs>"
+    assert program.returncode == -signal.SIGKILL
+
+
+def test_a_block_that_raises_kills_its_program(uffd: Harness, mapper: str, region: Region) -> None:
+    """A program does not outlive the block of a test that has failed."""
+    with pytest.raises(KeyError), start(uffd, mapper, region, "map", "wait") as program:
+        raise KeyError
+    assert program.returncode == -signal.SIGKILL
+
+
+def test_programs_go_on_without_the_helper(mapper: str) -> None:
+    """When the helper has died a program runs on, but maps no region any more."""
+    uffd = Harness()
+    region = uffd.region(1)
+    with contextlib.suppress(HarnessError), region.page(0).freeze() as freeze:
+        program = start(uffd, mapper, region, "map", "load", 1, "map")
+        freeze.wait()
+        os.kill(uffd.service_pid, signal.SIGKILL)
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"0\n"
+        assert program.stdout.readline().startswith(b"errno ")
+        with pytest.raises(HarnessError, match="has ended"):
+            freeze.wait(timeout=5)
+    uffd.close()
+    program.end()
+
+
+# --- users ---------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_a_program_of_another_user(uffd: Harness, region: Region, mapper: str) -> None:
+    """A program that runs as another user, or becomes one, is watched."""
+    program = start(uffd, mapper, region, "nobody", "map", "wait", "load", PAGE + 1)
+    wait_until(lambda: program.mapped, "a mapping")
+    with region.page(1).freeze() as freeze:
+        assert program.stdin is not None
+        program.stdin.write(b"!")
+        program.stdin.flush()
+        freeze.wait().release()
+        assert said(program) == ["1"]
+
+
+UNPRIVILEGED = """
+import subprocess, sys
+from aiouffd.testing import Harness
+with Harness(timeout=20) as uffd:
+    region = uffd.region(2, contents=bytes(range(256)), name="packet")
+    with region.page(0).freeze(nth=2) as freeze:
+        program = uffd.program(
+            [sys.argv[1], "map", "load", "5", "load", "5"],
+            {"AIOUFFD_REGION": region},
+            stdout=subprocess.PIPE,
+        )
+        frozen = freeze.wait()
+        assert frozen.process == program.pid
+        region.poke(5, b"!")
+        frozen.release()
+        print(program.communicate()[0])
+    print(*uffd.limits, sep="\\n")
+"""
+
+
+@pytest.fixture
+def python() -> str:
+    """A Python that any user may run."""
+    for found in (getattr(sys, "_base_executable", ""), shutil.which("python3", path=os.defpath)):
+        with contextlib.suppress(OSError):
+            command = [found or "", "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+            if subprocess.run(command, check=False, user=65534, group=65534).returncode == 0:
+                return command[0]
+    pytest.skip("no Python 3.11 that other users may run: apt install python3")
+
+
+@pytest.mark.root
+def test_without_privilege(mapper: str, python: str) -> None:
+    """A user without rights freezes the second access of a program of theirs."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copytree(
+            Path(__file__).resolve().parents[2] / "aiouffd",
+            Path(folder, "aiouffd"),
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+        Path(folder, "temporary").mkdir(mode=0o700)
+        os.chown(Path(folder, "temporary"), 65534, 65534)
+        done = subprocess.run(
+            [python, "-c", UNPRIVILEGED, shutil.copy(mapper, folder)],
+            check=False,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            cwd=folder,
+            env={
+                "PATH": os.environ["PATH"],
+                "PYTHONPATH": folder,
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "TMPDIR": str(Path(folder, "temporary")),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("b'5\\n33\\n'\n")
