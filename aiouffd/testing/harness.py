@@ -68,7 +68,8 @@ class Harness:
         regions: Those that are open.
         changed: Notified whenever the helper has told something.
         listeners: Called then, in the porter's thread.
-        stood: Who stood and who waited when an error left a freeze last, a line each.
+        stood: Who stood and who waited, a line each, when an error last left a freeze or the
+            time limit last passed.
 
     Sharing: any thread of the process that made it.
     """
@@ -268,6 +269,10 @@ class Harness:
     # --- what the helper tells ---------------------------------------------------------
 
     def _hear(self, message: Message | None) -> None:
+        if message == ("late",):
+            with contextlib.suppress(Exception):  # the porter has to go on, whatever this finds
+                self._note()
+            return
         with self.changed:
             match message:
                 case None:
@@ -754,7 +759,12 @@ class Harness:
         if self._noted != id(error):  # else it has left a freeze inside this one
             self._noted = id(error)
             with contextlib.suppress(HarnessError, ClosedError):
-                self.stood = waiting.lines(self)
+                self._note()
+
+    def _note(self) -> None:
+        lines = waiting.lines(self)
+        if any(" stands before " in line for line in lines):  # not behind the event
+            self.stood = lines
 
     def account(self, after: int = 0) -> str:
         """Say who did what after the first ``after`` touches, who stands, and what others do.

@@ -206,6 +206,7 @@ class Holder:
         touch.overdue = True
         if not self._dumping:
             self._dumping = True
+            self._tell("late")  # who can still say who waits for whom has until the stacks are read
             self._dump_stacks()
             self._turning.after(_DUMP_NS, self._on_dumped)
 

@@ -15,6 +15,7 @@ BEGINNING = """
     import os
     import signal
     import threading
+    import time
 
     import pytest
 
@@ -85,6 +86,19 @@ def test_a_hung_test_fails_and_the_run_goes_on(run: Run, text: str) -> None:
         ]
     )
     result.stdout.no_re_match_line(r".*(pytest_plugin\.py|per_test\.py|_pytest/)")
+
+
+def test_a_hung_test_is_told_who_waited_for_whom(run: Run) -> None:
+    """As it was at the limit: the test's own thread waited for the one that stood."""
+    result = run((BEGINNING, HUNG["c thread"]), "--uffd-timeout=0.5")
+    result.assert_outcomes(failed=1)
+    result.stdout.re_match_lines(
+        [
+            r".* uffd waits .*",
+            r"(Thread-1.* \(tid \d+\)) stands before its read of uffd_region\[0\]\+0x0, .*",
+            r"MainThread \(tid \d+\) waits for the end of Thread-1.*\(tid \d+\), at .*test_it\.py:",
+        ]
+    )
 
 
 def test_only_the_time_limit_of_the_test_counts(run: Run) -> None:
@@ -300,3 +314,32 @@ def test_the_line_of_the_test_is_shown(run: Run) -> None:
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines([">*freeze.wait(timeout=0.01)", ">*assert_untouched()"])
     result.stdout.no_re_match_line(r".*(freezing\.py|record\.py)")
+
+
+def test_a_hung_test_can_be_interrupted(run: Run) -> None:
+    """Control-C ends the run at once, long before the limit, and fixtures are torn down."""
+    result = run(
+        (
+            BEGINNING,
+            """
+            def interrupt(freeze):
+                frozen = freeze.wait()
+                while frozen.held_by != "trampoline":
+                    time.sleep(0.001)
+                os.kill(os.getpid(), signal.SIGINT)
+
+            @pytest.fixture
+            def after():
+                yield
+                print("torn down")
+
+            def test_hangs(uffd, after, uffd_region):
+                with uffd_region.page(0).freeze() as freeze:
+                    uffd.start(interrupt, freeze)
+                    uffd_region.view[0]
+            """,
+        ),
+        *("-s", "--uffd-timeout=1000"),
+    )
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["*torn down*", "*KeyboardInterrupt*"])
