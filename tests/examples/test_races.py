@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+import lost_push
+from aiouffd.testing import Harness, RaceFound
 from tests.examples.running import run_example
 
 
@@ -24,6 +26,27 @@ def test_the_double_fetch_is_found_every_time() -> None:
     assert runs >= 10_000
     assert seen < runs / 1000
     assert said["parse_repaired by luck"] == [0, runs]
+
+
+def test_the_lost_push_is_found_and_printed_as_a_test() -> None:
+    """Exploring finds an order that loses a push; as a test it fails, and passes the repair."""
+    with Harness() as uffd, pytest.raises(RaceFound, match="1 and 2 were pushed") as found:
+        lost_push.test_no_push_is_lost(uffd, "ring.c")
+    pasted = dict(vars(lost_push))
+    exec(found.value.test, pasted)
+    (test,) = (pasted[name] for name in pasted.keys() - vars(lost_push).keys())
+    for _ in range(10):
+        with Harness() as uffd, pytest.raises(AssertionError, match="1 and 2 were pushed"):
+            test(uffd, "ring.c")
+    with Harness() as uffd:
+        test(uffd, "ring_repaired.c")
+
+
+def test_no_order_loses_a_push_of_the_repaired_ring() -> None:
+    """Exploring the repaired ring goes through every order with two preemptions or fewer."""
+    said = run_example("races/lost_push.py")
+    assert said[-1].startswith("ring_repaired.c: ")
+    assert said[-1].endswith("every order with at most 2 preemptions")
 
 
 @pytest.mark.root
