@@ -609,6 +609,7 @@ class Harness:
 
         Sharing: one call at a time.
         """
+        __tracebackhide__ = True  # pytest shows the test's line, not ours
         from . import interleaving  # only who interleaves pays for it
 
         return interleaving.interleave(self, participants, order, reset=reset, check=check)
@@ -655,6 +656,7 @@ class Harness:
 
         Sharing: one call at a time.
         """
+        __tracebackhide__ = True  # pytest shows the test's line, not ours
         from . import interleaving  # as above
 
         return interleaving.explore(

@@ -349,14 +349,15 @@ class Stage:
 
 
 def _checked(check: Check | None, results: dict[str, Any]) -> None:
+    __tracebackhide__ = True  # pytest shows the test's line, not ours
     if check is None:
         return
     try:
         inspect.signature(check).bind(results)
+        arguments = [results]
     except TypeError:
-        check()
-    else:
-        check(results)
+        arguments = []
+    check(*arguments)  # not above: what it raises would come with that TypeError
 
 
 def interleave(
@@ -368,6 +369,7 @@ def interleave(
     check: Check | None = None,
 ) -> Interleaving:
     """Run threads in one order of their touches; ``Harness.interleave`` has the words."""
+    __tracebackhide__ = True
     strategy = Fixed(order, participants)
     strategy.begin()
     course = Course(participants, strategy)
@@ -393,6 +395,7 @@ def explore(
     caller: FrameType | None = None,
 ) -> Exploration:
     """Run threads in many orders of their touches; ``Harness.explore`` has the words."""
+    __tracebackhide__ = True
     systematic = Systematic(preemptions)
     strategy: Strategy = systematic
     if seed is not None:

@@ -309,11 +309,23 @@ def test_the_line_of_the_test_is_shown(run: Run) -> None:
         def test_asserts(uffd, uffd_region):
             uffd_region.view[0]
             uffd.record_so_far.assert_untouched()
+
+        def test_explores(uffd, uffd_region):
+            def check():
+                assert not uffd_region.view[0]
+            uffd.explore({"one": lambda: uffd_region.poke(0, b"1")}, check=check)
         """
     )
-    result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines([">*freeze.wait(timeout=0.01)", ">*assert_untouched()"])
-    result.stdout.no_re_match_line(r".*(freezing\.py|record\.py)")
+    result.assert_outcomes(failed=3)
+    result.stdout.fnmatch_lines(
+        [
+            ">*freeze.wait(timeout=0.01)",
+            ">*assert_untouched()",
+            ">*assert not uffd_region.view?0?",
+            ">*uffd.explore(*",
+        ]
+    )
+    result.stdout.no_re_match_line(r".*(freezing|record|interleaving|harness|inspect)\.py")
 
 
 def test_a_hung_test_can_be_interrupted(run: Run) -> None:
