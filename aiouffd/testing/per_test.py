@@ -17,7 +17,6 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from ..errors import ClosedError
 from . import waiting
 from .failures import HarnessError
 from .harness import Harness
@@ -33,7 +32,7 @@ SHOWN: Final = 40
 
 #: A thread in what faulthandler writes, and how the harness's own is known.
 _THREAD: Final = re.compile(r"^(?:Current t|T)hread 0x.*\n(?:  .*\n?)*\n?", re.MULTILINE)
-_PORTER: Final = re.compile(r'aiouffd/testing/harness\.py", line \d+ in _carry')
+_PORTER: Final = re.compile(r'aiouffd/testing/helper\.py", line \d+ in _carry')
 #: Lines of a stack that are the same in every test.
 _MACHINERY: Final = re.compile(r'\s*File ".*(/_pytest/|/pluggy/|/pytest/__main__|<frozen runpy>)')
 
@@ -211,12 +210,12 @@ def write(record: Record, files: str) -> None:
 
 def _sections(harness: Harness) -> list[Section]:
     found: list[Section] = []
-    try:
-        harness.check()
-    except HarnessError as error:  # what the test raised was something else, and came first
-        found.append(("uffd harness", _readable(str(error))))
-    except ClosedError:  # by the test; what it has recorded can still be had
-        pass
+    if not harness.closed:  # by the test; then what it has recorded can still be had
+        try:
+            harness.settle()
+            harness.check()
+        except HarnessError as error:  # what the test raised was something else, and came first
+            found.append(("uffd harness", _readable(str(error))))
     try:
         record = harness.record_so_far
         lines = [record.describe(touch) for touch in record[-SHOWN:]]

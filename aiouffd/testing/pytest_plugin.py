@@ -229,8 +229,9 @@ def uffd_region(request: pytest.FixtureRequest, uffd: Harness) -> Region:
 
 def _file_name(nodeid: str) -> str:
     """Make a test's name one that a file may have, and that no other test's has."""
-    name = re.sub(r"[^\w.\[\]=-]+", "-", nodeid)
-    return name if len(name) <= 150 else f"{name[:140]}-{zlib.crc32(nodeid.encode()):08x}"
+    name = re.sub(r"/|::", "-", nodeid)
+    plain = re.sub(r"[^\w.\[\]=-]", "_", name)[:140]
+    return plain if plain == name else f"{plain}-{zlib.crc32(nodeid.encode()):08x}"
 
 
 # --- what is told ----------------------------------------------------------------------
@@ -260,9 +261,9 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.skipped and item.stash.get(_SKIPPED, False):
+    if report.skipped and item.stash.get(_SKIPPED, False) and isinstance(report.longrepr, tuple):
         path, line, _ = item.location  # the test's line says more than the plugin's
-        report.longrepr = (path, (line or 0) + 1, report.longrepr[2])  # type: ignore[index]
+        report.longrepr = (path, (line or 0) + 1, report.longrepr[2])
     harnesses = item.stash.get(_HARNESSES, None)
     if report.failed and harnesses is not None:
         closed = report.when == "teardown"
@@ -270,4 +271,6 @@ def pytest_runtest_makereport(
         if _settings(item).seed is None:
             again = f"--uffd-seed={_run_seed(item.config)}"
             report.sections.append(("uffd seed", f"run again with {again}"))
+    if report.when == "teardown" and harnesses is not None:
+        del item.stash[_HARNESSES]  # items live as long as the run, records need not
     return report

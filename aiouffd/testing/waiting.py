@@ -27,12 +27,7 @@ if TYPE_CHECKING:
     from .touches import Touch
 
 #: Files in whose functions a thread waits, or was started; who called them says more.
-_WAITING: Final = (
-    threading.__file__,
-    Running.result.__code__.co_filename,
-    Freeze.wait.__code__.co_filename,
-    os.path.join(os.path.dirname(__file__), "harness.py"),
-)
+_WAITING: Final = (threading.__file__, os.path.join(os.path.dirname(__file__), ""))
 
 
 def lines(harness: Harness) -> list[str]:
@@ -85,7 +80,7 @@ def _does(frame: FrameType) -> str:
     """Say whom a thread waits for, or else where it is."""
     whom = ""
     at: FrameType | None = frame
-    while at is not None and at.f_code.co_filename in _WAITING:
+    while at is not None and at.f_code.co_filename.startswith(_WAITING):
         whom = _awaited(at) or whom
         at = at.f_back
     if at is None:

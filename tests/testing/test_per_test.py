@@ -22,7 +22,7 @@ nobody released within 1 s, so the harness let go:
 stacks of the test process at that moment:
 Thread 0x00007f41b89276c0 (most recent call first):
   File "/usr/lib/python3.11/socket.py", line 573 in recv_fds
-  File "/x/aiouffd/testing/harness.py", line 372 in _carry
+  File "/x/aiouffd/testing/helper.py", line 372 in _carry
   File "/usr/lib/python3.11/threading.py", line 1002 in _bootstrap
 
 Thread 0x00007f41b89276c1 (most recent call first):

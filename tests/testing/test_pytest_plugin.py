@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -330,22 +331,62 @@ def test_a_failure_says_how_to_repeat_it(run: Run) -> None:
 
 
 def test_the_record_of_each_test(run: Run, pytester: pytest.Pytester) -> None:
-    """``--uffd-record`` writes what each test touched, named like the test."""
+    """``--uffd-record`` writes what each test touched, named like the test, no two alike."""
     result = run(
         """
         import pytest
 
-        @pytest.mark.parametrize("name", ["a b", "c"])
+        @pytest.mark.parametrize("name", ["a_b", "a b", "a-b", "x" * 300, "x" * 301])
         def test_touches(uffd_region, name):
             uffd_region.view[0]
 
         def test_without():
             pass
         """,
-        "--uffd-record=touched",
+        "--uffd-record=touched/here",
     )
-    result.assert_outcomes(passed=3)
-    names = sorted(path.name for path in (pytester.path / "touched").iterdir())
-    assert len([name for name in names if name.endswith(".json")]) == 4
-    assert len(names) in (4, 6)  # pictures, where matplotlib is there
-    assert all("test_touches" in name for name in names)
+    result.assert_outcomes(passed=6)
+    names = {path.name for path in (pytester.path / "touched" / "here").iterdir()}
+    records = {name for name in names if name.endswith(".json") and "perfetto" not in name}
+    assert len(records) == 5
+    assert {"test_it.py-test_touches[a_b].json", "test_it.py-test_touches[a-b].json"} <= records
+    for record in records:
+        name = record.removesuffix(".json")
+        assert f"{name}.perfetto.json" in names
+        assert (f"{name}.png" in names) == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_the_records_folder_in_a_file(run: Run, pytester: pytest.Pytester) -> None:
+    """There it counts from the file's folder, wherever pytest is started."""
+    pytester.makeini("[pytest]\nuffd_record = touched")
+    pytester.mkdir("elsewhere")
+    result = run(
+        """
+        import os
+
+        def test_touches(uffd_region):
+            uffd_region.view[0]
+            os.chdir("elsewhere")
+        """
+    )
+    result.assert_outcomes(passed=1)
+    assert (pytester.path / "touched" / "test_it.py-test_touches.json").exists()
+
+
+def test_harnesses_do_not_outlive_their_tests(run: Run) -> None:
+    """In a run of thousands of tests no record is kept of those that are over."""
+    result = run(
+        """
+        import gc
+
+        from aiouffd.testing import Harness
+
+        def test_first(uffd_region):
+            uffd_region.view[0]
+
+        def test_second():
+            gc.collect()
+            assert not [each for each in gc.get_objects() if isinstance(each, Harness)]
+        """
+    )
+    result.assert_outcomes(passed=2)

@@ -85,7 +85,7 @@ def test_a_hung_test_fails_and_the_run_goes_on(run: Run, text: str) -> None:
             "FAILED test_it.py::test_hangs*",
         ]
     )
-    result.stdout.no_re_match_line(r".*(pytest_plugin\.py|per_test\.py|_pytest/)")
+    result.stdout.no_re_match_line(r".*(pytest_plugin\.py|per_test\.py|_pytest/|_carry)")
 
 
 def test_a_hung_test_is_told_who_waited_for_whom(run: Run) -> None:
