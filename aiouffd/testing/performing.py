@@ -20,6 +20,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Final
 
 from ..errors import ClosedError, RangeGone, TargetGone, UffdError
@@ -215,7 +216,7 @@ class Performer:
             memory.poison(mapping, page, wake=wake)
 
         def heal() -> None:
-            memory.fill(mapping, page, protect=True, wake=True)
+            memory.fill(mapping, page, protect=True, wake=False)
 
         if touch.failing:
             self._let(touch, poison, heal if touch.once else None)
@@ -226,6 +227,15 @@ class Performer:
         self.end(touch)
         if not again:
             self._pass_returning(touch, woken=woken)
+
+    def _safely(self, touch: Standing, after: Callable[[], None]) -> None:
+        """Do what comes after an access; the thread has to be let go of whatever happens."""
+        try:
+            after()
+        except (TargetGone, RangeGone, ProcessLookupError):
+            pass  # its process has ended, or has unmapped the page
+        except (UffdError, OSError) as error:
+            self._tell("trouble", f"page {touch.page} cannot be taken away again: {error}")
 
     def _let(
         self, touch: Standing, let: Callable[[bool], None], after: Callable[[], None] | None
@@ -239,7 +249,7 @@ class Performer:
                     touch.thread,
                     in_call=touch.system_call is not None,
                     let=let,
-                    after=after,
+                    after=None if after is None else partial(self._safely, touch, after),
                 )
                 return False
             except ProcessLookupError:

@@ -7,6 +7,7 @@ Must not know: memory, harnesses.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar, cast
@@ -92,7 +93,8 @@ class Running(Generic[T]):
         ended: asyncio.Future[None] = loop.create_future()
 
         def tell() -> None:
-            loop.call_soon_threadsafe(_end, ended)
+            with contextlib.suppress(RuntimeError):  # the loop was closed under a waiting task
+                loop.call_soon_threadsafe(_end, ended)
 
         with self._changing:
             if not self.done:
