@@ -186,7 +186,7 @@ class Engine:
             where=where,
         )
         for armed in self.armed.values():
-            if armed.rule.fits(region, offset, access, thread):
+            if armed.rule.fits(region, offset, access, thread, system_call):
                 armed.hits += 1
                 _apply(armed, touch)
         touch.outer = self.standing.get((process, thread))

@@ -13,6 +13,7 @@ Laws of this file:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Iterable
@@ -163,6 +164,7 @@ class Freeze:
         access: str = "any",
         *,
         nth: int = 1,
+        mode: str = "any",
         thread: ThreadLike | Iterable[ThreadLike] | None = None,
         every: bool = False,
     ) -> None:
@@ -170,6 +172,7 @@ class Freeze:
         self.place = place
         self._access = access
         self._nth = nth
+        self._mode = mode
         self._thread = thread
         self._every = every
         self._armed: Armed | None = None
@@ -190,7 +193,8 @@ class Freeze:
         """What it waits for, in words."""
         access = {"any": "touch", "read": "read", "write": "write"}.get(self._access, self._access)
         number = "" if self._nth == 1 else f" number {self._nth}"
-        return f"{access}{number} of {self.place.name}"
+        by = {"user": " by the program", "kernel": " by a system call"}.get(self._mode, "")
+        return f"{access}{number}{by} of {self.place.name}"
 
     @property
     def frozen(self) -> tuple[Frozen, ...]:
@@ -207,6 +211,7 @@ class Freeze:
             Kind.FREEZE,
             self.place,
             access=self._access,
+            mode=self._mode,
             thread=self._thread,
             nth=self._nth,
             every=self._every,
@@ -312,7 +317,8 @@ class AsyncFreeze:
         changed = asyncio.Event()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(changed.set)
+            with contextlib.suppress(RuntimeError):  # the loop was closed under a waiting task
+                loop.call_soon_threadsafe(changed.set)
 
         harness.listeners.append(wake)
         try:
@@ -335,6 +341,7 @@ def freeze(
     access: str = "any",
     *,
     nth: int = 1,
+    mode: str = "any",
     thread: ThreadLike | Iterable[ThreadLike] | None = None,
     every: bool = False,
 ) -> Freeze:
@@ -350,4 +357,4 @@ def freeze(
             thread = await frozen_page.wait()
             await thread.release()
     """
-    return Freeze(place, access, nth=nth, thread=thread, every=every)
+    return Freeze(place, access, nth=nth, mode=mode, thread=thread, every=every)

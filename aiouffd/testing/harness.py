@@ -429,6 +429,7 @@ class Harness:
         place: Place,
         *,
         access: str = "any",
+        mode: str = "any",
         thread: ThreadLike | Iterable[ThreadLike] | None = None,
         nth: int = 1,
         every: bool = False,
@@ -439,11 +440,13 @@ class Harness:
         """Have a rule about a place; ``Place`` has a method for each kind.
 
         Raises:
-            ValueError: The access, the number or a thread is not what it should be.
+            ValueError: The access, the mode, the number or a thread is not what it should be.
             NotSupported: It takes seeing touches after the first, which is not possible here.
         """
         if access not in ("any", "read", "write"):
             raise ValueError(f"access is 'any', 'read' or 'write', not {access!r}")
+        if mode not in ("any", "user", "kernel"):
+            raise ValueError(f"mode is 'any', 'user' or 'kernel', not {mode!r}")
         if nth < 1:
             raise ValueError(f"nth counts touches from 1, not {nth}")
         region = place.region
@@ -454,6 +457,7 @@ class Harness:
             start=place.start,
             end=place.end,
             access=access,
+            mode=mode,
             threads=numbers_of(thread),
             nth=nth,
             every=every,
@@ -468,6 +472,7 @@ class Harness:
             and nth == 1
             and not rule.threads
             and access in ("any", "write")
+            and mode == "any"
             and every is (kind is Kind.FAIL)
         ):
             raise NotSupported(

@@ -93,6 +93,7 @@ class Place:
         access: str = "any",
         *,
         nth: int = 1,
+        mode: str = "any",
         thread: ThreadLike | Iterable[ThreadLike] | None = None,
         every: bool = False,
     ) -> Freeze:
@@ -101,6 +102,7 @@ class Place:
         Args:
             access: ``read``, ``write`` or ``any``.
             nth: The how-manieth touch stops; the ones before it pass.
+            mode: ``user``: the program's own touches; ``kernel``: those of system calls.
             thread: Only this thread, or these: a thread id, a threading.Thread or a Running.
             every: Stop each touch from the nth on.  Otherwise who comes while one stands
                 stops too, and after the first release nobody does.
@@ -108,13 +110,14 @@ class Place:
         Returns:
             A context manager; ``with`` arms it, as does ``async with``.
         """
-        return Freeze(self, access, nth=nth, thread=thread, every=every)
+        return Freeze(self, access, nth=nth, mode=mode, thread=thread, every=every)
 
     def slow(
         self,
         latency: float | latencies.Distribution,
         *,
         access: str = "any",
+        mode: str = "any",
         thread: ThreadLike | Iterable[ThreadLike] | None = None,
         every: bool = False,
     ) -> Armed:
@@ -123,6 +126,7 @@ class Place:
         Args:
             latency: Seconds, or a distribution from ``aiouffd.testing.latency``.
             access: ``read``, ``write`` or ``any``.
+            mode: ``user``: the program's own touches; ``kernel``: those of system calls.
             thread: Only these threads.
             every: Each touch, not only each page's first.
         """
@@ -130,6 +134,7 @@ class Place:
             Kind.SLOW,
             self,
             access=access,
+            mode=mode,
             thread=thread,
             every=every,
             latency=latencies.of(latency).to_wire(),
@@ -141,6 +146,7 @@ class Place:
         once: bool = False,
         nth: int = 1,
         access: str = "any",
+        mode: str = "any",
         thread: ThreadLike | Iterable[ThreadLike] | None = None,
     ) -> Armed:
         """Make touches of these bytes fail: SIGBUS for the program, EFAULT for a system call.
@@ -153,16 +159,18 @@ class Place:
             once: Only one touch; the page is whole again after it.
             nth: The how-manieth touch is the first to fail.
             access: ``read``, ``write`` or ``any``.
+            mode: ``user``: the program's own touches; ``kernel``: those of system calls.
             thread: Only these threads.
         """
         return self.region.harness.arm(
-            Kind.FAIL, self, access=access, thread=thread, nth=nth, every=not once
+            Kind.FAIL, self, access=access, mode=mode, thread=thread, nth=nth, every=not once
         )
 
     def change(
         self,
         *values: bytes,
         access: str = "read",
+        mode: str = "any",
         thread: ThreadLike | Iterable[ThreadLike] | None = None,
     ) -> Armed:
         """Have each touch of these bytes find other ones.
@@ -170,6 +178,7 @@ class Place:
         Args:
             values: What the first touch finds, the second, and so on; the last one stays.
             access: Which touches count: ``read``, ``write`` or ``any``.
+            mode: ``user``: the program's own touches; ``kernel``: those of system calls.
             thread: Only these threads' touches.
 
         Raises:
@@ -186,7 +195,12 @@ class Place:
                 " give the part on one page"
             )
         return self.region.harness.arm(
-            Kind.CHANGE, self, access=access, thread=thread, values=tuple(map(bytes, values))
+            Kind.CHANGE,
+            self,
+            access=access,
+            mode=mode,
+            thread=thread,
+            values=tuple(map(bytes, values)),
         )
 
     def peek(self) -> bytes:

@@ -37,6 +37,7 @@ class Rule:
         start: Offset of its first byte.
         end: Offset one past its last byte.
         access: ``read``, ``write`` or ``any``.
+        mode: ``user``: the program itself; ``kernel``: a system call; or ``any``.
         threads: Only these threads; all if empty.
         nth: Touches before the n-th do not count.
         every: Not once, but each time.
@@ -50,18 +51,22 @@ class Rule:
     start: int
     end: int
     access: str = "any"
+    mode: str = "any"
     threads: frozenset[int] = frozenset()
     nth: int = 1
     every: bool = False
     latency: tuple[Any, ...] = ()
     values: tuple[bytes, ...] = ()
 
-    def fits(self, region: int, offset: int, access: str, thread: int) -> bool:
+    def fits(
+        self, region: int, offset: int, access: str, thread: int, system_call: int | None
+    ) -> bool:
         """Say whether a touch is of these bytes, of this kind, by one of these threads."""
         return (
             region == self.region
             and self.start <= offset < self.end
             and self.access in ("any", access)
+            and self.mode in ("any", "user" if system_call is None else "kernel")
             and (not self.threads or thread in self.threads)
         )
 
@@ -78,6 +83,7 @@ class Rule:
             self.start,
             self.end,
             self.access,
+            self.mode,
             tuple(self.threads),
             self.nth,
             self.every,
@@ -88,7 +94,9 @@ class Rule:
     @classmethod
     def from_wire(cls, fields: tuple[Any, ...]) -> Rule:
         """Read what ``to_wire`` wrote."""
-        number, kind, region, start, end, access, threads, nth, every, latency, values = fields
+        number, kind, region, start, end, access, mode, threads, nth, every, latency, values = (
+            fields
+        )
         return cls(
             number=number,
             kind=Kind(kind),
@@ -96,6 +104,7 @@ class Rule:
             start=start,
             end=end,
             access=access,
+            mode=mode,
             threads=frozenset(threads),
             nth=nth,
             every=every,

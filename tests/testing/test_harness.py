@@ -420,6 +420,26 @@ def test_a_system_call_finds_other_bytes(
     assert os.read(pipe[0], 10) == b"evil"
 
 
+@pytest.mark.root
+def test_only_system_calls_count(
+    uffd: Harness, library: ctypes.CDLL, pipe: tuple[int, int]
+) -> None:
+    """With mode="kernel" the program's own touches neither count nor change; the kernel's do."""
+    region = uffd.region(1, contents=b"good")
+    with (
+        region.at(0, 4).change(b"evil", mode="kernel"),
+        region.page(0).freeze(mode="kernel") as freeze,
+    ):
+        for _ in range(3):
+            assert uffd.start(library.load, region.pointer()).result() == ord("g")
+        running = uffd.start(library.write_out, pipe[1], region.pointer(), 4)
+        frozen = freeze.wait()
+        assert frozen.touch.system_call is not None
+        frozen.release()
+        assert running.result() == 4
+    assert os.read(pipe[0], 10) == b"evil"
+
+
 # --- regions -------------------------------------------------------------------------------
 
 
@@ -460,6 +480,7 @@ def test_places_outside_are_refused(uffd: Harness, offset: int, length: int) -> 
     ("bad", "words"),
     [
         (lambda region: region.page(0).freeze("touch").__enter__(), "access is 'any'"),
+        (lambda region: region.page(0).fail(mode="driver"), "mode is 'any'"),
         (lambda region: region.page(0).freeze(nth=0).__enter__(), "nth counts touches from 1"),
         (lambda region: region.page(0).freeze(thread=()).__enter__(), "empty list of threads"),
         (lambda region: region.at(0, 2).change(b"abc"), "longer than the 2 bytes"),
