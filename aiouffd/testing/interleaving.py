@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from ..errors import UffdError
 from .ahead import Ahead
 from .channel import pair
 from .failures import HarnessError
@@ -32,6 +31,7 @@ from .rules import Kind
 from .schedules import (
     ENDED,
     Course,
+    Deadlock,
     Endless,
     Move,
     Order,
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 _PATIENCE: Final = 0.25
 #: Seconds that participants have to end after a run that was broken off.
 _FAREWELL: Final = 1.0
-#: Of the harness's time limit, what a plan may take: we speak before the helper does.
-_SHARE: Final = 0.8
+#: Of the harness's time limit, what a move may take twice: we speak before the helper does.
+_SHARE: Final = 0.4
 
 Participants = Mapping[str, Callable[[], object]]
 Check = Callable[..., object]
@@ -256,15 +256,14 @@ class Stage:
                 if each.thread.is_alive():  # the memory has to stay for it
                     self._harness._stuck.append(each.thread.is_alive)
 
-    def run(self, course: Course) -> dict[str, Any]:
+    def run(self, course: Course) -> tuple[dict[str, Any], BaseException | None]:
         """Let everybody run to the end.
 
         Returns:
-            What each returned.
+            What each returned, and what the first one raised that did.
 
         Raises:
             Deadlock, Endless: The run has no end.
-            BaseException: What a participant raised, the first of them.
         """
         for each in self._all.values():
             each.make_ready()
@@ -280,18 +279,17 @@ class Stage:
             moves = self._follow(course, order, course.ahead())
             order = "go"
             for tid, came in moves:
-                if tid and course.choose() != self._names[tid]:
-                    raise HarnessError(f"{self._names[tid]} went out of turn")
+                chosen = course.choose() if tid else None
+                assert chosen is None or chosen == self._names[tid], "the plan was another"
                 self._apply(course, came)
             if not moves and (name := course.choose()) is not None:
                 for _, came in self._follow(course, order, Ahead([name], [], stay=False)):
                     self._apply(course, came)
         errors = [each.error for each in self._all.values() if each.error is not None]
-        if errors:
-            for other in errors[1:]:
-                errors[0].add_note(f"another participant raised {_said(other)}")
-            raise errors[0]
-        return {name: each.result for name, each in self._all.items()}
+        for other in errors[1:]:
+            errors[0].add_note(f"another participant raised {_said(other)}")
+        results = {name: each.result for name, each in self._all.items()}
+        return results, errors[0] if errors else None
 
     def _wait_for_somebody(self, course: Course) -> None:
         """Before a deadlock is called one, give who is blocked the time to go on by itself."""
@@ -309,17 +307,19 @@ class Stage:
         """Have a plan followed; give who went in turn, and where everybody came to."""
         by_tid = plan.renamed(lambda name: self._all[name].tid)
         self._asking.send((order, *by_tid.to_wire()))
-        try:
-            received = self._asking.receive()
-        except TimeoutError:
-            self._asking.send(("stop",))
-            received = self._asking.receive()
-            if received is not None:
-                self._give_up(course, received[0][1])
+        received = None
+        for word in ("enough", "stop", ""):  # after this move; at once
+            try:
+                received = self._asking.receive()
+                break
+            except TimeoutError:
+                self._asking.send((word,))
         if received is None:
             self._harness.check()
             raise HarnessError("the helper process has ended in the middle of a run")
         moves: list[tuple[int, list[tuple[int, tuple[Any, ...], str]]]] = received[0][1]
+        if moves and not moves[-1][1]:
+            self._give_up(course, moves)
         return moves
 
     def _give_up(self, course: Course, moves: list[Any]) -> None:
@@ -328,9 +328,9 @@ class Stage:
             if tid and (not course.moves or course.moves[-1].after is not None):
                 course.choose()
             self._apply(course, came)
-        name = self._names[moves[-1][0]] if moves else "nobody"
+        seconds = self._harness.timeout * _SHARE * 2
         raise Endless(
-            f"{name} has run for {self._harness.timeout * _SHARE:g} s and has neither touched"
+            f"{self._names[moves[-1][0]]} has run for {seconds:g} s and has neither touched"
             " memory that is watched, nor ended, nor waited for anybody"
         )
 
@@ -348,16 +348,26 @@ class Stage:
             course.came(participant.name, position)
 
 
-def _checked(check: Check | None, results: dict[str, Any]) -> None:
+def _checked(check: Check | None, results: dict[str, Any]) -> BaseException | None:
+    """Call a check; give what it finds wrong."""
     __tracebackhide__ = True  # pytest shows the test's line, not ours
     if check is None:
-        return
+        return None
     try:
         inspect.signature(check).bind(results)
         arguments = [results]
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: what it takes is not known
         arguments = []
-    check(*arguments)  # not above: what it raises would come with that TypeError
+    try:
+        check(*arguments)
+    except HarnessError:
+        raise
+    except BaseException as error:
+        # pytest.fail() raises what is no Exception; so does what has to end everything.
+        if isinstance(error, Exception) or type(error).__name__ == "Failed":
+            return error
+        raise
+    return None
 
 
 def interleave(
@@ -376,9 +386,12 @@ def interleave(
     with Stage(harness, participants) as stage:
         if reset is not None:
             reset()
-        results = stage.run(course)
-        strategy.end(course)
-        _checked(check, results)
+        results, error = stage.run(course)
+        if error is None:
+            strategy.end(course)
+            error = _checked(check, results)
+        if error is not None:
+            raise error
     return Interleaving(order_of(course.moves), course.moves, results)
 
 
@@ -410,12 +423,15 @@ def explore(
             course = Course(participants, strategy)
             if reset is not None:
                 reset()
+            error: BaseException | None
             try:
-                results = stage.run(course)
-                _checked(check, results)
-            except UffdError:  # the harness, or an order that cannot be: no race
-                raise
-            except Exception as error:
+                results, error = stage.run(course)
+                error = error or _checked(check, results)
+            except (Deadlock, Endless) as no_end:
+                error = no_end
+            if isinstance(error, HarnessError):
+                raise error
+            if error is not None:
                 source, place = _call_of(caller)
                 test = as_test(course.moves, why=_said(error), source=source, place=place)
                 raise RaceFound(course.moves, error, count, seed, test) from error

@@ -209,6 +209,8 @@ class Participants:
                 self._follow(plan)
             case (("go", *plan), _):
                 self._follow(plan)
+            case (("enough",), _) if self._plan is not None:
+                self._plan.most = 0
             case (("stop",), _) if self._plan is not None:
                 self._answer()
         return True

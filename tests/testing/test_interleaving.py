@@ -523,6 +523,86 @@ def test_one_call_at_a_time(counter: Counter, library: ctypes.CDLL) -> None:
     run()
 
 
+def test_a_check_that_calls_fail(counter: Counter, library: ctypes.CDLL) -> None:
+    """pytest.fail() is a find, though what it raises is no Exception; pytest.skip() is none."""
+    both = counter.both(library.add)
+    with pytest.raises(RaceFound, match="Failed: wrong"):
+        counter.uffd.explore(both, check=lambda: pytest.fail("wrong"))
+    with pytest.raises(pytest.skip.Exception):
+        counter.uffd.explore(both, check=lambda: pytest.skip("not here"))
+
+
+def test_a_participant_that_exits(counter: Counter) -> None:
+    """Whatever a participant raises is a find; errors of the harness itself are not."""
+    with pytest.raises(RaceFound, match="SystemExit: 3"):
+        counter.uffd.explore({"a": lambda: sys.exit(3), "b": lambda: None})
+    trouble = HarnessError("trouble")
+
+    def fail() -> None:
+        raise trouble
+
+    with pytest.raises(HarnessError, match="trouble"):
+        counter.uffd.explore({"a": fail, "b": lambda: None})
+    with pytest.raises(HarnessError, match="trouble"):
+        counter.uffd.explore({"a": lambda: None, "b": lambda: None}, check=fail)
+
+
+def test_looking_at_the_memory_itself(counter: Counter, library: ctypes.CDLL) -> None:
+    """Reset and check may touch the region as any code does: it is nobody's turn then."""
+    view = counter.region.view
+
+    def reset() -> None:
+        view[:8] = bytes(8)
+
+    def check() -> None:
+        assert view[0] == 2
+
+    found = counter.uffd.explore(
+        counter.both(library.add_locked), reset=reset, check=check, preemptions=None
+    )
+    assert (found.orders, found.touches) == (6, 24)
+    view.release()
+
+
+@pytest.mark.parametrize("settings", [{"user_mode_only": True}, {"backend": "trampoline"}])
+def test_other_harnesses(library: ctypes.CDLL, settings: dict[str, object]) -> None:
+    """Without privilege, and with every thread in the trampoline, the orders are the same."""
+    with Harness(timeout=20, **settings) as uffd:  # type: ignore[arg-type]
+        counter = Counter(uffd)
+        found = uffd.explore(counter.both(library.add), reset=counter.reset, preemptions=None)
+        assert (found.orders, found.touches) == (20, 80)
+
+
+def test_moves_that_take_long(library: ctypes.CDLL) -> None:
+    """The time limit is for one move, not for all of them."""
+
+    def slowly() -> None:
+        for _ in range(5):
+            library.set(number.pointer)
+            time.sleep(0.15)
+
+    with Harness(timeout=1) as uffd:
+        number = Counter(uffd)
+        done = uffd.interleave({"a": slowly}, [("a", END)])
+        assert done.order == [("a", END)]
+        assert len(done.moves) == 6
+
+
+def test_a_call_whose_source_is_not_known(counter: Counter, library: ctypes.CDLL) -> None:
+    """The test that is printed then has names to fill in."""
+    code = "explore(both, reset=reset, check=check)"
+    names = {
+        "explore": counter.uffd.explore,
+        "both": counter.both(library.add),
+        "reset": counter.reset,
+        "check": counter.check,
+    }
+    with pytest.raises(RaceFound) as raised:
+        exec(code, names)
+    assert "\ndef test_order_" in raised.value.test
+    assert '{"a": a, "b": b}' in raised.value.test
+
+
 # --- the harness ends --------------------------------------------------------------------
 
 
