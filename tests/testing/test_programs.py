@@ -10,8 +10,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pytest
 from aiouffd import NotSupported
 from aiouffd.testing import FreezeTimeout, Harness, HarnessError, Region
 from aiouffd.testing.programs import Program
+from tests import unprivileged
 from tests.native import build
 from tests.targets import wait_until
 
@@ -466,45 +465,7 @@ with Harness(timeout=20) as uffd:
 """
 
 
-@pytest.fixture
-def python() -> str:
-    """A Python that any user may run."""
-    for found in (getattr(sys, "_base_executable", ""), shutil.which("python3", path=os.defpath)):
-        with contextlib.suppress(OSError):
-            command = [found or "", "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
-            if subprocess.run(command, check=False, user=65534, group=65534).returncode == 0:
-                return command[0]
-    pytest.skip("no Python 3.11 that other users may run: apt install python3")
-
-
 @pytest.mark.root
-def test_without_privilege(mapper: str, python: str) -> None:
+def test_without_privilege(mapper: str) -> None:
     """A user without rights freezes the second access of a program of theirs."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        shutil.copytree(
-            Path(__file__).resolve().parents[2] / "aiouffd",
-            Path(folder, "aiouffd"),
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
-        Path(folder, "temporary").mkdir(mode=0o700)
-        os.chown(Path(folder, "temporary"), 65534, 65534)
-        done = subprocess.run(
-            [python, "-c", UNPRIVILEGED, shutil.copy(mapper, folder)],
-            check=False,
-            user=65534,
-            group=65534,
-            extra_groups=[],
-            cwd=folder,
-            env={
-                "PATH": os.environ["PATH"],
-                "PYTHONPATH": folder,
-                "PYTHONDONTWRITEBYTECODE": "1",
-                "TMPDIR": str(Path(folder, "temporary")),
-            },
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("b'5\\n33\\n'\n")
+    assert unprivileged.run(UNPRIVILEGED, mapper).startswith("b'5\\n33\\n'\n")
