@@ -19,7 +19,7 @@ Laws of this file:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -89,12 +89,22 @@ class Standing:
 
 @dataclass(slots=True)
 class Armed:
-    """A rule and how far it has come."""
+    """A rule and how far it has come.
+
+    Attributes:
+        rule: The rule.
+        hits: Touches that it has fitted.
+        fired: It has done what it does once.
+        spent: It stops nobody any more.
+        idle: The threads that it is about make no touches now.
+        slowed: Pages that it has slowed down.
+    """
 
     rule: Rule
     hits: int = 0
     fired: bool = False
     spent: bool = False
+    idle: bool = False
     slowed: set[int] = field(default_factory=set)
 
 
@@ -135,6 +145,16 @@ class Engine:
     def arm(self, rule: Rule) -> None:
         """Have a rule from now on."""
         self.armed[rule.number] = Armed(rule)
+
+    def set_idle(self, threads: Container[int], *, idle: bool) -> None:
+        """Note that these threads make no touches for a while, or that they do again.
+
+        Meanwhile what others touch need not be taken away again for the sake of rules that are
+        about these threads only.
+        """
+        for armed in self.armed.values():
+            if armed.rule.threads and all(each in threads for each in armed.rule.threads):
+                armed.idle = idle
 
     def disarm(self, number: int) -> list[Standing]:
         """Drop a rule.
@@ -300,6 +320,8 @@ def _apply(armed: Armed, touch: Standing) -> None:
 def _waits(armed: Armed, access: str) -> bool:
     """Say whether a rule waits for touches that a page which is there would not show."""
     rule = armed.rule
+    if armed.idle:
+        return False
     if rule.access == "write" and access == "read":
         return False  # the page is filled write-protected: the write will show
     match rule.kind:

@@ -265,6 +265,8 @@ class Stage:
         Raises:
             Deadlock, Endless: The run has no end.
         """
+        for region in self._harness.regions:  # what reset and check have touched is seen again
+            region.rearm()
         for each in self._all.values():
             each.make_ready()
         order = "run"

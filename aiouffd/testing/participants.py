@@ -205,6 +205,7 @@ class Participants:
             case (("run", *plan), _):
                 for each in self._all.values():
                     each.state = State.WAITING
+                self._engine.set_idle(self._all, idle=False)
                 self._came = []
                 self._follow(plan)
             case (("go", *plan), _):
@@ -277,6 +278,8 @@ class Participants:
 
     def _answer(self) -> None:
         self._plan = None
+        if all(each.state is State.ENDED for each in self._all.values()):
+            self._engine.set_idle(self._all, idle=True)
         self._move += 1
         self._ask()  # who hears the answer needs the GIL
         try:
