@@ -261,8 +261,9 @@ class Programs:
                 *map(_described, {region.number: region for region in regions.values()}.values()),
             ]
         )
-        # After what is there: a sanitizer's library wants to be the first.
-        around["LD_PRELOAD"] = " ".join(filter(None, (around.get("LD_PRELOAD"), library())))
+        _append(around, "LD_PRELOAD", " ", library())
+        # Else AddressSanitizer ends a program that loads any library before its own.
+        _append(around, "ASAN_OPTIONS", ":", "verify_asan_link_order=0")
         for variable, region in regions.items():
             around[variable] = str(region.memfd)
         self._harness.order("program", number, key)
@@ -312,6 +313,11 @@ class Programs:
         """Say in lines what the programs do; for the texts of errors."""
         lines = [line for program in self._programs for line in program.account()]
         return ["programs:", *lines] if lines else []
+
+
+def _append(environment: dict[str, str], name: str, separator: str, value: str) -> None:
+    before = environment.get(name)
+    environment[name] = f"{before}{separator}{value}" if before else value
 
 
 def _described(region: Region) -> str:

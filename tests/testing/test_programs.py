@@ -200,6 +200,19 @@ def test_without_privilege_a_child_of_a_program_has_no_region(mapper: str) -> No
         assert said(program) == ["1", str(-signal.SIGSEGV)]
 
 
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_a_program_with_a_sanitizer_is_watched(
+    uffd: Harness, region: Region, sanitizer: str
+) -> None:
+    """Sanitizers stand before mmap themselves; both are heard."""
+    source = Path(__file__).with_name("mapper.c")
+    program = str(build(source, library=False, sanitizer=sanitizer))
+    with region.page(1).freeze() as freeze:
+        started = start(uffd, program, region, "map", "load", PAGE + 7)
+        freeze.wait().release()
+        assert said(started) == ["7"]
+
+
 # --- what a program does with its mapping --------------------------------------------------
 
 
