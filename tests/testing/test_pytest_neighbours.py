@@ -129,6 +129,7 @@ def test_a_hung_loop_fails_its_test(run: Run, pytester: pytest.Pytester, loop: s
 
 def test_xdist(run: Run, pytester: pytest.Pytester) -> None:
     """Workers share the run's seed, and their tests' reports and records arrive as without."""
+    pytester.makepyfile(matplotlib="raise ImportError")  # which would take longer than all else
     result = run(
         """
         import os

@@ -336,7 +336,7 @@ def test_the_record_of_each_test(run: Run, pytester: pytest.Pytester) -> None:
         """
         import pytest
 
-        @pytest.mark.parametrize("name", ["a_b", "a b", "a-b", "x" * 300, "x" * 301])
+        @pytest.mark.parametrize("name", ["a_b", "a b", "x" * 300, "x" * 301])
         def test_touches(uffd_region, name):
             uffd_region.view[0]
 
@@ -345,11 +345,11 @@ def test_the_record_of_each_test(run: Run, pytester: pytest.Pytester) -> None:
         """,
         "--uffd-record=touched/here",
     )
-    result.assert_outcomes(passed=6)
+    result.assert_outcomes(passed=5)
     names = {path.name for path in (pytester.path / "touched" / "here").iterdir()}
     records = {name for name in names if name.endswith(".json") and "perfetto" not in name}
-    assert len(records) == 5
-    assert {"test_it.py-test_touches[a_b].json", "test_it.py-test_touches[a-b].json"} <= records
+    assert len(records) == 4
+    assert "test_it.py-test_touches[a_b].json" in records
     for record in records:
         name = record.removesuffix(".json")
         assert f"{name}.perfetto.json" in names
@@ -357,9 +357,10 @@ def test_the_record_of_each_test(run: Run, pytester: pytest.Pytester) -> None:
 
 
 def test_the_records_folder_in_a_file(run: Run, pytester: pytest.Pytester) -> None:
-    """There it counts from the file's folder, wherever pytest is started."""
+    """There it counts from the file's folder; without matplotlib there is no picture."""
     pytester.makeini("[pytest]\nuffd_record = touched")
     pytester.mkdir("elsewhere")
+    pytester.makepyfile(matplotlib="raise ImportError")
     result = run(
         """
         import os
@@ -370,7 +371,8 @@ def test_the_records_folder_in_a_file(run: Run, pytester: pytest.Pytester) -> No
         """
     )
     result.assert_outcomes(passed=1)
-    assert (pytester.path / "touched" / "test_it.py-test_touches.json").exists()
+    names = {path.name for path in (pytester.path / "touched").iterdir()}
+    assert names == {f"test_it.py-test_touches{end}.json" for end in ("", ".perfetto")}
 
 
 def test_harnesses_do_not_outlive_their_tests(run: Run) -> None:

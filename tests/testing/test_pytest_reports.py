@@ -45,6 +45,12 @@ HUNG = {
             with uffd_region.page(0).freeze():
                 uffd_region.view[0]
     """,
+    "python with the gil": """
+        @pytest.mark.uffd(backend="process")
+        def test_hangs(uffd_region):
+            with uffd_region.page(0).freeze():
+                uffd_region.view[0]
+    """,
     "python thread": """
         def test_hangs(uffd_region):
             with uffd_region.page(0).freeze():
