@@ -57,6 +57,7 @@ class Standing:
         going: It was let go; what remains is up to its thread.
         overdue: Nobody released it in time.
         outer: The touch at which the thread stood when a signal handler of its made this one.
+        told: The test process knows that its thread stands, and is to hear when it goes on.
         outcome: What became of it.
     """
 
@@ -83,6 +84,7 @@ class Standing:
     parks: int = 0
     going: bool = False
     overdue: bool = False
+    told: bool = False
     outer: Standing | None = None
     outcome: str = ""
 

@@ -109,6 +109,7 @@ class Holder:
         if self.participants is not None and touch.thread in self.participants:
             self._hold_participant(touch, self.participants)
             return
+        touch.told = True
         self._tell("frozen", touch.freeze, wire(touch, time.monotonic_ns()))
         self._turning.after(self.timeout_ns, lambda: self.on_limit(touch))
         if (

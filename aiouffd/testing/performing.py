@@ -19,7 +19,7 @@ import mmap
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -43,7 +43,6 @@ class Performer:
     Attributes:
         cannot_step: Why threads cannot be stepped over here; None if they can.
         stepper: Those that are being stepped over.
-        untold: Threads of whose touches the test process need not hear that they are over.
 
     Sharing: one thread, the one that made it.
     """
@@ -69,7 +68,6 @@ class Performer:
         """
         self.cannot_step = tracing.can_trace()
         self.stepper = Stepper()
-        self.untold: Container[int] = ()
         self._engine = engine
         self._turning = turning
         self._tell = tell
@@ -129,7 +127,7 @@ class Performer:
         touch.returning = False
         outcome = touch.outcome or _outcome(touch)
         self._engine.end(touch, outcome, time.monotonic_ns())
-        if touch.thread not in self.untold:
+        if touch.told:
             self._tell("ended", touch.number, outcome)
         outer = touch.outer
         if outer is not None and outer.going and self._engine.is_innermost(outer):

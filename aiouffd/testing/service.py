@@ -365,7 +365,7 @@ class Service:
         if holder.participants is not None:
             channel.close()
             raise ValueError("interleave() and explore() run one call at a time")
-        holder.participants = self._performer.untold = participants = Participants(
+        holder.participants = participants = Participants(
             channel,
             self._process,
             beside,
@@ -385,7 +385,7 @@ class Service:
 
     def _on_plan(self, holder: Holder, participants: Participants) -> None:
         if not participants.on_message():
-            holder.participants, self._performer.untold = None, ()
+            holder.participants = None
             self._turning.forget(participants.channel.fileno())
             participants.close()
 
