@@ -220,10 +220,9 @@ class Memory:
         size = self.page_size
         if page not in contents.present:
             data = contents.store.get(page) or bytes(size)
-            if self._patiently(lambda: uffd.copy(address, data, wake=False, protect=protect)):
+            if self._patiently(lambda: uffd.copy(address, data, wake=wake, protect=protect)):
                 contents.present.add(page)
                 contents.store.pop(page, None)
-                self._wake(mapping, page, wake)
                 return
             # Somebody else's bytes are there: a write from outside, through the memfd.
             contents.present.add(page)
@@ -231,13 +230,11 @@ class Memory:
         if self.shared:
             with contextlib.suppress(ResolutionRefused):  # EFAULT: given back; zero follows
                 if self._patiently(
-                    lambda: uffd.continue_(address, size, wake=False, protect=protect)
+                    lambda: uffd.continue_(address, size, wake=wake, protect=protect)
                 ):
-                    self._wake(mapping, page, wake)
                     return
         # Mapped already, or given back by the program.
-        if self._patiently(lambda: uffd.copy(address, bytes(size), wake=False, protect=protect)):
-            self._wake(mapping, page, wake)
+        if self._patiently(lambda: uffd.copy(address, bytes(size), wake=wake, protect=protect)):
             return
         if not protect:
             self._unprotect(mapping, page)

@@ -33,7 +33,6 @@ from typing import Any, Final
 from ..errors import RangeGone, ResolutionRefused, UffdError
 from ..events import WP, WRITE, RawFault
 from ..fds import OwnedFd
-from ..kernel import tracing
 from ..uffd import Mode, Userfaultfd
 from . import latency
 from .announcements import Announcement, Announcements
@@ -46,7 +45,7 @@ from .performing import Performer
 from .rules import Rule
 from .turning import Teller, Turning
 from .watching import Source, Watch
-from .where import Places
+from .where import Calls, Places
 
 _TOUCHES: Final = 500  # in one message
 
@@ -71,6 +70,7 @@ class Service:
         self._turning = Turning()
         self._tell = Teller(events, self._turning)
         self._engine = Engine()
+        self._calls = Calls()
         self._places = Places()
         self._random = random.Random()  # noqa: S311 - latencies are no secrets
         self._watch = Watch(self._turning, self._on_gone)
@@ -138,6 +138,7 @@ class Service:
         self._watch.close()
         self._announcements.close()
         self._performer.close()
+        self._calls.close()
         if self._holder is not None:
             if self._holder.participants is not None:
                 self._holder.participants.close()
@@ -438,10 +439,7 @@ class Service:
                 return
             if not standing.parked and standing.page in standing.mapping.contents.present:
                 self._performer.end(standing)  # its page came for somebody else: it went on
-        try:
-            system_call, pc = tracing.in_system_call(source.process, thread)
-        except OSError:
-            system_call, pc = None, 0
+        system_call, pc = self._calls.find(source.process, thread)
         touch = self._engine.arrive(
             process=source.process,
             thread=thread,

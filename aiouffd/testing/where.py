@@ -1,6 +1,6 @@
-"""Which file's code stands at an address of a process: ``libparse.so+0x1139``.
+"""Where a thread stands: in which system call, and in which file's code: ``libparse.so+0x1139``.
 
-Knows: the executable mappings of /proc/PID/maps.
+Knows: a thread's file in /proc that says so, the executable mappings of /proc/PID/maps.
 Must not know: symbols; ``addr2line -e FILE OFFSET`` has those.
 """
 
@@ -8,9 +8,43 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from contextlib import suppress
 from typing import Final
 
-_AT_MOST: Final = 64  # processes whose maps are kept
+from ..kernel import tracing
+
+_AT_MOST: Final = 64  # processes whose maps are kept, threads whose files are
+
+
+class Calls:
+    """Which system calls threads are in; their files are kept open, for each touch asks.
+
+    Sharing: one thread.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no thread known."""
+        self._files: dict[tuple[int, int], int] = {}
+
+    def find(self, process: int, thread: int) -> tuple[int | None, int]:
+        """Give a thread's system call or None, and its program counter; 0 if not known."""
+        key = process, thread
+        try:
+            if (file := self._files.get(key)) is not None:
+                with suppress(ProcessLookupError):
+                    return tracing.read_call_file(file)
+                os.close(self._files.pop(key))  # of a thread that had the number before
+            if len(self._files) >= _AT_MOST:
+                self.close()
+            self._files[key] = file = tracing.open_call_file(process, thread)
+            return tracing.read_call_file(file)
+        except OSError:
+            return None, 0
+
+    def close(self) -> None:
+        """Close what it looks with."""
+        while self._files:
+            os.close(self._files.popitem()[1])
 
 
 class Places:
