@@ -60,9 +60,9 @@ _WALL: Final = 0x40000000  # before Linux 4.7 it takes this for threads that are
 SIGTRAP: Final = 5
 
 SECOND: Final = 1_000_000_000
-# A step takes about ten microseconds, a waitpid one: ask again and again at first, then let
-# others run, then sleep, for who has not stopped by now waits for a CPU or for a disk.
-_SPINS: Final = 32
+# A step takes about ten microseconds, a look one or two: ask again and again at first, but not
+# for long, since it may be our CPU that the thread waits for; then let others run, then sleep.
+_SPINS: Final = 8
 _YIELDS: Final = 32
 _NAP: Final = 0.000_1
 
