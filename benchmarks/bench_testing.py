@@ -1,4 +1,4 @@
-"""The test harness: stopping a thread, recording its touches, starting at all, against C.
+"""The test harness: stopping threads, recording, exploring, starting at all, against C.
 
 Knows: the cases and their targets.
 Must not know: how a touch is timed.
@@ -13,7 +13,16 @@ from collections.abc import Callable, Mapping
 
 from .build import compile_c
 from .contest import alone, loops
-from .figures import Figure, Sample, Settings, interleave, main, microseconds, milliseconds
+from .figures import (
+    Figure,
+    Sample,
+    Settings,
+    faults_per_second,
+    interleave,
+    main,
+    microseconds,
+    milliseconds,
+)
 
 #: Results of a contestant: a number for each round, by what was measured.
 Results = Mapping[str, Mapping[str, list[float]]]
@@ -27,13 +36,23 @@ _FREEZES = {
     "freeze-trampoline": 'Python thread, backend="trampoline"',
 }
 _WALKS = {
-    "walk": "first touch of a page",
-    "every": "each touch, every=True",
+    "walk": ("first touch of a page", "floor walk"),
+    "every": ("each touch, every=True", "floor step"),
 }
 _ROUND_TRIP = (
     "One round trip: the thread touches, wait() returns, release() is called, the touch is made."
     " The floor is the same between three C threads: who touches, who decides, and in another"
     " process who serves (poll, read, UFFDIO_COPY)."
+)
+
+
+_STEP = (
+    "Stepped over, a thread makes its touch and nothing else, and the page is taken away again."
+    " The floor does that with ptrace in C."
+)
+_EXPLORING = (
+    "Explored: two threads of C that increment a counter three times each, twelve touches an"
+    " order, one page; each order begins with a reset of the counter."
 )
 
 
@@ -43,6 +62,7 @@ def measure(settings: Settings) -> list[Figure]:
     freezes = str(max(20, settings.faults // 20))
     walk = str(settings.faults)
     steps = str(max(20, settings.faults // 10))
+    orders = str(min(500, max(5, settings.faults // 64)))
     times = str(max(2, min(20, settings.faults // 32)))
     floor = str(compile_c("harness_floor.c"))
     touching = [sys.executable, "-m", "benchmarks.harness_touching"]
@@ -50,10 +70,12 @@ def measure(settings: Settings) -> list[Figure]:
     commands = {
         "floor freeze": [floor, "freeze", cpu, freezes],
         "floor walk": [floor, "walk", cpu, walk],
+        "floor step": [floor, "step", cpu, steps],
         "plain": [floor, "plain", cpu, walk],
         **{how: [*touching, how, cpu, freezes] for how in _freezes()},
         "walk": [*touching, "walk", cpu, walk],
         "every": [*touching, "every", cpu, steps],
+        "explore": [*touching, "explore", cpu, orders],
         **{
             what: [*starting, what, cpu, times]
             for what in ("start", "interpreter", "import", "with", "without")
@@ -63,7 +85,12 @@ def measure(settings: Settings) -> list[Figure]:
         name: alone(command, settings.seconds) for name, command in commands.items()
     }
     results = interleave(contestants, settings.runs)
-    return [*_freezing(results), *_recording(results), *_starting(results)]
+    return [
+        *_freezing(results),
+        *_recording(results),
+        *_exploring(results),
+        *_starting(results),
+    ]
 
 
 def _freezes() -> list[str]:
@@ -113,14 +140,15 @@ def _freezing(results: Results) -> list[Figure]:
 
 def _recording(results: Results) -> list[Figure]:
     figures = []
-    for how, case in _WALKS.items():
+    for how, (case, floor) in _WALKS.items():
         for value, shown in (("p50_ns", "p50"), ("p99_ns", "p99")):
             figures.append(
                 Figure.compare(
                     f"recorded {case}, {shown}",
                     ours=results[how][value],
-                    floor=results["floor walk"][value],
+                    floor=results[floor][value],
                     unit=microseconds,
+                    note=_STEP if how == "every" and value == "p50_ns" else "",
                 )
             )
     figures.append(
@@ -132,6 +160,25 @@ def _recording(results: Results) -> list[Figure]:
         )
     )
     return figures
+
+
+def _exploring(results: Results) -> list[Figure]:
+    ours = results["explore"]
+    return [
+        Figure.absolute(
+            "exploration, orders",
+            ours["orders_per_second"],
+            unit=faults_per_second,
+            note=_EXPLORING,
+        ),
+        Figure.absolute("exploration, touches", ours["touches_per_second"], unit=faults_per_second),
+        Figure.compare(
+            "exploration, all that there is to a touch, mean, to a step in C, p50",
+            ours=ours["touch_ns"],
+            floor=results["floor step"]["p50_ns"],
+            unit=microseconds,
+        ),
+    ]
 
 
 def _starting(results: Results) -> list[Figure]:

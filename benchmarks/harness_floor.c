@@ -4,10 +4,11 @@
  * Knows: how to take the time of a touch, and the shortest C that stops one and lets it go.
  * Must not know: Python; who touches cannot tell the C floor from the harness.
  *
- * As a library (ctypes): touch_each, touch_when_told.  As a program, everything on one CPU:
+ * As a library (ctypes): touch_each, touch_when_told, increment.  As a program, all on one CPU:
  *
  *   harness_floor plain  CPU PAGES    first touches of a plain memfd
  *   harness_floor walk   CPU PAGES    ... that another process serves: poll, read, UFFDIO_COPY
+ *   harness_floor step   CPU PAGES    ... which steps over the touch, and takes the page away
  *   harness_floor freeze CPU PAGES    ... that stands there until we have said that it may go on
  *
  * It prints JSON.
@@ -27,8 +28,10 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -75,7 +78,16 @@ void touch_when_told(int go, int done, const volatile unsigned char *at, long pa
     }
 }
 
+/* A counter that is not atomic: load, then store. */
+void increment(volatile unsigned char *at, long times)
+{
+    for (long i = 0; i < times; i++)
+        *at = *at + 1;
+}
+
 /* --- the floor --- */
+
+static int memfd;
 
 static int by_size(const void *a, const void *b)
 {
@@ -97,10 +109,10 @@ static void show(uint64_t *took, long pages)
 
 static unsigned char *map(long pages)
 {
-    int fd = (int)syscall(SYS_memfd_create, "floor", MFD_CLOEXEC);
-    if (fd < 0 || ftruncate(fd, pages * PAGE))
+    memfd = (int)syscall(SYS_memfd_create, "floor", MFD_CLOEXEC);
+    if (memfd < 0 || ftruncate(memfd, pages * PAGE))
         die("memfd_create");
-    void *memory = mmap(NULL, (size_t)(pages * PAGE), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void *memory = mmap(NULL, (size_t)(pages * PAGE), PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
     if (memory == MAP_FAILED)
         die("mmap");
     return memory;
@@ -120,10 +132,36 @@ static int watch(unsigned char *memory, long pages)
     return uffd;
 }
 
-/* Serve for ever; `door` (if any) hears of each touch and says when it may be made. */
-static void serve(int uffd, int door)
+static void copy(int uffd, uint64_t page, uint64_t mode)
 {
     static char content[PAGE];
+    struct uffdio_copy copy = {page, (uintptr_t)content, PAGE, mode, 0};
+    if (ioctl(uffd, UFFDIO_COPY, &copy) && errno != EEXIST)
+        die("UFFDIO_COPY");
+}
+
+/* Let one thread make one access, and take the page away again before it makes the next. */
+static void step(int uffd, pid_t thread, uint64_t page, uint64_t start)
+{
+    int status;
+    if (ptrace(PTRACE_SEIZE, thread, NULL, NULL) || ptrace(PTRACE_INTERRUPT, thread, NULL, NULL) ||
+        waitpid(thread, &status, __WALL) != thread)
+        die("PTRACE_SEIZE");
+    copy(uffd, page, UFFDIO_COPY_MODE_DONTWAKE);
+    if (ptrace(PTRACE_SINGLESTEP, thread, NULL, NULL) || waitpid(thread, &status, __WALL) != thread)
+        die("PTRACE_SINGLESTEP");
+    if (fallocate(memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(page - start), PAGE))
+        die("fallocate");
+    if (ptrace(PTRACE_DETACH, thread, NULL, NULL))
+        die("PTRACE_DETACH");
+}
+
+/*
+ * Serve for ever; `door` (if any) hears of each touch and says when it may be made.  With
+ * `start`, where the memory begins, touches are stepped over.
+ */
+static void serve(int uffd, int door, uint64_t start)
+{
     for (;;) {
         struct pollfd ready = {uffd, POLLIN, 0};
         struct uffd_msg message;
@@ -134,18 +172,16 @@ static void serve(int uffd, int door)
             if (door >= 0 && (send(door, &message, sizeof message, 0) < 0 ||
                               recv(door, &released, 1, 0) != 1))
                 exit(0);
-            struct uffdio_copy copy = {
-                .dst = message.arg.pagefault.address & ~(uint64_t)(PAGE - 1),
-                .src = (uintptr_t)content,
-                .len = PAGE,
-            };
-            if (ioctl(uffd, UFFDIO_COPY, &copy) && errno != EEXIST)
-                die("UFFDIO_COPY");
+            uint64_t page = message.arg.pagefault.address & ~(uint64_t)(PAGE - 1);
+            if (start)
+                step(uffd, (pid_t)message.arg.pagefault.feat.ptid, page, start);
+            else
+                copy(uffd, page, 0);
         }
     }
 }
 
-static void start_handler(int uffd, int door, int other_end)
+static void start_handler(int uffd, int door, int other_end, uint64_t start)
 {
     pid_t child = fork();
     if (child < 0)
@@ -153,8 +189,9 @@ static void start_handler(int uffd, int door, int other_end)
     if (child == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         close(other_end);
-        serve(uffd, door);
+        serve(uffd, door, start);
     }
+    prctl(PR_SET_PTRACER, child, 0, 0, 0);
     close(uffd); /* if the handler dies, no thread waits for ever */
 }
 
@@ -177,7 +214,7 @@ static void freeze(unsigned char *memory, long pages, uint64_t *took)
     int door[2], go[2], done[2];
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, door) || pipe(go) || pipe(done))
         die("socketpair");
-    start_handler(watch(memory, pages), door[1], door[0]);
+    start_handler(watch(memory, pages), door[1], door[0], 0);
     close(door[1]);
     size_t size = (size_t)pages * sizeof *took;
     uint64_t *before = malloc(size), *after = malloc(size);
@@ -226,8 +263,8 @@ int main(int argc, char **argv)
         freeze(memory, pages, took);
         return 0;
     }
-    if (!strcmp(argv[1], "walk"))
-        start_handler(watch(memory, pages), -1, -1);
+    if (strcmp(argv[1], "plain"))
+        start_handler(watch(memory, pages), -1, -1, strcmp(argv[1], "step") ? 0 : (uintptr_t)memory);
     touch_each(memory, pages, took);
     show(took, pages);
     return 0;

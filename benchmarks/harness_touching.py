@@ -3,7 +3,7 @@
 Knows: how to have a thread of C, or of Python, touch pages, and when it did.
 Must not know: what it is compared with.
 
-    python -m benchmarks.harness_touching HOW CPU PAGES
+    python -m benchmarks.harness_touching HOW CPU PAGES|ORDERS
 
 A round trip is that of ``with page.freeze()``: a thread touches, ``wait`` gives it, ``release``
 lets it go, and its touch is made.  Both its ends are times that the touching thread takes.
@@ -42,6 +42,8 @@ def load() -> ctypes.CDLL:
         *(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, pages, times, times),
     )
     library.touch_when_told.restype = None
+    library.increment.argtypes = (ctypes.c_void_p, ctypes.c_long)
+    library.increment.restype = None
     return library
 
 
@@ -174,6 +176,29 @@ def walk(pages: int, *, every: bool) -> Sample:
     return {"p50_ns": percentile(list(took), 50), "p99_ns": percentile(list(took), 99)}
 
 
+# --- exploring -------------------------------------------------------------------------
+
+
+def explore(orders: int) -> Sample:
+    """Run two threads that increment a counter three times each, in many orders."""
+    increment = load().increment
+    with Harness() as harness:
+        region = harness.region()
+        found = harness.explore(
+            {name: lambda: increment(region.pointer(), 3) for name in "ab"},
+            reset=lambda: region.poke(0, bytes(1)),
+            preemptions=4,
+            orders=orders,
+        )
+    if found.orders != orders:
+        raise AssertionError(f"{found.orders} orders, not {orders}")
+    return {
+        "orders_per_second": found.orders / found.seconds,
+        "touches_per_second": found.touches / found.seconds,
+        "touch_ns": found.seconds * 1e9 / found.touches,
+    }
+
+
 # --- the process -----------------------------------------------------------------------
 
 HOW: dict[str, Callable[[int], Sample]] = {
@@ -184,6 +209,7 @@ HOW: dict[str, Callable[[int], Sample]] = {
     "freeze-uvloop": run_uvloop,
     "walk": lambda pages: walk(pages, every=False),
     "every": lambda pages: walk(pages, every=True),
+    "explore": explore,
 }
 
 
