@@ -66,7 +66,7 @@ FLOORS = {
         testing.rules testing.settings testing.needs
         testing.engine testing.channel testing.where testing.pages testing.stepping
         testing.turning testing.announcements testing.watching testing.holding testing.performing
-        testing.participants testing.service
+        testing.asleep testing.participants testing.service
         testing.trampoline testing.failures testing.helper testing.mapping
         testing.running testing.threads testing.arming testing.freezing testing.waiting
         testing.region testing.recording testing.interleaving

@@ -19,11 +19,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from .ahead import Ahead
+from .asleep import TIMED, Look, call_of
 from .channel import pair
 from .failures import HarnessError
 from .pasting import Place, as_test
@@ -42,6 +44,7 @@ from .schedules import (
 )
 from .schedules import Kind as Where
 from .strategies import Fixed, Seeded, Strategy, Systematic
+from .threads import own_threads
 
 if TYPE_CHECKING:
     from .arming import Armed
@@ -294,14 +297,31 @@ class Stage:
         return results, errors[0] if errors else None
 
     def _wait_for_somebody(self, course: Course) -> None:
-        """Before a deadlock is called one, give who is blocked the time to go on by itself."""
+        """Before a deadlock is called one, give who is blocked the time to go on by itself.
+
+        And give the other threads of the process theirs: one that computes or sleeps may be what
+        is waited for.
+        """
+        last = time.monotonic() + self._harness.timeout * _SHARE
         end = time.monotonic() + _PATIENCE
-        while time.monotonic() < end and not course.enabled:
+        while not course.enabled and time.monotonic() < min(end, last):
             if all(position.kind is Where.ENDED for position in course.positions.values()):
                 return
             for _, came in self._follow(course, "go", Ahead([], [])):
                 self._apply(course, came)
             time.sleep(0.005)
+            if self._others_are_busy():
+                end = time.monotonic() + _PATIENCE
+
+    def _others_are_busy(self) -> bool:
+        ours = {threading.get_native_id(), self._harness._helper.porter, *self._names}
+        for thread in own_threads():
+            if thread not in ours:
+                with suppress(OSError), closing(Look(os.getpid(), thread)) as look:
+                    text = look.read()
+                    if text == "running" or call_of(text) in TIMED:
+                        return True
+        return False
 
     def _follow(
         self, course: Course, order: str, plan: Ahead[str]

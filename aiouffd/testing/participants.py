@@ -32,6 +32,7 @@ from enum import Enum
 from typing import Any, Final
 
 from .ahead import Ahead
+from .asleep import TIMED, Look, call_of
 from .channel import Channel
 from .engine import Engine, Standing, wire
 from .holding import Holder
@@ -44,20 +45,7 @@ _LAST_LOOK_NS: Final = 2_000_000
 #: Looks at who makes a touch in a system call: being stepped over, it sleeps for moments as well.
 _LOOKS_IN_CALL: Final = 10
 _SILENCE_NS: Final = 15_000_000  # without an answer for that long, somebody has the GIL
-_RUNNING: Final = "running"
 
-#: Calls that threads are found asleep in, by their numbers.
-_CALLS: Final[dict[str, str]] = {
-    "x86_64": """0 read 1 write 7 poll 23 select 34 pause 35 nanosleep 43 accept 44 sendto
-        45 recvfrom 46 sendmsg 47 recvmsg 61 wait4 72 fcntl 73 flock 128 rt_sigtimedwait 202 futex
-        230 clock_nanosleep 232 epoll_wait 247 waitid 270 pselect6 271 ppoll 281 epoll_pwait""",
-    "aarch64": """22 epoll_pwait 25 fcntl 32 flock 63 read 64 write 72 pselect6 73 ppoll 95 waitid
-        98 futex 101 nanosleep 115 clock_nanosleep 137 rt_sigtimedwait 202 accept 206 sendto
-        207 recvfrom 211 sendmsg 212 recvmsg 260 wait4""",
-}
-_WORDS: Final = _CALLS.get(os.uname().machine, "").split() if hasattr(os, "uname") else []
-_NAMES: Final = dict(zip(_WORDS[::2], _WORDS[1::2], strict=True))
-_TIMED: Final = frozenset({"nanosleep", "clock_nanosleep"})
 _AT_HOME: Final = frozenset({"recvmsg", "recvfrom", "poll", "ppoll"})
 
 
@@ -71,37 +59,9 @@ class State(Enum):
     ENDED = "ended"
 
 
-class _Look:
-    """A thread's line in /proc, kept open: reading it is all that a look takes."""
-
-    __slots__ = ("_fd", "tid")
-
-    def __init__(self, process: int, tid: int) -> None:
-        self.tid = tid
-        self._fd = os.open(f"/proc/{process}/task/{tid}/syscall", os.O_RDONLY | os.O_CLOEXEC)
-
-    def read(self) -> str:
-        """Say ``running``, or give a line that begins with the number of a system call or -1."""
-        try:
-            return os.pread(self._fd, 256, 0).decode("ascii", "replace").strip()
-        except OSError:  # it has ended
-            return ""
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def call_of(text: str) -> str:
-    """Name the system call in such a line; empty if it is in none."""
-    number, _, _ = text.partition(" ")
-    if not number.isdigit():
-        return ""
-    return _NAMES.get(number, f"system call {number}")
-
-
 @dataclass(slots=True, eq=False)
 class _Participant:
-    look: _Look
+    look: Look
     starter: int  # a byte written here starts its call
     state: State = State.WAITING
     asleep_in: str = ""
@@ -139,7 +99,7 @@ class Participants:
         """
         self.channel = channel
         self._process = process
-        self._beside = [_Look(process, each) for each in beside]
+        self._beside = [Look(process, each) for each in beside]
         self._engine = engine
         self._turning = turning
         self._performer = performer
@@ -173,7 +133,7 @@ class Participants:
             thread: Who.
             starter: A descriptor: one byte written there starts its call; it is ours now.
         """
-        self._all[thread] = _Participant(_Look(self._process, thread), starter)
+        self._all[thread] = _Participant(Look(self._process, thread), starter)
 
     def close(self) -> None:
         """Give up; who stands is let go by whoever disarms its rule."""
@@ -380,7 +340,7 @@ class Participants:
 
     def _are_still(self, texts: dict[int, str]) -> bool:
         calls = [call_of(text) for text in texts.values()]
-        if any(map(self._is_at_touch, texts)) or not all(calls) or not _TIMED.isdisjoint(calls):
+        if any(map(self._is_at_touch, texts)) or not all(calls) or not TIMED.isdisjoint(calls):
             return False
         return not texts or all(call_of(look.read()) in _AT_HOME for look in self._beside)
 

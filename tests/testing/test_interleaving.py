@@ -367,6 +367,19 @@ def test_who_wakes_up_by_itself_is_in_no_deadlock(counter: Counter, library: cty
     assert str(done.moves[0].after) == "is blocked (in futex)"
 
 
+def test_who_waits_for_a_thread_beside_is_in_no_deadlock(counter: Counter) -> None:
+    """What is waited for may come from a thread that takes no turns, however long that takes."""
+    done = threading.Event()
+
+    def work() -> None:
+        time.sleep(0.6)
+        done.set()
+
+    beside = threading.Thread(target=work)
+    counter.uffd.interleave({"a": done.wait, "b": done.wait}, [], reset=beside.start)
+    beside.join()
+
+
 def test_who_runs_for_ever_is_given_up(library: ctypes.CDLL) -> None:
     """Without a touch, an end or a wait it is not waited for beyond the time limit."""
     stop: list[int] = []
