@@ -69,7 +69,7 @@ FLOORS = {
         testing.asleep testing.participants testing.service
         testing.trampoline testing.failures testing.helper testing.mapping
         testing.running testing.threads testing.arming testing.freezing testing.waiting
-        testing.region testing.recording testing.interleaving
+        testing.region testing.ledger testing.recording testing.interleaving
         testing.preload testing.programs testing.harness
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options

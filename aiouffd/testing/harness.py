@@ -18,7 +18,6 @@ import os
 import random
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -32,8 +31,8 @@ from .channel import PIECE, Message
 from .failures import HarnessError
 from .freezing import Freeze, Frozen
 from .helper import ANSWER_SECONDS, ENDED, Helper
+from .ledger import Ledger
 from .mapping import discard, keep_from_children, map_memory, page_size_of
-from .places import Layout
 from .programs import Program, Programs, Stream
 from .record import Record
 from .recording import Recording
@@ -66,6 +65,7 @@ class Harness:
         backend: How threads of this process are held: ``auto``, ``process``, ``trampoline``.
         limits: What is not possible here, a sentence each.
         regions: Those that are open.
+        ledger: What has been touched, and everybody's names.
         changed: Notified whenever the helper has told something.
         listeners: Called then, in the porter's thread.
         stood: Who stood and who waited, a line each, when an error last left a freeze or the
@@ -116,21 +116,16 @@ class Harness:
         self._freezes: dict[int, Freeze] = {}
         self._frozen: dict[int, Frozen] = {}
         self._ordered: set[int] = set()  # rules of interleave() and explore()
-        self._names: dict[int, str] = {}  # of regions, the closed ones too
-        self._threads: dict[int, str] = {}
         self._running: list[Running[Any]] = []
         self._stuck: list[Callable[[], bool]] = []  # whether a participant still is, in a deadlock
         self._troubles: list[str] = []
         self._settled = 0  # the number that the helper has told last
         self._noted = 0  # which error has left a freeze
         self._closed = True  # until it has begun: what raises here leaves nothing to close
-        self._touches: list[Touch] = []  # that have ended, as far as they were asked for
-        self._remembering = threading.RLock()
-        self._all_regions: list[Region] = []
         self._programs = Programs(self)
         self._user_mode_only = user_mode_only
-        self._began_ns = time.monotonic_ns()
         self._helper = self._start(user_mode_only)
+        self.ledger = Ledger(self._helper.ask)
         self._closed = False
 
     # --- beginning and end -------------------------------------------------------------
@@ -180,8 +175,8 @@ class Harness:
         for region in list(self.regions):
             with contextlib.suppress(HarnessError):
                 region.close()
-        with contextlib.suppress(HarnessError, OSError), self._remembering:
-            self._remember()
+        with contextlib.suppress(HarnessError, OSError):
+            self.ledger.fetch()
         self._closed = True
         self._helper.end()
         self._raise_troubles()
@@ -279,7 +274,7 @@ class Harness:
                     if not self._closed:
                         self._troubles.append(ENDED)
                 case ("frozen", rule, fields):
-                    touch = self._touch(fields)
+                    touch = self.ledger.touch(fields)
                     if (freeze := self._freezes.get(rule)) is not None:
                         frozen = Frozen(freeze, touch)
                         self._frozen[touch.number] = frozen
@@ -304,7 +299,7 @@ class Harness:
         lines = [
             f"nobody released within {self.timeout:g} s, so the harness let go:",
             *(
-                f"  {self._line(self._touch(fields))}, held by {held_by or 'page'},"
+                f"  {self.ledger.line(self.ledger.touch(fields))}, held by {held_by or 'page'},"
                 f" stopped by {self._what(rule)}"
                 for fields, rule, held_by in late
             ),
@@ -368,8 +363,7 @@ class Harness:
                 os.close(memfd)
             mapping.close()
             raise
-        self._names[number] = name
-        self._all_regions.append(region)
+        self.ledger.add_region(region)
         self.regions.append(region)
         if contents:
             region.poke(0, contents)
@@ -515,7 +509,7 @@ class Harness:
         """Run a function in a thread of its own, under a name that reports use."""
         self.check()
         running = Running(name, lambda: function(*arguments, **keywords))
-        self._threads[running.tid] = name
+        self.ledger.threads[running.tid] = name
         self._running = [each for each in self._running if not each.done] + [running]
         return running
 
@@ -570,7 +564,7 @@ class Harness:
             pass_fds=pass_fds,
             user=user,
         )
-        self._threads[program.pid] = program.name
+        self.ledger.threads[program.pid] = program.name
         return program
 
     # --- orders of threads -------------------------------------------------------------
@@ -678,33 +672,13 @@ class Harness:
 
     # --- what has happened -------------------------------------------------------------
 
-    def _touch(self, fields: tuple[Any, ...]) -> Touch:
-        number, time_ns, process, thread, region, *rest = fields
-        page, offset, access, call, pc, where, outcome, waited = rest
-        return Touch.from_wire(
-            (
-                *(number, time_ns, process, thread, self._names.get(region, str(region))),
-                *(page, offset, access, call, pc or None, where, outcome or "passed", waited),
-            )
-        )
-
-    def _remember(self) -> list[Touch]:
-        """Fetch touches that have ended since the last time; give those that have not."""
-        while True:
-            ended, standing, more = self._helper.ask("touches", len(self._touches))
-            self._touches += [self._touch(each) for each in ended]
-            if not more:
-                return [self._touch(each) for each in standing]
-
     def touches(self) -> list[Touch]:
         """Give all touches so far, in order of arrival; those that have not ended too.
 
         Raises:
             HarnessError: The helper has ended, and took the last ones along.
         """
-        with self._remembering:
-            standing = [] if self._closed else self._remember()
-            return sorted((*self._touches, *standing), key=lambda touch: touch.number)
+        return self.ledger.touches(() if self._closed else self.ledger.fetch())
 
     def touch_count(self) -> int:
         """Give how many touches there were so far."""
@@ -727,37 +701,12 @@ class Harness:
     @property
     def record_so_far(self) -> Record:
         """Everything that was touched since the harness was opened."""
-        return self.make_record(self.touches())
-
-    def make_record(self, touches: Iterable[Touch], *, every: bool = False) -> Record:
-        """Make a record of some touches, with the names of this harness."""
-        return Record(
-            touches,
-            regions=[
-                Layout(
-                    region.name,
-                    region.length // region.page_size,
-                    region.page_size,
-                    dict(region.page_names),
-                )
-                for region in self._all_regions
-            ],
-            threads=self.thread_names(),
-            began_ns=self._began_ns,
-            every=every,
-        )
-
-    def thread_names(self) -> dict[int, str]:
-        """Give the names of threads by their number, those that have ended too."""
-        for thread in threading.enumerate():
-            if thread.native_id is not None:
-                self._threads.setdefault(thread.native_id, thread.name)
-        return dict(self._threads)
+        return self.ledger.record(self.touches())
 
     def standing(self) -> list[tuple[Touch, str, str]]:
         """Give who stands now: the touch, what stops it in words, what holds it."""
         return [
-            (self._touch(fields), self._what(rule), held_by)
+            (self.ledger.touch(fields), self._what(rule), held_by)
             for fields, rule, held_by in self._helper.ask("standing")
         ]
 
@@ -783,13 +732,13 @@ class Harness:
             standing = self.standing()
         except (HarnessError, ClosedError) as error:
             return f"  (not known: {error})"
-        lines = [f"  {self._line(touch)}" for touch in touches[-_ACCOUNT:]]
+        lines = [f"  {self.ledger.line(touch)}" for touch in touches[-_ACCOUNT:]]
         if len(touches) > _ACCOUNT:
             lines.insert(0, f"  ... {len(touches) - _ACCOUNT} touches before these ...")
         if not touches:
             lines.append("  nothing was touched")
         lines += [
-            f"  {self._name(touch.thread)} stands at {touch.region}[{touch.page}],"
+            f"  {self.ledger.name(touch.thread)} stands at {touch.region}[{touch.page}],"
             f" stopped by {what}, held by {held_by}"
             for touch, what, held_by in standing
         ]
@@ -797,21 +746,9 @@ class Harness:
         stood = {touch.thread for touch, _, _ in standing}
         for thread in own_threads():
             if thread not in stood and thread != self._helper.porter:
-                lines.append(f"  {self._name(thread)} {doing(thread)}")
+                lines.append(f"  {self.ledger.name(thread)} {doing(thread)}")
         lines += self._programs.account()
         return "\n".join(lines)
-
-    def _line(self, touch: Touch) -> str:
-        region = next((r for r in self._all_regions if r.name == touch.region), None)
-        return touch.describe(
-            began_ns=self._began_ns,
-            page_name=region.page_names.get(touch.page, "") if region else "",
-            thread_name=self.thread_names().get(touch.thread, ""),
-        )
-
-    def _name(self, thread: int) -> str:
-        name = self.thread_names().get(thread, "")
-        return f"{name} (tid {thread})" if name else f"tid {thread}"
 
 
 def _features() -> tuple[int, str]:

@@ -215,7 +215,7 @@ class Stage:
                 harness.order("participants", beside, fds=(theirs.fileno(),))
             for name, call in participants.items():
                 each = self._all[name] = _Participant(name, call, self._tell)
-                self._names[each.tid] = harness._threads[each.tid] = name
+                self._names[each.tid] = harness.ledger.threads[each.tid] = name
                 try:
                     harness.order("participant", each.tid, fds=(each.starter,))
                 finally:
@@ -360,7 +360,7 @@ class Stage:
         for tid, fields, call in came:
             participant = self._all[self._names[tid]]
             if fields:
-                position = Position(Where.TOUCH, self._harness._touch(fields))
+                position = Position(Where.TOUCH, self._harness.ledger.touch(fields))
             elif call:
                 position = Position(Where.BLOCKED, note=f"in {call}")
             elif participant.error is not None:

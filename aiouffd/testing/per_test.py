@@ -137,7 +137,7 @@ class PerTest:
             left = harness.standing()
             if left:
                 self._last += _sections(harness)
-                wrong.append(_left(left, harness.thread_names()))
+                wrong.append(_left(left, harness.ledger.thread_names()))
             if files is not None:
                 write(harness.record_so_far, files)
         except HarnessError as error:

@@ -69,7 +69,7 @@ class Recording(Record):
     def _fetch(self) -> None:
         if not self._running:
             return
-        known = self._harness.make_record(())
+        known = self._harness.ledger.record(())
         names = {region.name for region in self._recorded}
         for layout in known.regions:
             if layout.name in names:

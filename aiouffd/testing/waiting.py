@@ -38,7 +38,7 @@ def lines(harness: Harness) -> list[str]:
 
     Sharing: any thread.
     """
-    names = harness.thread_names()
+    names = harness.ledger.thread_names()
     standing = harness.standing()
     now = time.monotonic_ns()
     told = [
