@@ -30,6 +30,10 @@ _SIGSYS: Final = 31
 #: would reset their handlers if it found them blocked.
 _MASKED: Final = ~(1 << SIGTRAP - 1 | 1 << _SIGSYS - 1) & (1 << 64) - 1
 
+#: include/linux/errno.h: what a call leaves that a signal without a handler has broken off
+#: (ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK); no program sees them.
+_BEGUN_AGAIN: Final = frozenset({-512, -513, -514, -516})
+
 _CHUNK: Final = 1 << 20
 
 #: Where instructions were found that make system calls, the latest first.  The vDSO has them, and
@@ -75,6 +79,32 @@ def _gate(tid: int, machine: Machine) -> int:
     _gates.insert(0, gate)
     del _gates[_GATES:]
     return gate
+
+
+def is_begun_again(tid: int) -> bool:
+    """Say whether a stopped thread's system call was broken off and begins again when it goes on.
+
+    It stands at the end of the call, by ``interrupt`` or before the delivery of a signal; a step
+    then ends when the call does.  False where registers of this machine are not known here.
+
+    Kernel: PTRACE_GETREGSET, since Linux 2.6.34.
+
+    Args:
+        tid: The stopped thread.
+
+    Raises:
+        ProcessLookupError: It is not stopped, has ended, or this thread did not seize it.
+
+    Sharing: only the thread that seized it.
+    """
+    try:
+        machine = machine_named(abi.MACHINE)
+    except NotSupported:
+        return False
+    registers = ptrace.get_registers(tid, machine.words)
+    if len(registers) < machine.words:  # 32-bit code
+        return False
+    return ctypes.c_int64(registers[machine.result]).value in _BEGUN_AGAIN
 
 
 def call_in(tid: int, number: int, *arguments: int, block_ns: int = SECOND) -> int:

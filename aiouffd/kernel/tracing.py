@@ -16,7 +16,7 @@ import sys
 from typing import Final
 
 from . import abi, calls
-from .injection import call_in
+from .injection import call_in, is_begun_again
 from .ptrace import (
     PTRACE_O_EXITKILL,
     PTRACE_O_TRACECLONE,
@@ -49,6 +49,7 @@ __all__ = (
     "detach",
     "in_system_call",
     "interrupt",
+    "is_begun_again",
     "is_event_stop",
     "seize",
     "singlestep",

@@ -62,7 +62,10 @@ class Channel:
         Returns:
             It and the descriptors that came along; None if the other end has closed.
         """
-        data, fds, _, _ = socket.recv_fds(self.sock, LONGEST, _FDS)
+        try:
+            data, fds, _, _ = socket.recv_fds(self.sock, LONGEST, _FDS)
+        except ConnectionResetError:  # closed before it had read all that we had sent
+            return None
         for fd in fds:
             os.set_inheritable(fd, False)
         if not data:

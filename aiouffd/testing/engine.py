@@ -54,6 +54,7 @@ class Standing:
         parked: It has said that it is in the trampoline.
         returning: It was let go, and is on its way out of the trampoline.
         parks: How often it came back from the trampoline by itself.
+        comings: How often its page had come when it was let out of the trampoline.
         going: It was let go; what remains is up to its thread.
         overdue: Nobody released it in time.
         outer: The touch at which the thread stood when a signal handler of its made this one.
@@ -82,6 +83,7 @@ class Standing:
     parked: bool = False
     returning: bool = False
     parks: int = 0
+    comings: int = 0
     going: bool = False
     overdue: bool = False
     told: bool = False
@@ -234,7 +236,7 @@ class Engine:
         size = self.regions[touch.region].page_size
         start = touch.page * size
         return any(
-            _waits(armed, touch.access)
+            _waits(armed, touch)
             for armed in self.armed.values()
             if armed.rule.covers(touch.region, start, start + size)
         )
@@ -313,24 +315,24 @@ def _apply(armed: Armed, touch: Standing) -> None:
                 touch.failing = True
                 touch.once = not rule.every
         case Kind.CHANGE:
-            value = rule.values[min(armed.hits, len(rule.values)) - 1]
-            touch.values.append((rule.start, value))
+            if armed.hits <= len(rule.values):  # the last one stays, or what is written over it
+                touch.values.append((rule.start, rule.values[armed.hits - 1]))
         case Kind.WATCH:
             pass
 
 
-def _waits(armed: Armed, access: str) -> bool:
+def _waits(armed: Armed, touch: Standing) -> bool:
     """Say whether a rule waits for touches that a page which is there would not show."""
     rule = armed.rule
     if armed.idle:
         return False
-    if rule.access == "write" and access == "read":
+    if rule.access == "write" and touch.access == "read":
         return False  # the page is filled write-protected: the write will show
     match rule.kind:
         case Kind.WATCH:
             return True
         case Kind.SLOW:
-            return rule.every
+            return rule.every or touch.page not in armed.slowed
         case Kind.FREEZE:
             return rule.every or not armed.fired
         case Kind.FAIL:

@@ -176,6 +176,7 @@ class Freeze:
         self._thread = thread
         self._every = every
         self._armed: Armed | None = None
+        self._rule = 0  # the number of what is armed, or was last
         self._came: list[Frozen] = []  # all, in order
         self._given = 0  # how many of them ``wait`` has given
         self._since = 0

@@ -242,6 +242,8 @@ class Harness:
         if self._closed:
             raise ClosedError("this harness was closed")
         self._raise_troubles()
+        if self._helper.ended:  # each of several waits is to hear of it
+            raise HarnessError(ENDED)
 
     def settle(self) -> None:
         """Wait until everything that the helper has told by now was heard.
@@ -275,7 +277,8 @@ class Harness:
                         self._troubles.append(ENDED)
                 case ("frozen", rule, fields):
                     touch = self.ledger.touch(fields)
-                    if (freeze := self._freezes.get(rule)) is not None:
+                    freeze = self._freezes.get(rule)
+                    if freeze is not None and freeze._rule == rule:  # else of an earlier ``with``
                         frozen = Frozen(freeze, touch)
                         self._frozen[touch.number] = frozen
                         freeze._arrive(frozen)
@@ -404,11 +407,15 @@ class Harness:
 
     def rearm(self, region: Region, first: int, count: int) -> None:
         """Take pages away again, their bytes kept; see ``Region.rearm``."""
-        going = self.order("leave", region.number, first, count)
+        self.check()
+        self._take_away(region, first, count)
+
+    def _take_away(self, region: Region, first: int, count: int) -> None:
+        going = self._helper.ask("leave", region.number, first, count)
         if going:
             for page in going:
                 discard(region.address + page * region.page_size, region.page_size)
-            self.order("left", region.number, going)
+            self._helper.ask("left", region.number, going)
 
     # --- rules -------------------------------------------------------------------------
 
@@ -475,6 +482,7 @@ class Harness:
             )
         if freeze is not None:
             self._freezes[rule.number] = freeze
+            freeze._rule = rule.number
         self.order("arm", rule.to_wire())
         first = place.start // size
         self.rearm(region, first, (place.end - 1) // size - first + 1)
@@ -484,7 +492,11 @@ class Harness:
         """End a rule; for ``Armed.disarm``."""
         if self._closed:
             return
-        self._helper.ask("disarm", number)
+        if (whole := self._helper.ask("disarm", number)) is not None:
+            number, first, count = whole
+            for region in list(self.regions):
+                if region.number == number:
+                    self._take_away(region, first, count)
 
     # --- threads -----------------------------------------------------------------------
 

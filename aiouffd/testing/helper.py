@@ -6,6 +6,7 @@ Must not know: what is ordered, what is told.
 Laws of this file:
 
 * An order is sent and answered under one lock; no order waits for a thread of the test.
+* An answer is that of the order: one whose wait was broken off is not taken for the next one's.
 * The helper is the only one that keeps the userfaultfd: if it dies, threads go on at once.
 * However it ends, no thread is left in the trampoline, and no descriptor or child behind.
 * A forked child of the test process has no helper: it says so.
@@ -35,6 +36,10 @@ ANSWER_SECONDS: Final = 20.0
 ENDED: Final = (
     "the helper process has ended: threads that stood at a page went on, and pages that nobody"
     " had touched read as zeros"
+)
+SILENT: Final = (
+    "the helper process did not answer in time and was ended: threads that stood at a page went"
+    " on, and pages that nobody had touched read as zeros"
 )
 #: Errors of the helper's that mean the same here.
 _ERRORS: Final[dict[str, type[Exception]]] = {"ValueError": ValueError}
@@ -77,6 +82,7 @@ class Helper:
         self._hear = hear
         self.ended = False
         self._ordering = threading.Lock()
+        self._orders = 0
         with contextlib.ExitStack() as stack:
             self._commands, commands = pair()
             stack.callback(commands.close)
@@ -131,15 +137,19 @@ class Helper:
             )
         try:
             with self._ordering:
-                self._commands.send((name, *arguments), fds)
+                self._orders += 1
+                self._commands.send((self._orders, name, *arguments), fds)
                 answer = self._commands.receive()
+                while answer is not None and answer[0][0] != self._orders:
+                    answer = self._commands.receive()  # of an order that Ctrl-C has broken off
         except TimeoutError as error:
-            raise HarnessError("the helper process does not answer") from error
+            self._process.kill()  # nobody is to stand for its sake
+            raise HarnessError(SILENT) from error
         except OSError as error:
             raise HarnessError(ENDED) from error
         if answer is None:
             raise HarnessError(ENDED)
-        state, *values = answer[0]
+        _, state, *values = answer[0]
         if state == "ok":
             return values[0]
         kind, text = values

@@ -20,13 +20,15 @@ since a forked child's pages go their own way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from ..errors import LayoutChanging, RangeGone, ResolutionRefused
+from ..errors import LayoutChanging, RangeGone, ResolutionRefused, TargetGone
 from ..kernel import abi, page_cache, pagemap
 from ..uffd import Userfaultfd
 
@@ -55,7 +57,17 @@ class Contents:
 class Mapping:
     """A region's memory in one process."""
 
-    __slots__ = ("address", "contents", "end", "first", "memory", "process", "uffd")
+    __slots__ = (
+        "address",
+        "comings",
+        "contents",
+        "end",
+        "first",
+        "memory",
+        "poisoned",
+        "process",
+        "uffd",
+    )
 
     def __init__(
         self,
@@ -86,6 +98,8 @@ class Mapping:
         self.end = address + length
         self.first = first
         self.contents = contents
+        self.poisoned: set[int] = set()  # absent, and every access fails
+        self.comings: Counter[int] = Counter()  # how often each page was filled or poisoned
 
     @property
     def pages(self) -> range:
@@ -197,6 +211,8 @@ class Memory:
             length=self.page_size * self.pages if length is None else length,
             first=first,
         )
+        if like is not None:
+            mapping.poisoned.update(like.poisoned)
         self.mappings.append(mapping)
         return mapping
 
@@ -218,6 +234,8 @@ class Memory:
         """
         contents, address, uffd = mapping.contents, mapping.address_of(page), mapping.uffd
         size = self.page_size
+        mapping.poisoned.discard(page)
+        mapping.comings[page] += 1
         if page not in contents.present:
             data = contents.store.get(page) or bytes(size)
             if self._patiently(lambda: uffd.copy(address, data, wake=wake, protect=protect)):
@@ -233,8 +251,9 @@ class Memory:
                     lambda: uffd.continue_(address, size, wake=wake, protect=protect)
                 ):
                     return
-        # Mapped already, or given back by the program.
-        if self._patiently(lambda: uffd.copy(address, bytes(size), wake=wake, protect=protect)):
+        # Mapped already; or given back by the program; or on its way out (``leaving``).
+        data = contents.store.get(page) or bytes(size)
+        if self._patiently(lambda: uffd.copy(address, data, wake=wake, protect=protect)):
             return
         if not protect:
             self._unprotect(mapping, page)
@@ -244,6 +263,8 @@ class Memory:
         """Make every access to an absent page fail; its bytes stay in the store."""
         address = mapping.address_of(page)
         self._patiently(lambda: mapping.uffd.poison(address, self.page_size, wake=False))
+        mapping.poisoned.add(page)
+        mapping.comings[page] += 1
         self._wake(mapping, page, wake)
 
     def wake(self, mapping: Mapping, page: int) -> None:
@@ -295,9 +316,13 @@ class Memory:
 
     def begin_leaving(self, mapping: Mapping, page: int) -> bytes:
         """Write-protect a present page everywhere and read it."""
-        for each in self._where(mapping, page):
-            with contextlib.suppress(RangeGone):
-                self._protect(each, page)
+        done: set[Mapping] = set()
+        # Whoever forks meanwhile is protected in its turn: the call waits for the fork's message.
+        while todo := [each for each in self._where(mapping, page) if each not in done]:
+            for each in todo:
+                done.add(each)
+                with contextlib.suppress(RangeGone, TargetGone):
+                    self._protect(each, page)
         return self.read(mapping, page * self.page_size, self.page_size)
 
     def left(self, mapping: Mapping, page: int, data: bytes) -> None:
@@ -306,7 +331,7 @@ class Memory:
         mapping.contents.store[page] = data
         # The mark outlives the page wherever a file is mapped, and POISON would stop at it.
         for each in self._where(mapping, page):
-            with contextlib.suppress(RangeGone):
+            with contextlib.suppress(RangeGone, TargetGone):
                 self._unprotect(each, page)
 
     def _where(self, mapping: Mapping, page: int) -> list[Mapping]:
@@ -324,7 +349,7 @@ class Memory:
         """Read without a touch."""
         parts = []
         for page, start, end in self._pieces(offset, length):
-            if page in mapping.contents.present:
+            if self._is_there(mapping, page):
                 parts.append(self._present(mapping, page, start, end))
             else:
                 stored = mapping.contents.store.get(page)
@@ -337,12 +362,17 @@ class Memory:
         for page, start, end in self._pieces(offset, len(data)):
             piece = data[done : done + end - start]
             done += len(piece)
-            if page in mapping.contents.present:
+            if self._is_there(mapping, page):
                 self._put(mapping, page, start, piece)
             else:
                 stored = bytearray(mapping.contents.store.get(page) or bytes(self.page_size))
                 stored[start:end] = piece
                 mapping.contents.store[page] = bytes(stored)
+
+    @staticmethod
+    def _is_there(mapping: Mapping, page: int) -> bool:
+        """Say whether the memory has the last word on a page; not while it is discarded."""
+        return page in mapping.contents.present and page not in mapping.contents.leaving
 
     def _pieces(self, offset: int, length: int) -> list[tuple[int, int, int]]:
         pieces = []
@@ -361,6 +391,10 @@ class Memory:
         fd = os.open(f"/proc/{mapping.process}/mem", os.O_RDONLY | os.O_CLOEXEC)
         try:
             data = os.pread(fd, end - start, mapping.address_of(page) + start)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            data = b""  # given back by the program
         finally:
             os.close(fd)
         return data.ljust(end - start, b"\0")
@@ -371,6 +405,9 @@ class Memory:
             self._window[base : base + len(piece)] = piece
             return
         address = mapping.address_of(page)
+        with contextlib.suppress(ResolutionRefused):  # it is there, unless it was given back
+            zeros = bytes(self.page_size)
+            self._patiently(lambda: mapping.uffd.copy(address, zeros, wake=False, protect=True))
         protected = self._is_protected(mapping, address)
         if protected:  # or /proc/PID/mem would wait for us
             self._unprotect(mapping, page)

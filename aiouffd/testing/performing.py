@@ -27,10 +27,10 @@ from ..errors import ClosedError, RangeGone, TargetGone, UffdError
 from ..kernel import abi, pagemap, tracing
 from .engine import Engine, Standing
 from .pages import Mapping
-from .stepping import Stepper
+from .stepping import Elsewhere, Stepper
 from .turning import Teller, Turning
 
-#: A thread that has left the trampoline and not faulted again within that has passed.
+#: A thread that has left the trampoline and not faulted again within that may have passed.
 _RETURN_NS: Final = 1_000_000_000
 #: A thread that was sent there and has not said that it is in the trampoline is not coming.
 _PARK_NS: Final = 300_000_000
@@ -94,7 +94,7 @@ class Performer:
             return
         touch.freeze = 0
         touch.going = True
-        touch.outcome = outcome or _outcome(touch)
+        touch.outcome = "failed" if touch.failing else outcome or _outcome(touch)
         if not self._engine.is_innermost(touch):
             return  # ``end`` goes on with it
         if touch.parked:
@@ -112,9 +112,8 @@ class Performer:
         self._tell("go", touch.thread)
         if self._is_open(touch):
             self.end(touch)
-        else:  # it will fault again
-            touch.returning = True
-            self._turning.after(_RETURN_NS, lambda: self._on_return(touch))
+        else:
+            self._expect(touch)
 
     def came_back(self, touch: Standing) -> None:
         """Go on with a thread that was let out of the trampoline and stands at its page again."""
@@ -156,9 +155,21 @@ class Performer:
     def _stands(self, touch: Standing) -> bool:
         return self._engine.standing.get((touch.process, touch.thread)) is touch
 
+    def _expect(self, touch: Standing) -> None:
+        """Have a thread that is elsewhere come back to its access: it will fault again."""
+        touch.returning = True
+        touch.comings = touch.mapping.comings[touch.page]
+        self._turning.after(_RETURN_NS, lambda: self._on_return(touch))
+
     def _on_return(self, touch: Standing) -> None:
-        """A thread has not faulted again: its page was there for the moment that it took."""
-        if touch.returning and self._stands(touch):
+        """A thread has not faulted again: it takes long, or its page was there for that moment."""
+        if not (touch.returning and self._stands(touch)):
+            return
+        if touch.comings == touch.mapping.comings[touch.page] and os.path.exists(
+            f"/proc/{touch.process}/task/{touch.thread}"
+        ):
+            self._turning.after(_RETURN_NS, lambda: self._on_return(touch))  # it cannot have passed
+        else:
             self.end(touch)
 
     def _pass_returning(self, touch: Standing, *, woken: bool) -> None:
@@ -185,10 +196,8 @@ class Performer:
             except (RangeGone, TargetGone, ClosedError):
                 self.end(touch)  # unmapped, or its process has ended
             except (UffdError, OSError) as error:
-                self._tell("trouble", f"page {touch.page} cannot be filled: {error}")
+                self.trouble(touch, error)
                 self.end(touch)
-                with contextlib.suppress(UffdError):
-                    touch.mapping.memory.poison(touch.mapping, touch.page, wake=True)
 
     def _perform(self, touch: Standing) -> None:
         """Make the page accessible for this touch, and see to it that the next one shows."""
@@ -199,6 +208,9 @@ class Performer:
             return
         for start, value in touch.values:
             memory.write(mapping, start, value)
+        touch.values = []  # should its thread have to come a second time
+        if page in mapping.poisoned:
+            touch.failing, touch.once, touch.outcome = True, False, "failed"
 
         def discard(address: int, length: int) -> None:
             _discard(touch.thread, address, length)
@@ -215,16 +227,23 @@ class Performer:
 
         def heal() -> None:
             memory.fill(mapping, page, protect=True, wake=False)
+            if again:
+                take_away()
 
-        if touch.failing:
-            self._let(touch, poison, heal if touch.once else None)
-            self.end(touch)
-            return
         again = self.cannot_step is None and self._engine.sees_more(touch)
-        woken = self._let(touch, fill, take_away if again else None)
-        self.end(touch)
-        if not again:
-            self._pass_returning(touch, woken=woken)
+        try:
+            if touch.failing:
+                # A private page that is there can only be dropped by its own process.
+                drops = not memory.shared and page in mapping.contents.present
+                self._let(touch, poison, heal if touch.once else None, alone=not drops)
+                self.end(touch)
+            else:
+                woken = self._let(touch, fill, take_away if again else None)
+                self.end(touch)
+                if not again:
+                    self._pass_returning(touch, woken=woken)
+        except Elsewhere:
+            self._expect(touch)  # from a signal handler
 
     def _safely(self, touch: Standing, after: Callable[[], None]) -> None:
         """Do what comes after an access; the thread has to be let go of whatever happens."""
@@ -236,17 +255,23 @@ class Performer:
             self._tell("trouble", f"page {touch.page} cannot be taken away again: {error}")
 
     def _let(
-        self, touch: Standing, let: Callable[[bool], None], after: Callable[[], None] | None
+        self,
+        touch: Standing,
+        let: Callable[[bool], None],
+        after: Callable[[], None] | None,
+        *,
+        alone: bool = True,
     ) -> bool:
         """Let one thread make its access; say whether everybody there was woken for it."""
-        alone = not any(True for _ in self._engine.others(touch))
+        alone = alone and not any(True for _ in self._engine.others(touch))
         if self.cannot_step is None and (after is not None or not alone):
             try:
                 self.stepper.over(
                     touch.process,
                     touch.thread,
-                    in_call=touch.system_call is not None,
-                    let=let,
+                    system_call=touch.system_call,
+                    pc=0 if touch.system_call is not None else touch.pc,
+                    let=lambda: let(False),
                     after=None if after is None else partial(self._safely, touch, after),
                 )
                 return False
@@ -256,6 +281,26 @@ class Performer:
                 self._tell("trouble", f"thread {touch.thread} cannot be stepped over: {error}")
         let(True)
         return True
+
+    def poll(self) -> None:
+        """Go on with threads that have stopped for the stepper."""
+        for error in self.stepper.poll():
+            if not isinstance(
+                error, (RangeGone, TargetGone, ProcessLookupError, FileNotFoundError)
+            ):
+                self._tell("trouble", f"after an access: {error}")
+
+    def trouble(self, touch: Standing, error: Exception) -> None:
+        """Tell what went wrong with a touch, and leave nobody standing for it."""
+        memory, mapping, page = touch.mapping.memory, touch.mapping, touch.page
+        there = page in mapping.contents.present
+        what = "made to fail" if touch.failing else "filled"
+        self._tell("trouble", f"page {page} cannot be {what}: {error}")
+        with contextlib.suppress(UffdError):
+            if there:
+                memory.fill(mapping, page, protect=False, wake=True)
+            else:
+                memory.poison(mapping, page, wake=True)
 
 
 def _outcome(touch: Standing) -> str:

@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Final
 
-from ..errors import RangeGone, ResolutionRefused, UffdError
+from ..errors import RangeGone, ResolutionRefused, TargetGone, UffdError
 from ..events import WP, WRITE, RawFault
 from ..fds import OwnedFd
 from ..uffd import Mode, Userfaultfd
@@ -42,7 +42,7 @@ from .holding import Holder
 from .pages import Mapping, Memory
 from .participants import Participants
 from .performing import Performer
-from .rules import Rule
+from .rules import Kind, Rule
 from .turning import Teller, Turning
 from .watching import Source, Watch
 from .where import Calls, Places
@@ -125,7 +125,7 @@ class Service:
         """A thread has stopped for the stepper."""
         with contextlib.suppress(BlockingIOError):
             wakeup.recv(4096)
-        self._performer.stepper.poll()
+        self._performer.poll()
 
     def _leave(self) -> None:
         """End: nobody is left standing, and nobody reads zeros that were something else."""
@@ -151,11 +151,13 @@ class Service:
         if received is None:
             self._turning.stop()
             return
-        (name, *arguments), fds = received
+        (number, name, *arguments), fds = received
+        answer: Message
         try:
-            answer: Message = ("ok", getattr(self, f"do_{name}")(*arguments, *map(OwnedFd, fds)))
+            value = getattr(self, f"do_{name}")(*arguments, *map(OwnedFd, fds))
+            answer = (number, "ok", value)
         except (UffdError, OSError, ValueError) as error:
-            answer = ("error", type(error).__name__, str(error))
+            answer = (number, "error", type(error).__name__, str(error))
         self._performer.perform()
         with contextlib.suppress(BrokenPipeError):
             self._commands.send(answer)
@@ -264,8 +266,9 @@ class Service:
         for page in range(memory.pages):
             memory.fill(own, page, protect=False, wake=True)
         _poison_absent(memory, others)
-        with contextlib.suppress(ResolutionRefused):
-            own.uffd.unregister(own.address, memory.page_size * memory.pages)
+        for mapping in memory.mappings:  # waking whoever comes at this very moment
+            with contextlib.suppress(ResolutionRefused):
+                mapping.uffd.unregister(mapping.address, mapping.end - mapping.address)
         for touch in self._standing_in(number):  # on their way out of the trampoline
             self._performer.end(touch)
         self._watch.forget(memory)
@@ -275,10 +278,21 @@ class Service:
         """Have a rule."""
         self._engine.arm(Rule.from_wire(rule))
 
-    def do_disarm(self, number: int) -> None:
-        """Drop a rule, and let go whoever stands because of it."""
+    def do_disarm(self, number: int) -> tuple[int, int, int] | None:
+        """Drop a rule, and let go whoever stands because of it.
+
+        Returns:
+            Region, first page and number of those that have to be taken away now: they fail, or
+            did a moment ago.
+        """
+        armed = self._engine.armed.get(number)
         for touch in self._engine.disarm(number):
             self._performer.let_go(touch, "frozen")
+        if armed is None or armed.rule.kind is not Kind.FAIL or not armed.fired:
+            return None
+        rule, size = armed.rule, self._memories[armed.rule.region].page_size
+        first = rule.start // size
+        return rule.region, first, (rule.end - 1) // size - first + 1
 
     def do_release(self, number: int) -> bool:
         """Let a standing thread go on; say whether it stood."""
@@ -296,6 +310,10 @@ class Service:
             The private pages that the caller now has to discard; ``do_left`` follows.
         """
         memory = self._memories[number]
+        for mapping in memory.mappings:
+            for page in sorted(mapping.poisoned & set(range(first, first + count))):
+                with contextlib.suppress(RangeGone, TargetGone):
+                    memory.fill(mapping, page, protect=True, wake=False)
         mapping = memory.mappings[0]
         going = [p for p in range(first, first + count) if p in mapping.contents.present]
         if memory.shared:
@@ -440,6 +458,9 @@ class Service:
             if not standing.parked and standing.page in standing.mapping.contents.present:
                 self._performer.end(standing)  # its page came for somebody else: it went on
         system_call, pc = self._calls.find(source.process, thread)
+        # In a step it runs, as /proc has it; and a call that was begun again has another number.
+        stepped = self._performer.stepper.call_of(thread)
+        system_call = system_call if stepped is None else stepped
         touch = self._engine.arrive(
             process=source.process,
             thread=thread,

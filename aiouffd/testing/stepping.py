@@ -9,11 +9,18 @@ would get too.  Now the page can come, the thread makes one instruction (PTRACE_
 with the thread stopped after it the page can go again.
 
 Within a system call there are no single steps.  There the interruption stays pending while the
-call goes on, and the thread stops at the end of the call.
+call goes on, and the thread stops at the end of the call.  Meanwhile its waits for a page are
+broken off and begun again by the kernel itself, so that it finds the page without a wake-up, too.
+What the call does not get is sleep: it ends as after a signal that has no handler.  Most calls
+are begun again then, without the program's notice; that one is stepped over as an instruction,
+and sleeps.  But one that has done a part says so (a write to a pipe that is full), and
+epoll_wait, semop and a few more end with EINTR: signal(7) has the list.
 
 Laws of this file:
 
 * A thread is let go of (PTRACE_DETACH) by whoever finishes with it, whatever has happened.
+* Nobody else is woken for a step: who stands at the same page goes on standing.
+* A thread that is not before its access any more (a signal handler runs) makes no step.
 * No signal is lost: one that arrives during a step is delivered when the thread is let go of.
 * Nothing waits long: a thread that does not stop at once (its instruction faults on a second
   page, its system call sleeps) is finished by ``poll`` when SIGCHLD comes.
@@ -32,7 +39,7 @@ from ..kernel import tracing
 _STOP_NS: Final = 200_000_000  # until a thread that stands in a user-mode fault has stopped
 _STEP_NS: Final = 1_000_000  # until one instruction is done, unless it faults again
 _CALL_NS: Final = 100_000  # a short system call ends within that; others have SIGCHLD
-_SIGNALS_AT_ONCE: Final = 16
+_SIGNALS_AT_ONCE: Final = 1_000  # each is taken from the thread, so they come to an end
 #: What an instruction itself can bring about.
 _OF_THE_INSTRUCTION: Final = frozenset(
     {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
@@ -41,16 +48,21 @@ _OF_THE_INSTRUCTION: Final = frozenset(
 )
 
 
+class Elsewhere(Exception):
+    """The thread does not stand before its access: a signal handler runs, and it will be back."""
+
+
 class _Attached:
     """A thread that has not come to the end of its access yet."""
 
-    __slots__ = ("afters", "process", "signals", "stepping")
+    __slots__ = ("afters", "process", "signals", "stepped", "system_call")
 
-    def __init__(self, process: int, after: Callable[[], None] | None, *, stepping: bool) -> None:
+    def __init__(self, process: int, system_call: int | None) -> None:
         self.process = process
-        self.afters = [after] if after is not None else []
+        self.system_call = system_call  # that it is in
+        self.afters: list[Callable[[], None]] = []
         self.signals: list[int] = []
-        self.stepping = stepping  # else in a system call
+        self.stepped = False
 
 
 class Stepper:
@@ -69,13 +81,19 @@ class Stepper:
     def __contains__(self, thread: object) -> bool:
         return thread in self._attached
 
+    def call_of(self, thread: int) -> int | None:
+        """Give the number of the system call in which a thread is being stepped over."""
+        attached = self._attached.get(thread)
+        return None if attached is None else attached.system_call
+
     def over(
         self,
         process: int,
         thread: int,
         *,
-        in_call: bool,
-        let: Callable[[bool], None],
+        system_call: int | None,
+        pc: int,
+        let: Callable[[], None],
         after: Callable[[], None] | None,
     ) -> None:
         """Let a thread that stands in a page fault make its access, and only that thread.
@@ -83,50 +101,63 @@ class Stepper:
         Args:
             process: Its process.
             thread: Who.
-            in_call: A system call touched the page for it.
-            let: Makes the page accessible; its argument says whether who waits there has to
-                be woken.
+            system_call: The one that touched the page for it; None if it did so itself.
+            pc: The instruction before which it stands; 0 if not known, or in a system call.
+            let: Makes the page accessible, and wakes nobody.
             after: What to do once the access is made, with the thread stopped; None to let it
                 run on.
 
         Raises:
             OSError: The thread cannot be traced (EPERM: by a debugger already, or not
                 permitted; ESRCH: it has ended).  ``let`` was not called.
+            Elsewhere: It does not stand there.  ``let`` was not called.
         """
         attached = self._attached.get(thread)
-        if attached is not None:
-            # It stands on its way to the end of the step that it is in already.
-            if after is not None:
-                attached.afters.append(after)
-            let(True)
-            return
-        tracing.seize(thread)
-        self._attached[thread] = _Attached(process, after, stepping=not in_call)
+        if attached is None:  # else it stands on its way to the end of the step that it is in
+            tracing.seize(thread)
+            attached = self._attached[thread] = _Attached(process, system_call)
         tracing.interrupt(thread)
+        in_call = attached.system_call is not None
         status = None if in_call else tracing.wait(thread, block_ns=_STOP_NS)
         stopped = status is not None and os.WIFSTOPPED(status)
+        if stopped:
+            assert status is not None
+            self._note(thread, status)
+            if pc and _pc_of(process, thread) not in (pc, 0):
+                self._go(thread, 0)
+                raise Elsewhere
         try:
-            let(not stopped)
+            let()
         except BaseException:
-            self._attached[thread].afters.clear()
             if stopped:
                 self._go(thread, 0)
             raise  # else it is let go of when it stops
+        if after is not None:
+            attached.afters.append(after)
         if not stopped:
-            self._finish(thread, tracing.wait(thread, block_ns=_CALL_NS) if in_call else status)
-            return
-        assert status is not None
-        if after is None:
+            # Not scheduled yet, say: ``poll`` has it make its step, or it has ended.
+            self._finish(thread, status or tracing.wait(thread, block_ns=_CALL_NS))
+        elif not attached.afters:
             self._go(thread, 0)
         else:
-            self._note(thread, status)
             tracing.singlestep(thread)
             self._finish(thread, tracing.wait(thread, block_ns=_STEP_NS))
 
-    def poll(self) -> None:
-        """Go on with whoever has stopped; to be called when SIGCHLD has come."""
+    def poll(self) -> list[Exception]:
+        """Go on with whoever has stopped; to be called when SIGCHLD has come.
+
+        Returns:
+            What went wrong with what there was to do after an access.
+        """
+        failed: list[Exception] = []
         for thread in list(self._attached):
-            self._finish(thread, tracing.wait(thread, block_ns=0))
+            try:
+                self._finish(thread, tracing.wait(thread, block_ns=0))
+            except ChildProcessError:  # its end was told already
+                self._attached.pop(thread, None)
+            except Exception as error:  # the others are to be let go of, whatever it is
+                failed.append(error)
+        return failed
 
     def _note(self, thread: int, status: int) -> int:
         """Keep a signal that was about to be delivered; give its number, 0 for other stops."""
@@ -146,14 +177,23 @@ class Stepper:
                 self._go(thread, None)
                 return
             number = self._note(thread, status)
-            is_made = (
-                not attached.stepping
-                or number in _OF_THE_INSTRUCTION
-                or (not number and not tracing.is_event_stop(status))
-            )
-            if is_made:
-                break
-            tracing.singlestep(thread)
+            try:
+                if attached.system_call is None:
+                    is_made = number in _OF_THE_INSTRUCTION or (
+                        not number and not tracing.is_event_stop(status)
+                    )
+                elif number:
+                    is_made = True  # a handler is to interrupt the call, if there is one
+                elif attached.stepped and tracing.is_event_stop(status):
+                    is_made = False  # the step's own SIGTRAP is still to come, and would kill
+                else:
+                    is_made = not tracing.is_begun_again(thread)
+                if is_made:
+                    break
+                attached.stepped = True
+                tracing.singlestep(thread)
+            except ProcessLookupError:
+                return  # killed: its end comes next
             status = tracing.wait(thread, block_ns=_STEP_NS)
         self._go(thread, 0)
 
@@ -172,3 +212,11 @@ class Stepper:
                         tracing.tgkill(attached.process, thread, number)
                 except ProcessLookupError:
                     pass  # killed meanwhile
+
+
+def _pc_of(process: int, thread: int) -> int:
+    """Say before which instruction a stopped thread is; 0 if that cannot be told."""
+    try:
+        return tracing.in_system_call(process, thread)[1]
+    except OSError:
+        return 0

@@ -11,15 +11,20 @@ user's does: by itself, and not if ``-p no:aiouffd`` says so.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeAlias
 
 import pytest
+
+from aiouffd.testing import Harness
+from aiouffd.testing.rules import KINDS
+from tests.native import build
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 
@@ -45,6 +50,63 @@ def install(folder: Path) -> str:
     (distribution / "METADATA").write_text("Name: aiouffd-of-the-checkout\nVersion: 0\n")
     (distribution / "entry_points.txt").write_text("[pytest11]\n{} = {}\n".format(*plugin))
     return f"{folder}{os.pathsep}{ROOT}"
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    """touching.c, with the types of what is asked of it."""
+    found = ctypes.CDLL(str(build(Path(__file__).with_name("touching.c"))))
+    for name in ("load", "load_twice", "load_forked"):
+        getattr(found, name).argtypes = (ctypes.c_void_p,)
+    found.store.argtypes = (ctypes.c_void_p, ctypes.c_ubyte)
+    found.store.restype = None
+    found.load_again.argtypes = found.increment.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    found.increment.restype = None
+    found.walk.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    found.load8.argtypes = (ctypes.c_void_p,)
+    found.load8.restype = ctypes.c_ulong
+    found.load_until_whole.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_ubyte))
+    found.fails.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    found.copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    found.copy.restype = None
+    found.alarmed.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
+    found.alarmed.restype = ctypes.c_long
+    for name in ("write_out", "read_in"):
+        getattr(found, name).argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong)
+        getattr(found, name).restype = ctypes.c_long
+    for name in ("wait_poll", "wait_message", "wait_epoll"):
+        getattr(found, name).argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        getattr(found, name).restype = ctypes.c_long
+    return found
+
+
+@pytest.fixture
+def uffd() -> Iterator[Harness]:
+    """A harness."""
+    with Harness(timeout=20) as harness:
+        yield harness
+
+
+@pytest.fixture(params=[kind for kind in KINDS if "huge" not in kind])
+def memory(request: pytest.FixtureRequest) -> str:
+    """Each kind of memory of small pages."""
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture
+def pipes() -> Iterator[Callable[[], tuple[int, int]]]:
+    """Make pipes, closed afterwards."""
+    ends: list[int] = []
+
+    def make() -> tuple[int, int]:
+        pair = os.pipe()
+        ends.extend(pair)
+        return pair
+
+    yield make
+    for end in ends:
+        os.close(end)
 
 
 @pytest.fixture

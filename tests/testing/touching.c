@@ -1,9 +1,14 @@
 /* What threads do to memory, one access at a time, for tests of the harness. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -81,4 +86,107 @@ int load_forked(const volatile unsigned char *at) {
   int status = 0;
   waitpid(child, &status, 0);
   return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+/* One instruction that touches two places, if the compiler finds it; else two. */
+void copy(void *to, const void *from) {
+#ifdef __x86_64__
+  __asm__ volatile("movsb" : "+D"(to), "+S"(from) : : "memory");
+#else
+  *(volatile unsigned char *)to = *(const volatile unsigned char *)from;
+#endif
+}
+
+/* A storm of SIGALRM at this thread while it counts in memory: how many alarms were taken. */
+static volatile sig_atomic_t alarms;
+static __thread int is_alarmed;
+static void count_alarm(int number) {
+  (void)number;
+  if (is_alarmed) alarms++;
+}
+long alarmed(void *at, int times, int signals) {
+  struct sigaction action = {.sa_handler = count_alarm}, before;
+  sigset_t one, old;
+  is_alarmed = 1;
+  alarms = 0;
+  sigaction(SIGRTMIN + 3, &action, &before);
+  volatile unsigned char *byte = at;
+  int sent = 0;
+  for (int i = 0; i < times; i++) {
+    /* Blocked until just before the access: then all of them come with it. */
+    sigemptyset(&one);
+    sigaddset(&one, SIGRTMIN + 3);
+    pthread_sigmask(SIG_BLOCK, &one, &old);
+    for (int j = 0; j < signals; j++) sent += pthread_kill(pthread_self(), SIGRTMIN + 3) == 0;
+    pthread_sigmask(SIG_SETMASK, &old, 0);
+    *byte = *byte + 1;
+  }
+  sigaction(SIGRTMIN + 3, &before, 0);
+  is_alarmed = 0;
+  return alarms == sent ? alarms : -alarms - 1;
+}
+
+/* poll(2) with its array in memory, until `fd` is readable: the events, or -errno. */
+long wait_poll(int fd, void *at, void *unused) {
+  (void)unused;
+  struct pollfd *fds = at;
+  fds->fd = fd;
+  fds->events = POLLIN;
+  fds->revents = 0;
+  long found = poll(fds, 1, -1);
+  return found < 0 ? -errno : fds->revents;
+}
+
+/* recvmsg(2) with its vector at `at` and its buffer at `into`: bytes, or -errno. */
+long wait_message(int fd, void *at, void *into) {
+  struct iovec *vector = at;
+  vector->iov_base = into;
+  vector->iov_len = 8;
+  struct msghdr header = {.msg_iov = vector, .msg_iovlen = 1};
+  long done = recvmsg(fd, &header, 0);
+  return done < 0 ? -errno : done;
+}
+
+/* epoll_pwait(2) with its signal mask at `at`, which it reads before it sleeps. */
+long wait_epoll(int fd, void *at, void *unused) {
+  (void)unused;
+  struct epoll_event event = {.events = EPOLLIN};
+  int epoll = epoll_create1(0);
+  epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+  sigemptyset(at);
+  long found = epoll_pwait(epoll, &event, 1, -1, at);
+  found = found < 0 ? -errno : found;
+  close(epoll);
+  return found;
+}
+
+/* A store (a load if `value` is negative) that is given up if it gets SIGBUS: whether it did. */
+static __thread sigjmp_buf way_out;
+static pthread_mutex_t giving_up = PTHREAD_MUTEX_INITIALIZER;
+static struct sigaction before_all;
+static int in_fails;
+static void give_up(int number) {
+  (void)number;
+  siglongjmp(way_out, 1);
+}
+static void count_in(int change) {
+  struct sigaction action = {.sa_handler = give_up};
+  pthread_mutex_lock(&giving_up);
+  if (in_fails == 0) sigaction(SIGBUS, &action, &before_all);
+  in_fails += change;
+  if (in_fails == 0) sigaction(SIGBUS, &before_all, 0);
+  pthread_mutex_unlock(&giving_up);
+}
+int fails(volatile unsigned char *at, int value) {
+  volatile int failed = 1;
+  count_in(1);
+  if (sigsetjmp(way_out, 1) == 0) {
+    if (value < 0)
+      (void)*at;
+    else
+      *at = value;
+    failed = 0;
+  }
+  count_in(-1);
+  return failed;
 }
