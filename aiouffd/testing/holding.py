@@ -62,7 +62,7 @@ class Holder:
         dump_signal: int,
         let_go: Callable[[Standing, str], None],
         send_back: Callable[[Standing], None],
-        disarm: Callable[[int], None],
+        disarm: Callable[[int], object],
     ) -> None:
         """Hold threads for a test process.
 

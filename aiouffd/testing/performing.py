@@ -249,7 +249,7 @@ class Performer:
         """Do what comes after an access; the thread has to be let go of whatever happens."""
         try:
             after()
-        except (TargetGone, RangeGone, ProcessLookupError):
+        except (TargetGone, RangeGone, ClosedError, ProcessLookupError, FileNotFoundError):
             pass  # its process has ended, or has unmapped the page
         except (UffdError, OSError) as error:
             self._tell("trouble", f"page {touch.page} cannot be taken away again: {error}")
@@ -285,10 +285,7 @@ class Performer:
     def poll(self) -> None:
         """Go on with threads that have stopped for the stepper."""
         for error in self.stepper.poll():
-            if not isinstance(
-                error, (RangeGone, TargetGone, ProcessLookupError, FileNotFoundError)
-            ):
-                self._tell("trouble", f"after an access: {error}")
+            self._tell("trouble", f"a thread was let go of within its step: {error}")
 
     def trouble(self, touch: Standing, error: Exception) -> None:
         """Tell what went wrong with a touch, and leave nobody standing for it."""
