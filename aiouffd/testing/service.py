@@ -434,6 +434,7 @@ class Service:
 
     def _on_gone(self, source: Source) -> None:
         """End where the threads of a process stood that has ended."""
+        self._calls.forget(source.process)
         for touch in list(self._engine.standing.values()):
             if touch.mapping.uffd is source.uffd:
                 self._performer.end(touch)

@@ -41,6 +41,11 @@ class Calls:
         except OSError:
             return None, 0
 
+    def forget(self, process: int) -> None:
+        """Close what belongs to a process that has ended."""
+        for key in [key for key in self._files if key[0] == process]:
+            os.close(self._files.pop(key))
+
     def close(self) -> None:
         """Close what it looks with."""
         while self._files:
