@@ -47,3 +47,15 @@ void wait_for(volatile long *flag) {
 }
 
 void set(volatile long *flag) { *flag = 1; }
+
+/* Does what a text says: r0 reads the first number, w1 writes the second, l and u lock and unlock.
+   A write puts down what was read last, plus one. */
+void follow(const char *text, volatile long *numbers) {
+  long last = 0;
+  for (; *text; text++) {
+    if (*text == 'r') last = numbers[*++text - '0'];
+    if (*text == 'w') numbers[*++text - '0'] = last + 1;
+    if (*text == 'l') pthread_mutex_lock(&first);
+    if (*text == 'u') pthread_mutex_unlock(&first);
+  }
+}

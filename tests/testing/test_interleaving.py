@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
+import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -36,6 +39,7 @@ from aiouffd.testing.rules import KINDS
 from aiouffd.testing.schedules import Course, Step
 from aiouffd.testing.strategies import Systematic
 from tests.native import build
+from tests.testing.simulated import Listed, Program, every_order, run
 
 Call = Callable[[], object]
 LIBRARY = Path(__file__).with_name("counting.c")
@@ -61,6 +65,7 @@ class Counter:
         self.uffd = uffd
         self.region: Region = uffd.region(1, memory=memory, name="counter")
         self.pointer = self.region.pointer()
+        self.ends: list[tuple[int, ...]] = []
 
     def both(self, function: Callable[[object], object], *others: object) -> dict[str, Call]:
         """Make participants a and b, of one function or of two."""
@@ -180,6 +185,66 @@ def test_random_orders_of_repaired_code(counter: Counter, library: ctypes.CDLL, 
     found = counter.explore(counter.both(library.add_locked), seed=seed, orders=20)
     assert (found.orders, found.complete, found.every) == (20, False, False)
     assert str(found).endswith(f"random orders with at most 2 preemptions, seed {seed}")
+
+
+def some_text(choose: random.Random) -> str:
+    """Make a program of up to three touches, with one stretch under the lock or with none."""
+    steps = [choose.choice("rw") + choose.choice("01") for _ in range(choose.randint(0, 3))]
+    if choose.random() < 0.7:
+        start, end = sorted(choose.randint(0, len(steps)) for _ in range(2))
+        steps[start:end] = ["l", *steps[start:end], "u"]
+    return "".join(steps)
+
+
+def simulated(text: str, numbers: list[int]) -> Callable[[], Program]:
+    """Give the same program without a thread."""
+
+    def go() -> Program:
+        last = 0
+        for step in re.findall(r"[rw]\d|[lu]", text):
+            if step == "l":
+                yield "lock", "m"
+            elif step == "u":
+                yield "unlock", "m"
+            else:
+                place = int(step[1])
+                yield ("read" if step[0] == "r" else "write"), "xy"[place]
+                if step[0] == "r":
+                    last = numbers[place]
+                else:
+                    numbers[place] = last + 1
+
+    return go
+
+
+def test_real_threads_go_as_simulated_ones(
+    counter: Counter, library: ctypes.CDLL, seed: int
+) -> None:
+    """Random programs come to the same ends in as many orders as programs without threads do."""
+    print(f"seed {seed}")
+    choose = random.Random(seed)
+    for _ in range(8):
+        texts = {name: some_text(choose) for name in "ab"}
+        print(texts)
+        expected = []
+        numbers = [0, 0]
+        programs = {name: simulated(text, numbers) for name, text in texts.items()}
+        for order in every_order(programs):
+            numbers[:] = [0, 0]
+            run(programs, Listed(order))
+            expected.append(tuple(numbers))
+        counter.ends.clear()
+        explored = counter.uffd.explore(
+            {
+                name: functools.partial(library.follow, text.encode(), counter.pointer)
+                for name, text in texts.items()
+            },
+            reset=lambda: counter.region.poke(0, bytes(16)),
+            check=lambda: counter.ends.append(struct.unpack("=2q", counter.region.peek(0, 16))),
+            preemptions=None,
+        )
+        assert explored.every
+        assert sorted(counter.ends) == sorted(expected)
 
 
 # --- the test that is printed ------------------------------------------------------------
