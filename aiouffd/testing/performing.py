@@ -29,6 +29,7 @@ from .engine import Engine, Standing
 from .pages import Mapping
 from .stepping import Elsewhere, Stepper
 from .turning import Teller, Turning
+from .watching import has_ended
 
 #: A thread that has left the trampoline and not faulted again within that may have passed.
 _RETURN_NS: Final = 1_000_000_000
@@ -277,8 +278,9 @@ class Performer:
                 return False
             except ProcessLookupError:
                 pass  # it has ended
-            except PermissionError as error:
-                self._tell("trouble", f"thread {touch.thread} cannot be stepped over: {error}")
+            except PermissionError as error:  # said of a thread that was killed just now, too
+                if not has_ended(touch.process, touch.thread):
+                    self._tell("trouble", f"thread {touch.thread} cannot be stepped over: {error}")
         let(True)
         return True
 

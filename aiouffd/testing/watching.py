@@ -177,9 +177,8 @@ class Watch:
         self._exits.clear()
 
     def _read(self, source: Source) -> None:
-        if source.uffd.closed:
-            return  # dropped in the same turn
-        while messages := source.uffd.read():
+        # It may be dropped in the same turn, and by the fork of which it tells.
+        while not source.uffd.closed and (messages := source.uffd.read()):
             for message in messages:
                 if isinstance(message, RawFault):
                     self._inbox.append((source, message))
@@ -213,6 +212,17 @@ def threads_of(process: int) -> Iterator[int]:
         yield from sorted(map(int, os.listdir(f"/proc/{process}/task")))
     except OSError:
         return
+
+
+def has_ended(process: int, thread: int) -> bool:
+    """Say whether a thread has ended, or is a zombie."""
+    try:
+        with open(
+            f"/proc/{process}/task/{thread}/stat", encoding="ascii", errors="replace"
+        ) as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def _process_of(thread: int) -> int:
