@@ -11,12 +11,13 @@ import signal
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from aiouffd import NotSupported
-from aiouffd.testing import FreezeTimeout, Harness, HarnessError, Region
+from aiouffd.testing import Freeze, FreezeTimeout, Harness, HarnessError, Region
 from aiouffd.testing.programs import Program
 from tests import unprivileged
 from tests.native import build
@@ -60,6 +61,14 @@ def said(program: Program) -> list[str]:
     output, _ = program.communicate(timeout=30)
     assert program.returncode == 0
     return output.decode().split()
+
+
+TOUCHING = ("load", "store", "threads", "write") + (("fork",) if os.geteuid() == 0 else ())
+
+
+def ended_or_stopped(programs: list[Program], freeze: Freeze) -> bool:
+    """Say whether something can be done: a thread stands, or there is nobody left to wait for."""
+    return bool(freeze.frozen) or all(program.poll() is not None for program in programs)
 
 
 def descriptors(process: int) -> int:
@@ -440,6 +449,47 @@ def test_programs_go_on_without_the_helper(mapper: str) -> None:
             freeze.wait(timeout=5)
     uffd.close()
     program.end()
+
+
+def test_the_helper_outlives_programs_that_are_killed_anywhere(
+    uffd: Harness, mapper: str, seed: int
+) -> None:
+    """Programs fork, unmap, move and are killed while others are stepped; nobody is left over."""
+    print(f"seed {seed}")
+    choose = random.Random(seed)
+    regions = [uffd.region(2, contents=CONTENTS) for _ in range(2)]
+    before = descriptors(uffd.service_pid)
+
+    def words(page: int) -> list[object]:
+        """Give some things to do at a page."""
+        found: list[object] = ["map"]
+        for _ in range(choose.randint(1, 6)):
+            at = page * PAGE + choose.randrange(256)
+            kinds = (("unmap", "map"), ("move",), *((word, at) for word in TOUCHING))
+            found += choose.choice(kinds)
+        return found
+
+    for _ in range(15):
+        region = choose.choice(regions)
+        page = choose.choice(region.pages)
+        every = choose.random() < 0.3
+        with page.freeze(nth=choose.choice((1, 1, 2, 3)), every=every) as freeze:
+            programs = [
+                start(uffd, mapper, region, *words(page.number))
+                for _ in range(choose.randint(1, 4))
+            ]
+            wait_until(partial(ended_or_stopped, programs, freeze), "programs")
+            for _ in range(10):
+                for frozen in freeze.frozen:
+                    if choose.random() < 0.15:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(frozen.process, signal.SIGKILL)
+                    else:
+                        frozen.release()
+        for program in programs:
+            program.communicate(timeout=20)
+            assert program.returncode in (0, -signal.SIGKILL)
+    wait_until(lambda: descriptors(uffd.service_pid) <= before + 6, "the helper to forget")
 
 
 # --- users ---------------------------------------------------------------------------------
