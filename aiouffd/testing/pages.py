@@ -28,11 +28,13 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from ..errors import LayoutChanging, RangeGone, ResolutionRefused, TargetGone
+from ..errors import ClosedError, LayoutChanging, RangeGone, ResolutionRefused, TargetGone
 from ..kernel import abi, page_cache, pagemap
 from ..uffd import Userfaultfd
 
 _PATIENCE: Final = 2.0  # seconds that a layout may go on changing
+#: One of many mappings was unmapped, or its process has ended: the others are not concerned.
+_GONE: Final = (RangeGone, TargetGone, ClosedError)
 
 
 class Contents:
@@ -321,7 +323,7 @@ class Memory:
         while todo := [each for each in self._where(mapping, page) if each not in done]:
             for each in todo:
                 done.add(each)
-                with contextlib.suppress(RangeGone, TargetGone):
+                with contextlib.suppress(*_GONE):
                     self._protect(each, page)
         return self.read(mapping, page * self.page_size, self.page_size)
 
@@ -331,7 +333,7 @@ class Memory:
         mapping.contents.store[page] = data
         # The mark outlives the page wherever a file is mapped, and POISON would stop at it.
         for each in self._where(mapping, page):
-            with contextlib.suppress(RangeGone, TargetGone):
+            with contextlib.suppress(*_GONE):
                 self._unprotect(each, page)
 
     def _where(self, mapping: Mapping, page: int) -> list[Mapping]:

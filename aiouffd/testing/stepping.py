@@ -211,7 +211,17 @@ class Stepper:
                     for number in earlier:
                         tracing.tgkill(attached.process, thread, number)
                 except ProcessLookupError:
-                    pass  # killed meanwhile
+                    self._bury(thread, attached)
+
+    def _bury(self, thread: int, attached: _Attached) -> None:
+        """Hear the end of a thread that was killed: nobody else may until its tracer has."""
+        attached.afters.clear()
+        try:
+            status = tracing.wait(thread, block_ns=0)
+        except ChildProcessError:
+            return  # it was let go of, and ended then
+        if status is None or os.WIFSTOPPED(status):
+            self._attached[thread] = attached  # ``poll`` will hear it
 
 
 def _pc_of(process: int, thread: int) -> int:
