@@ -122,6 +122,7 @@ class Watch:
         self._turning.forget(source.uffd.fileno())
         self.sources.remove(source)
         source.uffd.close()
+        self._inbox = deque(each for each in self._inbox if each[0] is not source)
 
     def forget(self, memory: Memory) -> None:
         """Forget a region everywhere, and other processes that have none left."""
@@ -143,7 +144,8 @@ class Watch:
             return
         try:
             pidfd = os.pidfd_open(process)
-        except OSError:  # it has ended already: ``sweep`` will see
+        except OSError:  # it has ended already
+            self._turning.after(0, self.sweep)
             return
 
         def on_exit() -> None:
