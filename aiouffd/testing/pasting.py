@@ -155,8 +155,11 @@ def _replaced(above: list[ast.AST]) -> tuple[ast.stmt, bool]:
     return statements[-1], not isinstance(statements[-1], ast.Expr)
 
 
-def _text(source: str, node: ast.AST) -> str:
-    return ast.get_source_segment(source, node) or ""
+def _text(source: str, node: ast.expr) -> str:
+    """Give a node's source, its further lines as far to the left as its first."""
+    first, *others = (ast.get_source_segment(source, node) or "").split("\n")
+    margin = " " * node.col_offset
+    return "\n".join([first, *(line.removeprefix(margin) for line in others)])
 
 
 _FUNCTION: Final = (ast.FunctionDef, ast.AsyncFunctionDef)

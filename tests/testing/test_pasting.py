@@ -49,7 +49,8 @@ def test_a_test_with_its_call_replaced() -> None:
         def test_counter(uffd):
             """Two that add one each."""
             region = uffd.region(1, name="é"); lib = load()
-            uffd.explore({"a": lambda: lib.add(region), "b": lambda: lib.add(region)},
+            uffd.explore({"a": lambda: lib.add(region),
+                          "b": lambda: lib.add(region)},
                          preemptions=1, orders=100,
                          reset=lambda: region.poke(0, bytes(8)),
                          check=check)
@@ -69,7 +70,8 @@ def test_a_test_with_its_call_replaced() -> None:
             """Two that add one each."""
             region = uffd.region(1, name="é"); lib = load()
             uffd.interleave(
-                {"a": lambda: lib.add(region), "b": lambda: lib.add(region)},
+                {"a": lambda: lib.add(region),
+                 "b": lambda: lib.add(region)},
                 order=[
                     ("a", 1),
                     # a stands before its write of memory+0x0 at write x
