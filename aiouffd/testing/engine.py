@@ -233,7 +233,10 @@ class Engine:
 
     def sees_more(self, touch: Standing) -> bool:
         """Say whether some rule has to see the next touch of this page too."""
-        size = self.regions[touch.region].page_size
+        shape = self.regions.get(touch.region)
+        if shape is None:  # forgotten, and its rules with it
+            return False
+        size = shape.page_size
         start = touch.page * size
         return any(
             _waits(armed, touch)

@@ -519,6 +519,22 @@ def test_contents_survive_re_arming(
     assert rounds > 1
 
 
+@pytest.mark.leaky("a thread is still at work there, so the memory stays")
+def test_closing_a_region_lets_go_of_who_stands_there(
+    uffd: Harness, library: ctypes.CDLL, memory: str
+) -> None:
+    """Who stands at a region that is closed makes its access, though its freeze is armed still."""
+    region = uffd.region(2, contents=CONTENTS, memory=memory)
+    freeze = region.page(0).freeze(every=True)
+    freeze.__enter__()
+    running = uffd.start(library.load, region.pointer(3))
+    freeze.wait()
+    region.close()
+    assert running.result() == 3
+    other = uffd.region(1, contents=CONTENTS[:PAGE], memory=memory)
+    assert uffd.start(library.load, other.pointer(4)).result() == 4
+
+
 def test_what_looks_at_a_closed_region_keeps_its_bytes(uffd: Harness) -> None:
     """After close a view reads the contents as ordinary memory."""
     region = uffd.region(2, contents=CONTENTS)
