@@ -15,6 +15,7 @@
  *   - Only system calls and the stack: malloc maps memory too, and a thread that is cancelled
  *     must not end in here.
  */
+#undef _FILE_OFFSET_BITS /* it makes two names one, and we define both */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -268,7 +269,7 @@ __attribute__((visibility("default"))) void *mmap(void *at, size_t length, int p
 }
 
 __attribute__((visibility("default"))) void *mmap64(void *at, size_t length, int protection,
-                                                     int flags, int fd, off64_t offset) {
+                                                     int flags, int fd, off_t offset) {
   return map(at, length, protection, flags, fd, offset);
 }
 
