@@ -11,6 +11,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -57,6 +58,8 @@ class Ledger:
         number, time_ns, process, thread, region, *rest = fields
         page, offset, access, call, pc, where, outcome, waited = rest
         known = self._regions.get(region)
+        if process != os.getpid() and process in self.threads:  # a program: its threads are it
+            self.threads.setdefault(thread, self.threads[process])
         return Touch.from_wire(
             (
                 *(number, time_ns, process, thread, known.name if known else str(region)),

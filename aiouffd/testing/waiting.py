@@ -1,6 +1,6 @@
 """Who stands, and who waits for whom, in words.
 
-Knows: how threads of this process look that wait for a thread, a result or a freeze.
+Knows: how threads of this process look that wait for a thread, a result, a freeze or a program.
 Must not know: the helper process; what is told here is known in this one.
 
 Laws of this file:
@@ -12,6 +12,7 @@ Laws of this file:
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
     from .touches import Touch
 
 #: Files in whose functions a thread waits, or was started; who called them says more.
-_WAITING: Final = (threading.__file__, os.path.join(os.path.dirname(__file__), ""))
+_WAITING: Final = (
+    threading.__file__,
+    subprocess.__file__,
+    os.path.join(os.path.dirname(__file__), ""),
+)
 
 
 def lines(harness: Harness) -> list[str]:
@@ -98,7 +103,12 @@ def _awaited(frame: FrameType) -> str:
         return f"the result of {_who(owner.name, owner.tid)}"
     if frame.f_code is Freeze.wait.__code__ and isinstance(owner, Freeze):
         return f"a {owner.what}"
+    if frame.f_code in _PROGRAM and isinstance(owner, subprocess.Popen):
+        return f"the end of {getattr(owner, 'name', 'a program')} (pid {owner.pid})"
     return ""
+
+
+_PROGRAM: Final = (subprocess.Popen.wait.__code__, subprocess.Popen.communicate.__code__)
 
 
 def _who(name: str, tid: int | None) -> str:

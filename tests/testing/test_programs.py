@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from aiouffd import NotSupported
-from aiouffd.testing import Freeze, FreezeTimeout, Harness, HarnessError, Region
+from aiouffd.testing import Freeze, FreezeTimeout, Harness, HarnessError, Region, waiting
 from aiouffd.testing.programs import Program
 from tests import unprivileged
 from tests.native import build
@@ -63,6 +63,7 @@ def said(program: Program) -> list[str]:
     return output.decode().split()
 
 
+THREADS = ("map", "threads", PAGE)
 TOUCHING = ("load", "store", "threads", "write") + (("fork",) if os.geteuid() == 0 else ())
 
 
@@ -186,6 +187,19 @@ def test_threads_of_a_program_stand_one_by_one(
         for frozen in standing:
             frozen.release()
         assert said(program) == ["27"]
+
+
+def test_reports_name_programs(uffd: Harness, mapper: str, region: Region) -> None:
+    """Who stands in a program is called as the program, and so is who is waited for."""
+    with region.page(1).freeze() as freeze, start(uffd, mapper, region, *THREADS) as program:
+        waiter = uffd.start_named("waiter", program.wait)
+        frozen = [freeze.wait() for _ in range(3)]
+        told = waiting.lines(uffd)
+        assert sum(line.startswith("mapper (tid ") for line in told) == 3
+        assert any(f"waits for the end of mapper (pid {program.pid})" in line for line in told)
+        for each in frozen:
+            each.release()
+        assert waiter.result() == 0
 
 
 @pytest.mark.root
