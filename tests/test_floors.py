@@ -70,7 +70,7 @@ FLOORS = {
         testing.trampoline testing.failures testing.helper testing.mapping
         testing.running testing.threads testing.arming testing.freezing testing.waiting
         testing.region testing.ledger testing.recording testing.interleaving
-        testing.preload testing.programs testing.harness
+        testing.preload testing.descendants testing.programs testing.harness
         cli.statuses cli.main cli cli.arguments
         cli.image_options cli.prefetch_options
         plotting testing.record_plot testing.per_test testing.pytest_plugin

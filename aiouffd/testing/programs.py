@@ -10,7 +10,8 @@ those of any thread of the test.
 Laws of this file:
 
 * A program in which nobody watches is never taken for one that was: it would find zeros.
-* No program outlives the harness; one that stood when it was closed is an error.
+* No program outlives the harness, nor do those that it has started; one that stood when it was
+  closed is an error.
 * What a program has announced is asked of the helper, which knew it before the program went on.
 """
 
@@ -25,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from ..errors import ClosedError, NotSupported
+from . import descendants
 from .announcements import KEY_BYTES
 from .failures import HarnessError
 from .preload import library, why_not
@@ -221,6 +223,7 @@ class Programs:
         self._harness = harness
         self._programs: list[Program] = []
         self._socket = ""  # the name on which the helper hears programs
+        self._keys: list[bytes] = []  # in their environments
 
     def __iter__(self) -> Iterator[Program]:
         return iter(list(self._programs))
@@ -247,7 +250,11 @@ class Programs:
                 )
         around = dict(os.environ if env is None else env)
         path = os.fspath(argv[0])
-        found = shutil.which(path, path=around.get("PATH", os.defpath))
+        # As execvp finds it, in the folder where it starts.
+        found = shutil.which(
+            os.path.join(popen["cwd"] or "", path) if os.sep in path else path,
+            path=around.get("PATH", os.defpath),
+        )
         if found is not None and (reason := why_not(found)) is not None:
             raise NotSupported(
                 f"the harness cannot see what {path} touches: {reason}",
@@ -267,6 +274,7 @@ class Programs:
         for variable, region in regions.items():
             around[variable] = str(region.memfd)
         self._harness.order("program", number, key)
+        self._keys.append(key.hex().encode())
         program = Program(
             *(self._harness, number, argv, regions),
             name=name or os.path.basename(path),
@@ -307,6 +315,8 @@ class Programs:
                 troubles.append(str(error))
             if program.poll() is None:
                 program.end()
+        if self._keys:
+            descendants.end(self._keys)
         return troubles
 
     def account(self) -> list[str]:

@@ -19,6 +19,7 @@ import pytest
 from aiouffd import NotSupported
 from aiouffd.testing import Freeze, FreezeTimeout, Harness, HarnessError, Region, waiting
 from aiouffd.testing.programs import Program
+from aiouffd.testing.watching import has_ended
 from tests import unprivileged
 from tests.native import build
 from tests.targets import wait_until
@@ -439,6 +440,20 @@ def test_a_program_that_runs_at_the_end_is_killed(mapper: str) -> None:
         program = start(uffd, mapper, uffd.region(1), "map", "wait")
         assert repr(program) == f"<Program 'mapper' pid={program.pid} runs>"
     assert program.returncode == -signal.SIGKILL
+
+
+def test_what_a_program_leaves_behind_is_killed(mapper: str) -> None:
+    """A daemon that a program has started ends with the harness."""
+    with Harness() as uffd:
+        script = f"setsid sleep 1000 > /dev/null 2>&1 & echo $!; exec {mapper} map"
+        region = uffd.region(1)
+        program = uffd.program(
+            ["sh", "-c", script], {"AIOUFFD_REGION": region}, stdout=subprocess.PIPE
+        )
+        (left,) = map(int, said(program))
+        assert program.mapped == (region,)
+        assert not has_ended(left, left)
+    wait_until(lambda: has_ended(left, left), "its end")
 
 
 def test_a_block_that_raises_kills_its_program(uffd: Harness, mapper: str, region: Region) -> None:
