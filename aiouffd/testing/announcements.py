@@ -105,15 +105,21 @@ class Announcements:
     """
 
     def __init__(
-        self, turning: Turning, mapped: Callable[[int, Announcement, OwnedFd], None]
+        self,
+        turning: Turning,
+        *,
+        loaded: Callable[[], None],
+        mapped: Callable[[int, Announcement, OwnedFd], None],
     ) -> None:
         """Begin without a socket.
 
         Args:
             turning: The loop.
+            loaded: Called when a program begins, or is another one from now on (exec).
             mapped: Called for a mapping: process id, announcement, userfaultfd, which it owns.
         """
         self._turning = turning
+        self._loaded = loaded
         self._mapped = mapped
         self._keys: dict[bytes, Known] = {}
         self._programs: dict[int, Known] = {}
@@ -187,6 +193,7 @@ class Announcements:
         )
         if message.what == LOADED:
             known.loaded.append(process)
+            self._loaded()
         elif message.what == REFUSED:
             known.refused.append((process, message.region, message.error, message.reason))
         elif not fds:

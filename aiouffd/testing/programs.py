@@ -22,7 +22,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from ..errors import ClosedError, NotSupported
@@ -224,9 +224,6 @@ class Programs:
         self._programs: list[Program] = []
         self._socket = ""  # the name on which the helper hears programs
         self._keys: list[bytes] = []  # in their environments
-
-    def __iter__(self) -> Iterator[Program]:
-        return iter(list(self._programs))
 
     def start(
         self,

@@ -74,7 +74,9 @@ class Service:
         self._places = Places()
         self._random = random.Random()  # noqa: S311 - latencies are no secrets
         self._watch = Watch(self._turning, self._on_gone)
-        self._announcements = Announcements(self._turning, self._on_mapped)
+        self._announcements = Announcements(
+            self._turning, loaded=self._watch.sweep, mapped=self._on_mapped
+        )
         self._memories: dict[int, Memory] = {}
         self._performer = Performer(
             process,

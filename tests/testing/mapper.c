@@ -73,6 +73,7 @@ int main(int count, char **words) {
     else if (!strcmp(word, "load")) printf("%d\n", memory[atol(words[++i])]);
     else if (!strcmp(word, "store")) memory[atol(words[++i])] = 99;
     else if (!strcmp(word, "threads")) printf("%ld\n", load_in_threads(atol(words[++i]), 3));
+    else if (!strcmp(word, "behind")) { pthread_t thread; pthread_create(&thread, 0, load, (void *)atol(words[++i])); }
     else if (!strcmp(word, "fork")) printf("%d\n", load_forked(atol(words[++i])));
     else if (!strcmp(word, "write")) printf(" %zd\n", write(1, (void *)&memory[atol(words[++i])], 1));
     else if (!strcmp(word, "close-all")) { for (int other = 3; other < 1000; other++) if (other != fd) close(other); }

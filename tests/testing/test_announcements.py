@@ -27,8 +27,13 @@ class Told:
 
     def __init__(self) -> None:
         self.mapped: list[tuple[int, Announcement, OwnedFd]] = []
+        self.loaded: list[int] = []
         self.turning = Turning()
-        self.announcements = Announcements(self.turning, lambda *each: self.mapped.append(each))
+        self.announcements = Announcements(
+            self.turning,
+            loaded=lambda: self.loaded.append(len(self.mapped)),
+            mapped=lambda *each: self.mapped.append(each),
+        )
         self.name = f"\0aiouffd-test-{os.urandom(8).hex()}"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(self.name)
@@ -107,6 +112,7 @@ def test_what_is_announced_is_known(told: Told) -> None:
     me = os.getpid()
     known = told.announcements.known(1)
     assert (known.loaded, known.mapped) == ([me], [(me, 3)])
+    assert told.loaded == [0]
     assert known.refused == [(me, 4, errno.EPERM, "rights")]
     process, announcement, fd = told.mapped[0]
     assert (process, announcement.address, announcement.length) == (me, 4096, 8192)

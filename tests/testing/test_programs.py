@@ -57,9 +57,9 @@ def start(uffd: Harness, mapper: str, region: Region, *words: object) -> Program
     )
 
 
-def said(program: Program) -> list[str]:
-    """Wait for a program that ends well, and give what it has said."""
-    output, _ = program.communicate(timeout=30)
+def said(program: Program, told: bytes | None = None) -> list[str]:
+    """Tell a program something, wait until it has ended well, and give what it has said."""
+    output, _ = program.communicate(told, timeout=30)
     assert program.returncode == 0
     return output.decode().split()
 
@@ -422,6 +422,21 @@ def test_a_program_that_is_killed_stands_no_more(
         assert program.wait() == -signal.SIGKILL
         wait_until(lambda: frozen.released, "the end of its touch")
         assert freeze.frozen == ()
+
+
+def test_a_program_that_becomes_another_stands_no_more(
+    uffd: Harness, mapper: str, region: Region
+) -> None:
+    """exec ends the other threads of a program, those that stand too."""
+    with region.page(1).freeze() as freeze:
+        program = start(uffd, mapper, region, "map", "behind", PAGE, "wait", "exec", "wait")
+        frozen = freeze.wait()
+        assert program.stdin is not None
+        program.stdin.write(b"!")
+        program.stdin.flush()
+        wait_until(lambda: frozen.released, "the end of its touch")
+        assert program.processes() == {program.pid}
+        assert said(program, b"!") == []
 
 
 def test_a_program_that_stands_at_the_end_is_an_error(mapper: str) -> None:
