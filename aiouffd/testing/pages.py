@@ -171,6 +171,7 @@ class Memory:
         self.pages = pages
         self.kind = kind
         self.memfd = memfd
+        self.closed = False
         self.shared = kind in ("shmem", "hugetlb")
         self.mappings: list[Mapping] = []
         self._pump = pump
@@ -182,6 +183,7 @@ class Memory:
 
     def close(self) -> None:
         """Let go of the memory; nothing of it is unmapped anywhere else."""
+        self.closed = True
         if self._window is not None:
             self._window.close()
             self._window = None

@@ -248,6 +248,8 @@ class Performer:
 
     def _safely(self, touch: Standing, after: Callable[[], None]) -> None:
         """Do what comes after an access; the thread has to be let go of whatever happens."""
+        if touch.mapping.memory.closed:
+            return  # no page is taken away from who goes on with it
         try:
             after()
         except (TargetGone, RangeGone, ClosedError, ProcessLookupError, FileNotFoundError):

@@ -535,6 +535,27 @@ def test_closing_a_region_lets_go_of_who_stands_there(
     assert uffd.start(library.load, other.pointer(4)).result() == 4
 
 
+@pytest.mark.leaky("a thread is still at work there, so the memory stays")
+def test_a_region_is_closed_while_a_call_is_stepped_over(
+    uffd: Harness, library: ctypes.CDLL, memory: str, pipe: tuple[int, int]
+) -> None:
+    """A system call that every=True has let through goes on when its region is closed."""
+    size = 20 * PAGE  # more than a pipe holds
+    region = uffd.region(20, contents=b"x" * size, memory=memory)
+    with uffd.record(region, every=True) as record:
+        running = uffd.start(library.write_out, pipe[1], region.pointer(), size)
+        wait_until(lambda: len(record) > 0, "it has touched")
+        region.close()
+    uffd.settle()
+    uffd.check()  # there is no trouble
+    os.set_blocking(pipe[0], False)
+    data = b""
+    while not running.done or len(data) < running.result():
+        with contextlib.suppress(BlockingIOError):
+            data += os.read(pipe[0], size)
+    assert data == b"x" * running.result()
+
+
 def test_what_looks_at_a_closed_region_keeps_its_bytes(uffd: Harness) -> None:
     """After close a view reads the contents as ordinary memory."""
     region = uffd.region(2, contents=CONTENTS)
