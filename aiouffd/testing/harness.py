@@ -379,7 +379,7 @@ class Harness:
         used = used or any(stuck() for stuck in self._stuck)
         try:
             with contextlib.suppress(ClosedError):
-                self._helper.ask("close_region", region.number)
+                used = self._helper.ask("close_region", region.number) or used
         finally:
             if memfd is not None:
                 os.close(memfd)

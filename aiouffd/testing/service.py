@@ -253,13 +253,17 @@ class Service:
         known = self._announcements.known(number)
         return known.loaded, known.mapped, known.refused
 
-    def do_close_region(self, number: int) -> None:
+    def do_close_region(self, number: int) -> bool:
         """Watch a region no more; who stands there goes on, and who still uses it may.
 
         Other processes' pages that were never there are poisoned.
+
+        Returns:
+            Whether anybody stood there, and so will use it in a moment.
         """
         memory = self._memories.pop(number)
-        for touch in self._standing_in(number):
+        stood = self._standing_in(number)
+        for touch in stood:
             self._performer.let_go(touch)
         self._engine.forget_region(number)
         self._performer.go_on()
@@ -275,6 +279,7 @@ class Service:
             self._performer.end(touch)
         self._watch.forget(memory)
         memory.close()
+        return bool(stood)
 
     def do_arm(self, rule: tuple[Any, ...]) -> None:
         """Have a rule."""

@@ -556,6 +556,24 @@ def test_a_region_is_closed_while_a_call_is_stepped_over(
     assert data == b"x" * running.result()
 
 
+@pytest.mark.leaky("a thread is still at work there, so the memory stays")
+def test_a_thread_of_nobodys_goes_on_in_a_closed_region(
+    uffd: Harness, library: ctypes.CDLL
+) -> None:
+    """Whoever stood when a region was closed has its memory from then on, whatever started it."""
+    region = uffd.region(1, contents=b"\x01")
+    sums: list[int] = []
+    thread = threading.Thread(
+        target=lambda: sums.append(library.load_again(region.pointer(), 100_000_000))
+    )
+    with region.page(0).freeze() as freeze:
+        thread.start()
+        freeze.wait()
+        region.close()
+    thread.join(20)
+    assert sums == [100_000_000]
+
+
 def test_what_looks_at_a_closed_region_keeps_its_bytes(uffd: Harness) -> None:
     """After close a view reads the contents as ordinary memory."""
     region = uffd.region(2, contents=CONTENTS)
