@@ -8,15 +8,17 @@ tuple as ``marshal`` writes it: quick, and bytes stay bytes.
 
 Laws of this file:
 
-* A message is whole or not there (SOCK_SEQPACKET).
+* A message is whole or not there (SOCK_SEQPACKET); one that is too long is refused by who sends.
 * Descriptors that arrive are close-on-exec, and belong to who receives the message.
 """
 
 from __future__ import annotations
 
+import errno
 import marshal
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any, Final
 
 Message = tuple[Any, ...]
@@ -49,8 +51,14 @@ class Channel:
 
         Raises:
             OSError: The other end is gone (EPIPE), or does not read (EAGAIN, ETIMEDOUT).
+            ValueError: The message is longer than ``LONGEST``.
         """
         data = marshal.dumps(message)
+        if len(data) > LONGEST:
+            raise ValueError(
+                f"a message of {len(data)} bytes is too long: {LONGEST} fit; it begins with"
+                f" {repr(message)[:60]}"
+            )
         if fds:
             socket.send_fds(self.sock, [data], list(fds))
         else:
@@ -61,13 +69,20 @@ class Channel:
 
         Returns:
             It and the descriptors that came along; None if the other end has closed.
+
+        Raises:
+            OSError: There is none (EAGAIN, ETIMEDOUT), or it was cut off (EMSGSIZE).
         """
         try:
-            data, fds, _, _ = socket.recv_fds(self.sock, LONGEST, _FDS)
+            data, fds, flags, _ = socket.recv_fds(self.sock, LONGEST, _FDS)
         except ConnectionResetError:  # closed before it had read all that we had sent
             return None
         for fd in fds:
             os.set_inheritable(fd, False)
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            for fd in fds:
+                os.close(fd)
+            raise OSError(errno.EMSGSIZE, f"a message of more than {LONGEST} bytes was cut off")
         if not data:
             return None
         message: Message = marshal.loads(data)  # noqa: S302 - our own child wrote it
@@ -76,6 +91,19 @@ class Channel:
     def close(self) -> None:
         """Close this end; a second call does nothing."""
         self.sock.close()
+
+
+def fitting(items: Sequence[Any]) -> int:
+    """Say how many of the first items go into one message; one at the least.
+
+    A message takes ``PIECE`` bytes of them, and has room for a little more beside.
+    """
+    length = 0
+    for count, item in enumerate(items):
+        length += len(marshal.dumps(item))
+        if length > PIECE:
+            return max(count, 1)
+    return len(items)
 
 
 def pair() -> tuple[Channel, socket.socket]:

@@ -43,6 +43,8 @@ from .threads import ThreadLike, doing, numbers_of, own_threads
 from .touches import Touch
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from .interleaving import Exploration, Interleaving
     from .schedules import Order
 
@@ -323,7 +325,7 @@ class Harness:
         self,
         pages: int = 1,
         *,
-        contents: bytes = b"",
+        contents: Buffer = b"",
         memory: str = "shmem",
         name: str = "",
     ) -> Region:
@@ -347,8 +349,9 @@ class Harness:
             raise ValueError(f"a region has one page or more, not {pages}")
         page_size = page_size_of(memory)
         length = pages * page_size
-        if len(contents) > length:
-            raise ValueError(f"contents of {len(contents)} bytes do not fit into {length}")
+        size = memoryview(contents).nbytes
+        if size > length:
+            raise ValueError(f"contents of {size} bytes do not fit into {length}")
         self.check()
         number = self._number()
         name = name or f"region{number}"
@@ -368,7 +371,7 @@ class Harness:
             raise
         self.ledger.add_region(region)
         self.regions.append(region)
-        if contents:
+        if size:
             region.poke(0, contents)
         return region
 
@@ -399,11 +402,11 @@ class Harness:
             length -= piece
         return b"".join(parts)
 
-    def poke(self, region: Region, offset: int, data: bytes) -> None:
+    def poke(self, region: Region, offset: int, data: Buffer) -> None:
         """Write without a touch; see ``Region.poke``."""
-        for start in range(0, len(data), PIECE):
-            piece = bytes(data[start : start + PIECE])
-            self.order("poke", region.number, offset + start, piece)
+        whole = memoryview(data).tobytes()  # its items may be wider than a byte, or lie apart
+        for start in range(0, len(whole), PIECE):
+            self.order("poke", region.number, offset + start, whole[start : start + PIECE])
 
     def rearm(self, region: Region, first: int, count: int) -> None:
         """Take pages away again, their bytes kept; see ``Region.rearm``."""

@@ -349,6 +349,18 @@ class Memory:
 
     # --- from outside ------------------------------------------------------------------
 
+    def check(self, offset: int, length: int) -> None:
+        """Refuse bytes that the region does not have.
+
+        Raises:
+            ValueError: It has not all of them.
+        """
+        if offset < 0 or length < 0 or offset + length > self.pages * self.page_size:
+            raise ValueError(
+                f"{length} bytes at offset {offset} are not in the"
+                f" {self.pages * self.page_size} bytes of this region"
+            )
+
     def read(self, mapping: Mapping, offset: int, length: int) -> bytes:
         """Read without a touch."""
         parts = []

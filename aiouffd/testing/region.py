@@ -23,6 +23,7 @@ from .rules import Kind
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
+    from typing_extensions import Buffer
 
     from .arming import Armed
     from .harness import Harness
@@ -168,7 +169,7 @@ class Place:
 
     def change(
         self,
-        *values: bytes,
+        *values: Buffer,
         access: str = "read",
         mode: str = "any",
         thread: ThreadLike | Iterable[ThreadLike] | None = None,
@@ -186,9 +187,13 @@ class Place:
         """
         if not values:
             raise ValueError("give the bytes that the first touch finds, the second, and so on")
-        for value in values:
+        found = tuple(memoryview(value).tobytes() for value in values)
+        for value in found:
             if len(value) > self.length:
-                raise ValueError(f"{value!r} is longer than the {self.length} bytes of {self.name}")
+                raise ValueError(
+                    f"a value of {len(value)} bytes is longer than the {self.length} bytes of"
+                    f" {self.name}"
+                )
         if self.start // self.region.page_size != (self.end - 1) // self.region.page_size:
             raise ValueError(
                 f"{self.name} spans two pages, of which each access touches each:"
@@ -200,17 +205,17 @@ class Place:
             access=access,
             mode=mode,
             thread=thread,
-            values=tuple(map(bytes, values)),
+            values=found,
         )
 
     def peek(self) -> bytes:
         """Read these bytes from outside, without a touch."""
         return self.region.peek(self.start, self.length)
 
-    def poke(self, data: bytes) -> None:
+    def poke(self, data: Buffer) -> None:
         """Write these bytes from outside, without a touch."""
-        if len(data) > self.length:
-            raise ValueError(f"{len(data)} bytes do not fit into the {self.length} of {self.name}")
+        if (size := memoryview(data).nbytes) > self.length:
+            raise ValueError(f"{size} bytes do not fit into the {self.length} of {self.name}")
         self.region.poke(self.start, data)
 
 
@@ -401,9 +406,9 @@ class Region:
         self._check(offset, length)
         return self.harness.peek(self, offset, length)
 
-    def poke(self, offset: int, data: bytes) -> None:
+    def poke(self, offset: int, data: Buffer) -> None:
         """Write bytes from outside: no touch, also while threads stand at them."""
-        self._check(offset, len(data))
+        self._check(offset, memoryview(data).nbytes)
         self.harness.poke(self, offset, data)
 
     def rearm(self, page: int | str | None = None) -> None:

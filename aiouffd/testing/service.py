@@ -344,11 +344,13 @@ class Service:
     def do_peek(self, number: int, offset: int, length: int) -> bytes:
         """Read without a touch."""
         memory = self._memories[number]
+        memory.check(offset, length)
         return memory.read(memory.mappings[0], offset, length)
 
     def do_poke(self, number: int, offset: int, data: bytes) -> None:
         """Write without a touch."""
         memory = self._memories[number]
+        memory.check(offset, len(data))
         memory.write(memory.mappings[0], offset, data)
 
     def do_touches(self, after: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], bool]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -474,6 +476,38 @@ def test_places_outside_are_refused(uffd: Harness, offset: int, length: int) -> 
     ):
         with pytest.raises(ValueError, match=f"which has {2 * PAGE} bytes"):
             refused()
+
+
+def test_items_wider_than_a_byte_are_bytes(uffd: Harness) -> None:
+    """What is poked, contained or changed to is measured in bytes, whatever its items are."""
+    wide = memoryview(array.array("I", range(PAGE // 4)))
+    region = uffd.region(2, contents=wide)
+    assert region.peek(0, PAGE) == wide.tobytes()
+    region.page(1).poke(wide)
+    assert region.peek(PAGE, PAGE) == wide.tobytes()
+    region.poke(0, wide[::2])
+    assert region.peek(0, PAGE // 2) == wide[::2].tobytes()
+    twice = memoryview(array.array("I", range(PAGE // 2)))
+    for refused in (
+        lambda: region.poke(PAGE + 4, wide),
+        lambda: region.at(0, PAGE - 4).poke(wide),
+        lambda: region.at(0, PAGE - 4).change(wide),
+        lambda: uffd.region(1, contents=twice),
+    ):
+        with pytest.raises(ValueError, match=r"\d+ bytes"):
+            refused()
+    large = uffd.region(100)
+    large.poke(PAGE - 4, memoryview(array.array("I", range(50_000))))
+    assert large.peek(PAGE - 4 + 199_996, 4) == (49_999).to_bytes(4, sys.byteorder)
+
+
+@pytest.mark.parametrize("order", [("peek", PAGE, 1), ("peek", -1, 1), ("poke", PAGE - 1, b"ab")])
+def test_the_helper_refuses_bytes_outside(uffd: Harness, order: tuple[Any, ...]) -> None:
+    """A look or a change that left the region would end in the window's own memory."""
+    region = uffd.region(1)
+    name, *arguments = order
+    with pytest.raises(ValueError, match=f"the {PAGE} bytes of this region"):
+        uffd.order(name, region.number, *arguments)
 
 
 @pytest.mark.parametrize(
