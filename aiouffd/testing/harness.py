@@ -444,6 +444,7 @@ class Harness:
         """Have a rule about a place; ``Place`` has a method for each kind.
 
         Raises:
+            ClosedError: The region was closed.
             ValueError: The access, the mode, the number or a thread is not what it should be.
             NotSupported: It takes seeing touches after the first, which is not possible here.
         """
@@ -454,6 +455,7 @@ class Harness:
         if nth < 1:
             raise ValueError(f"nth counts touches from 1, not {nth}")
         region = place.region
+        region.check()
         rule = Rule(
             number=self._number(),
             kind=kind,

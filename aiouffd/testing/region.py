@@ -242,7 +242,6 @@ class Region:
         number: Which of the harness's regions.
         name: What reports call it.
         memory: What kind it is: one of ``aiouffd.testing.rules.KINDS``.
-        address: Where it begins in this process.
         length: In bytes.
         page_size: In bytes.
         page_names: Names of pages by number.
@@ -269,14 +268,14 @@ class Region:
         self._mapping: mmap.mmap | None = mapping
         self._memfd = memfd
         anchor = ctypes.c_char.from_buffer(mapping)
-        self.address = ctypes.addressof(anchor)
+        self._address = ctypes.addressof(anchor)
         del anchor  # an export would forbid closing
 
     def __repr__(self) -> str:
         state = " closed" if self.closed else ""
         return (
             f"<Region {self.name!r}{state}: {self.length // self.page_size} pages of"
-            f" {self.memory} memory at {self.address:#x}>"
+            f" {self.memory} memory at {self._address:#x}>"
         )
 
     def __len__(self) -> int:
@@ -289,15 +288,30 @@ class Region:
 
     # --- ways to look at it ------------------------------------------------------------
 
-    def _open(self) -> mmap.mmap:
+    def check(self) -> mmap.mmap:
+        """Give its memory, for whatever needs that to be there.
+
+        Raises:
+            ClosedError: It was closed.
+        """
         if self._mapping is None:
-            raise ClosedError(f"region {self.name!r} was closed")
+            raise ClosedError(f"region {self.name!r} was closed: make another")
         return self._mapping
+
+    @property
+    def address(self) -> int:
+        """Where it begins in this process.
+
+        Raises:
+            ClosedError: It was closed: something else may be there by now.
+        """
+        self.check()
+        return self._address
 
     @property
     def view(self) -> memoryview:
         """It as bytes for Python; each access is a touch."""
-        return memoryview(self._open())
+        return memoryview(self.check())
 
     def array(self, dtype: DTypeLike = "u1") -> NDArray[Any]:
         """Give it as a NumPy array of one dimension; making it touches nothing.
@@ -309,18 +323,26 @@ class Region:
             import numpy as np
         except ImportError as error:
             raise ImportError("Region.array needs NumPy: pip install numpy") from error
-        array: NDArray[Any] = np.frombuffer(self._open(), dtype=dtype)
+        array: NDArray[Any] = np.frombuffer(self.check(), dtype=dtype)
         return array
 
     def pointer(self, offset: int = 0) -> ctypes.c_void_p:
-        """Give the address of a byte as ctypes passes it to a C function."""
+        """Give the address of a byte as ctypes passes it to a C function.
+
+        Raises:
+            ClosedError: The region was closed.
+        """
         self._check(offset, 0)
         return ctypes.c_void_p(self.address + offset)
 
     def struct(self, kind: type[C], offset: int = 0) -> C:
-        """Give a ctypes structure, array or number that lies in it; it must not outlive it."""
+        """Give a ctypes structure, array or number that lies in it.
+
+        Raises:
+            ClosedError: The region was closed.
+        """
         self._check(offset, ctypes.sizeof(kind))
-        found: C = kind.from_address(self.address + offset)
+        found: C = kind.from_buffer(self.check(), offset)  # which keeps the memory, as a view does
         return found
 
     @property
@@ -330,7 +352,7 @@ class Region:
         Raises:
             ValueError: This kind of memory has none.
         """
-        self._open()
+        self.check()
         if self._memfd is None:
             raise ValueError(
                 f"region {self.name!r} is of {self.memory} memory, which no descriptor stands for:"
@@ -404,15 +426,18 @@ class Region:
     def peek(self, offset: int, length: int) -> bytes:
         """Read bytes from outside: no touch, also while threads stand at them."""
         self._check(offset, length)
+        self.check()
         return self.harness.peek(self, offset, length)
 
     def poke(self, offset: int, data: Buffer) -> None:
         """Write bytes from outside: no touch, also while threads stand at them."""
         self._check(offset, memoryview(data).nbytes)
+        self.check()
         self.harness.poke(self, offset, data)
 
     def rearm(self, page: int | str | None = None) -> None:
         """Have the next touch of a page, or of each, be seen again; no byte changes."""
+        self.check()
         if page is None:
             self.harness.rearm(self, 0, self.length // self.page_size)
         else:
@@ -421,7 +446,7 @@ class Region:
     def close(self) -> None:
         """Give the memory back; who stands there goes on.  A second call does nothing.
 
-        What still looks at it (a memoryview, an array) keeps it, as ordinary memory.
+        What still looks at it (a memoryview, an array, a structure) keeps it, as ordinary memory.
         """
         mapping, self._mapping = self._mapping, None
         if mapping is not None:

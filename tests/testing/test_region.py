@@ -1,0 +1,51 @@
+"""Regions as objects: what they give of memory that is gone, and how they are told apart."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from aiouffd import ClosedError
+from aiouffd.testing import Harness, Region
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda region: region.address,
+        lambda region: region.at(3).address,
+        lambda region: region.pointer(),
+        lambda region: region.struct(ctypes.c_int),
+        lambda region: region.view,
+        lambda region: region.memfd,
+        lambda region: region.peek(0, 1),
+        lambda region: region.page(0).peek(),
+        lambda region: region.poke(0, b"x"),
+        lambda region: region.poke(0, b""),
+        lambda region: region.rearm(),
+        lambda region: region.rearm(0),
+        lambda region: region.page(0).freeze().__enter__(),
+        lambda region: region.page(0).slow(0.001),
+        lambda region: region.page(0).fail(),
+        lambda region: region.at(0).change(b"x"),
+    ],
+)
+def test_a_closed_region_is_refused(uffd: Harness, use: Callable[[Region], object]) -> None:
+    """Whatever needs the memory of a closed region says that it was closed; the harness serves."""
+    region = uffd.region(1, name="gone")
+    region.close()
+    with pytest.raises(ClosedError, match="'gone' was closed"):
+        use(region)
+    assert uffd.region(1, contents=b"on").peek(0, 2) == b"on"
+    assert "gone" in repr(region)
+
+
+def test_a_structure_keeps_the_memory_of_a_closed_region(uffd: Harness) -> None:
+    """It reads what was there, as a view does, and no memory that is no longer mapped."""
+    region = uffd.region(1, contents=b"\x2a\0\0\0")
+    number: Any = region.struct(ctypes.c_int)
+    region.close()
+    assert number.value == 42
