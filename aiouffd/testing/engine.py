@@ -54,7 +54,7 @@ class Standing:
         parked: It has said that it is in the trampoline.
         returning: It was let go, and is on its way out of the trampoline.
         parks: How often it came back from the trampoline by itself.
-        comings: How often its page had come when it was let out of the trampoline.
+        comings: How often its page had come when its thread was there last.
         going: It was let go; what remains is up to its thread.
         overdue: Nobody released it in time.
         outer: The touch at which the thread stood when a signal handler of its made this one.

@@ -414,7 +414,8 @@ class Harness:
         self._take_away(region, first, count)
 
     def _take_away(self, region: Region, first: int, count: int) -> None:
-        going = self._helper.ask("leave", region.number, first, count)
+        asker = threading.get_native_id()
+        going = self._helper.ask("leave", region.number, first, count, asker)
         if going:
             for page in going:
                 discard(region.address + page * region.page_size, region.page_size)

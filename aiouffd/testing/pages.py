@@ -32,6 +32,9 @@ from ..errors import ClosedError, LayoutChanging, RangeGone, ResolutionRefused, 
 from ..kernel import abi, page_cache, pagemap
 from ..uffd import Userfaultfd
 
+#: What an ioctl says of a mapping that is no more.
+_GONE: Final = (RangeGone, TargetGone, ClosedError)
+_VISIT_NS: Final = 2_000_000
 _PATIENCE: Final = 2.0  # seconds that a layout may go on changing
 #: One of many mappings was unmapped, or its process has ended: the others are not concerned.
 _GONE: Final = (RangeGone, TargetGone, ClosedError)
@@ -40,13 +43,36 @@ _GONE: Final = (RangeGone, TargetGone, ClosedError)
 class Contents:
     """Which pages are present, and the bytes of those that are not (zeros if not stored)."""
 
-    __slots__ = ("leaving", "present", "store")
+    __slots__ = ("leaving", "present", "store", "visits")
 
     def __init__(self) -> None:
         """Begin with every page absent, and zero."""
         self.present: set[int] = set()
         self.store: dict[int, bytes] = {}
         self.leaving: set[int] = set()
+        self.visits: dict[int, list[int]] = {}
+
+    def begin_visit(self, page: int) -> int:
+        """Note that a page comes for one access; give what ``end_visit`` wants."""
+        now = time.monotonic_ns()
+        self.visits.setdefault(page, []).append(now)
+        return now
+
+    def end_visit(self, page: int, began: int) -> bool:
+        """Note that such an access is made; say whether the page may go."""
+        self.visits[page].remove(began)
+        if not self.visits[page]:
+            del self.visits[page]
+        return not self.is_visited(page)
+
+    def is_visited(self, page: int) -> bool:
+        """Say whether somebody is about to find a page that has just come for him.
+
+        A system call may sleep with its page there; what has been let through for longer than
+        that was found.
+        """
+        since = time.monotonic_ns() - _VISIT_NS
+        return any(began > since for began in self.visits.get(page, ()))
 
     def copy(self) -> Contents:
         """Give the same again, for a forked child's memory."""

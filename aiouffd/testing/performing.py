@@ -9,6 +9,10 @@ Laws of this file:
   is known; then only the one is let through whose turn it is.
 * What has to be seen again is stepped over; what cannot be stepped over is let through, and the
   test is told.
+* A page that comes for one access only (a *visit*) is there for all threads that run just then:
+  what they do to it in these microseconds is not seen.  Threads that stand do not run.
+* A message is of a touch only if its thread stands there: one that is read while the page comes
+  may be of a thread that goes on.
 * A touch that cannot be made (its memory is gone, or the kernel has none) ends, too.
 """
 
@@ -56,6 +60,7 @@ class Performer:
         tell: Teller,
         pump: Callable[[], None],
         take_in: Callable[[], None],
+        unread: Callable[[int], None],
     ) -> None:
         """Let touches through for a test process.
 
@@ -66,9 +71,10 @@ class Performer:
             tell: Tells the test process something.
             pump: Reads all userfaultfds.
             take_in: Takes in the faults that were read.
+            unread: Forgets those of one thread.
         """
         self.cannot_step = tracing.can_trace()
-        self.stepper = Stepper()
+        self.stepper = Stepper(unread)
         self._engine = engine
         self._turning = turning
         self._tell = tell
@@ -76,6 +82,7 @@ class Performer:
         self._take_in = take_in
         self._ready: deque[Standing] = deque()
         self._deferred: list[Standing] = []  # their page is being discarded
+        self._process = process
         self._pagemap = pagemap.open_pagemap(process)
 
     def close(self) -> None:
@@ -111,9 +118,12 @@ class Performer:
     def send_back(self, touch: Standing) -> None:
         """Have a thread leave the trampoline and make its access."""
         self._tell("go", touch.thread)
-        if self._is_open(touch):
+        mapping, page = touch.mapping, touch.page
+        is_visit = page in mapping.contents.visits
+        if self._is_open(mapping, page, touch.access) and not is_visit:
             self.end(touch)
-        else:
+        else:  # a visit: it passes, or comes too late, nobody can say
+            touch.comings = -1 if is_visit else mapping.comings[page]
             self._expect(touch)
 
     def came_back(self, touch: Standing) -> None:
@@ -138,13 +148,37 @@ class Performer:
         self._ready.extend(self._deferred)
         self._deferred.clear()
 
-    def _is_open(self, touch: Standing) -> bool:
-        """Say whether the access of a thread of the test process would not fault now."""
-        address = touch.mapping.address_of(touch.page)
-        entry = pagemap.entries(self._pagemap, address, mmap.PAGESIZE)[0]
-        return bool(entry & abi.PM_PRESENT) and (
-            touch.access == "read" or not entry & abi.PM_UFFD_WP
-        )
+    def is_echo(
+        self, mapping: Mapping, page: int, access: str, thread: int, *, is_running: bool
+    ) -> bool:
+        """Say whether a message is of a touch that nobody stands at.
+
+        A thread asks for its page and then looks once more whether it is there; and in a system
+        call that is stepped over it asks again and again.  So its message may be read while it
+        goes on.
+        """
+        in_call = self.stepper.call_of(thread) is not None
+        if not (in_call or is_running) or not self._is_open(mapping, page, access):
+            return False
+        # Should it sleep there after all, it looks again.
+        if in_call:
+            self.stepper.again(thread)
+            return True
+        return self.stepper.beside(mapping.process, thread, lambda: None)
+
+    def _is_open(self, mapping: Mapping, page: int, access: str) -> bool:
+        """Say whether an access would not fault now."""
+        own = mapping.process == self._process
+        try:
+            file = self._pagemap if own else pagemap.open_pagemap(mapping.process)
+        except OSError:
+            return False
+        try:
+            entry = pagemap.entries(file, mapping.address_of(page), mmap.PAGESIZE)[0]
+        finally:
+            if not own:
+                os.close(file)
+        return bool(entry & abi.PM_PRESENT) and (access == "read" or not entry & abi.PM_UFFD_WP)
 
     def _on_no_park(self, touch: Standing) -> None:
         """A signalled thread has not come to the trampoline (it blocks the signal, say)."""
@@ -159,16 +193,15 @@ class Performer:
     def _expect(self, touch: Standing) -> None:
         """Have a thread that is elsewhere come back to its access: it will fault again."""
         touch.returning = True
-        touch.comings = touch.mapping.comings[touch.page]
         self._turning.after(_RETURN_NS, lambda: self._on_return(touch))
 
     def _on_return(self, touch: Standing) -> None:
         """A thread has not faulted again: it takes long, or its page was there for that moment."""
-        if not (touch.returning and self._stands(touch)):
+        if not touch.returning or touch not in self._engine.all_standing():
             return
-        if touch.comings == touch.mapping.comings[touch.page] and os.path.exists(
-            f"/proc/{touch.process}/task/{touch.thread}"
-        ):
+        was_there = touch.comings != touch.mapping.comings[touch.page]
+        is_alive = os.path.exists(f"/proc/{touch.process}/task/{touch.thread}")
+        if is_alive and not (was_there and self._stands(touch)):
             self._turning.after(_RETURN_NS, lambda: self._on_return(touch))  # it cannot have passed
         else:
             self.end(touch)
@@ -214,13 +247,24 @@ class Performer:
             touch.failing, touch.once, touch.outcome = True, False, "failed"
 
         def discard(address: int, length: int) -> None:
-            _discard(touch.thread, address, length)
+            drop(touch.thread, address, length)
 
         def fill(wake: bool) -> None:
             memory.fill(mapping, page, protect=touch.access == "read", wake=wake)
 
         def take_away() -> None:
             memory.take_away(mapping, page, discard)
+
+        began = 0
+
+        def visit(wake: bool) -> None:
+            nonlocal began
+            fill(wake)
+            began = mapping.contents.begin_visit(page)
+
+        def end_visit() -> None:
+            if mapping.contents.end_visit(page, began):
+                take_away()  # else the last one does it
 
         def poison(wake: bool) -> None:
             take_away()
@@ -239,9 +283,12 @@ class Performer:
                 self._let(touch, poison, heal if touch.once else None, alone=not drops)
                 self.end(touch)
             else:
-                woken = self._let(touch, fill, take_away if again else None)
-                self.end(touch)
-                if not again:
+                if again:
+                    self._let(touch, visit, end_visit)
+                    self.end(touch)
+                else:
+                    woken = self._let(touch, fill, None)
+                    self.end(touch)
                     self._pass_returning(touch, woken=woken)
         except Elsewhere:
             self._expect(touch)  # from a signal handler
@@ -313,7 +360,7 @@ def _outcome(touch: Standing) -> str:
     return "changed" if touch.values else "passed"
 
 
-def _discard(thread: int, address: int, length: int) -> None:
+def drop(thread: int, address: int, length: int) -> None:
     """Drop private pages of a thread that stands still, by a call made in its name."""
     arguments = (address, length, _MADV_DONTNEED)
     if (error := tracing.call_in(thread, abi.NR_MADVISE, *arguments)) < 0:

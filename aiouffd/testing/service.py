@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Final
 
-from ..errors import RangeGone, ResolutionRefused, TargetGone, UffdError
+from ..errors import ClosedError, RangeGone, ResolutionRefused, TargetGone, UffdError
 from ..events import WP, WRITE, RawFault
 from ..fds import OwnedFd
 from ..uffd import Mode, Userfaultfd
@@ -41,7 +41,7 @@ from .engine import Engine, Standing, wire
 from .holding import Holder
 from .pages import Mapping, Memory
 from .participants import Participants
-from .performing import Performer
+from .performing import Performer, drop
 from .rules import Kind, Rule
 from .turning import Teller, Turning
 from .watching import Source, Watch
@@ -85,6 +85,7 @@ class Service:
             self._tell,
             pump=self._watch.pump,
             take_in=self._take_in,
+            unread=self._watch.unread,
         )
         self._holder: Holder | None = None  # from ``do_begin`` on
 
@@ -310,22 +311,42 @@ class Service:
                 return True
         return False
 
-    def do_leave(self, number: int, first: int, count: int) -> list[int]:
-        """Take pages away, their bytes kept: the first half.
+    def do_leave(self, number: int, first: int, count: int, asker: int) -> list[int]:
+        """Take pages away, their bytes kept.
+
+        Private pages can only be dropped by their process itself.  Best by the thread that asks,
+        which waits for the answer: it is made to, and needs no GIL for it, which somebody may
+        hold who stands at such a page.
 
         Returns:
-            The private pages that the caller now has to discard; ``do_left`` follows.
+            The private pages that the caller has to discard itself, for it cannot be traced;
+            ``do_left`` follows.
         """
         memory = self._memories[number]
         for mapping in memory.mappings:
             for page in sorted(mapping.poisoned & set(range(first, first + count))):
-                with contextlib.suppress(RangeGone, TargetGone):
+                with contextlib.suppress(RangeGone, TargetGone, ClosedError):
                     memory.fill(mapping, page, protect=True, wake=False)
         mapping = memory.mappings[0]
-        going = [p for p in range(first, first + count) if p in mapping.contents.present]
+        contents = mapping.contents
+        going = [
+            page
+            for page in range(first, first + count)
+            if page in contents.present and not contents.is_visited(page)  # which goes by itself
+        ]
         if memory.shared:
             for page in going:
                 memory.take_away(mapping, page, _never)
+            return []
+
+        def take_away() -> None:
+            for page in going:
+                memory.take_away(mapping, page, lambda *at: drop(asker, *at))
+
+        if not going or (
+            self._performer.cannot_step is None
+            and self._performer.stepper.beside(self._process, asker, take_away)
+        ):
             return []
         for page in going:
             mapping.contents.store[page] = memory.begin_leaving(mapping, page)
@@ -460,29 +481,40 @@ class Service:
             self._watch.await_exit(source.process)
         memory = mapping.memory
         offset = mapping.offset_of(fault.address)
-        standing = self._engine.standing.get((source.process, thread))
-        if standing is not None:
-            if (standing.region, standing.page) == (memory.number, offset // memory.page_size):
-                self._repeat(standing)
-                return
-            if not standing.parked and standing.page in standing.mapping.contents.present:
-                self._performer.end(standing)  # its page came for somebody else: it went on
+        access = "write" if fault.flags & (WRITE | WP) else "read"
+        page = offset // memory.page_size
         system_call, pc = self._calls.find(source.process, thread)
         # In a step it runs, as /proc has it; and a call that was begun again has another number.
         stepped = self._performer.stepper.call_of(thread)
         system_call = system_call if stepped is None else stepped
+        standing = self._engine.standing.get((source.process, thread))
+        if standing is not None:
+            was_there = standing.comings != standing.mapping.comings[standing.page]
+            if (standing.region, standing.page) == (memory.number, page):
+                is_next = system_call is None and pc and standing.pc and pc != standing.pc
+                if not (is_next and was_there):
+                    self._repeat(standing)
+                    return
+                self._performer.end(standing)  # by a signal it has passed in such a moment
+            elif (standing.returning and was_there) or (
+                not standing.parked and standing.page in standing.mapping.contents.present
+            ):
+                self._performer.end(standing)  # its page came for somebody else: it went on
+        if self._performer.is_echo(mapping, page, access, thread, is_running=not pc):
+            return
         touch = self._engine.arrive(
             process=source.process,
             thread=thread,
             region=memory.number,
             offset=offset,
-            access="write" if fault.flags & (WRITE | WP) else "read",
+            access=access,
             mapping=mapping,
             time_ns=time.monotonic_ns(),
             system_call=system_call,
             pc=pc,
             where=self._places.name(source.process, pc),
         )
+        touch.comings = mapping.comings[page]
         if touch.delay:
             seconds = sum(latency.from_wire(d).sample(self._random) for d in touch.delay)
             touch.held_by = "page"

@@ -29,6 +29,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -71,8 +72,14 @@ class Stepper:
     Sharing: the thread that made it.
     """
 
-    def __init__(self) -> None:
-        """Begin with nobody attached."""
+    def __init__(self, moves: Callable[[int], object]) -> None:
+        """Begin with nobody attached.
+
+        Args:
+            moves: Called with a thread that is about to be let go of: what it has said of pages
+                until now is over.
+        """
+        self._moves = moves
         self._attached: dict[int, _Attached] = {}
 
     def __len__(self) -> int:
@@ -85,6 +92,11 @@ class Stepper:
         """Give the number of the system call in which a thread is being stepped over."""
         attached = self._attached.get(thread)
         return None if attached is None else attached.system_call
+
+    def again(self, thread: int) -> None:
+        """Have a thread that is in a system call look at its page once more, if it waits there."""
+        with contextlib.suppress(ProcessLookupError):
+            tracing.interrupt(thread)
 
     def over(
         self,
@@ -142,6 +154,35 @@ class Stepper:
         else:
             tracing.singlestep(thread)
             self._finish(thread, tracing.wait(thread, block_ns=_STEP_NS))
+
+    def beside(self, process: int, thread: int, do: Callable[[], None]) -> bool:
+        """Do something while a thread stands still, whatever it was doing; then it goes on.
+
+        Args:
+            process: Its process.
+            thread: One that waits in a system call which can be begun again.
+            do: What to do.
+
+        Returns:
+            Whether that was done: False if the thread cannot be traced, or does not stop.
+        """
+        if thread in self._attached:
+            return False
+        try:
+            tracing.seize(thread)
+        except OSError:
+            return False
+        self._attached[thread] = _Attached(process, system_call=0)
+        tracing.interrupt(thread)
+        status = tracing.wait(thread, block_ns=_STOP_NS)
+        if status is None or not os.WIFSTOPPED(status):
+            return False  # ``poll`` lets go of it
+        try:
+            self._note(thread, status)
+            do()
+        finally:
+            self._go(thread, 0)
+        return True
 
     def poll(self) -> list[Exception]:
         """Go on with whoever has stopped; to be called when SIGCHLD has come.
@@ -204,6 +245,7 @@ class Stepper:
             for after in attached.afters:
                 after()
         finally:
+            self._moves(thread)
             if status is not None:
                 *earlier, last = attached.signals or [0]
                 try:

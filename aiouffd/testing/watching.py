@@ -164,6 +164,11 @@ class Watch:
         for source in list(self.sources):
             self._read(source)
 
+    def unread(self, thread: int) -> None:
+        """Forget what a thread said that was let through since it was read."""
+        if any(fault.thread_id == thread for _, fault in self._inbox):
+            self._inbox = deque(each for each in self._inbox if each[1].thread_id != thread)
+
     def take_in(self, arrive: Callable[[Source, RawFault], None]) -> None:
         """Hand on what was read, in order."""
         while self._inbox:
