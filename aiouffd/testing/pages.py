@@ -32,8 +32,7 @@ from ..errors import ClosedError, LayoutChanging, RangeGone, ResolutionRefused, 
 from ..kernel import abi, page_cache, pagemap
 from ..uffd import Userfaultfd
 
-#: What an ioctl says of a mapping that is no more.
-_GONE: Final = (RangeGone, TargetGone, ClosedError)
+#: Who has not found a page that came for him within that is asleep elsewhere.
 _VISIT_NS: Final = 2_000_000
 _PATIENCE: Final = 2.0  # seconds that a layout may go on changing
 #: One of many mappings was unmapped, or its process has ended: the others are not concerned.

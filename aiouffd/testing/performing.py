@@ -282,14 +282,13 @@ class Performer:
                 drops = not memory.shared and page in mapping.contents.present
                 self._let(touch, poison, heal if touch.once else None, alone=not drops)
                 self.end(touch)
+            elif again:
+                self._let(touch, visit, end_visit)
+                self.end(touch)
             else:
-                if again:
-                    self._let(touch, visit, end_visit)
-                    self.end(touch)
-                else:
-                    woken = self._let(touch, fill, None)
-                    self.end(touch)
-                    self._pass_returning(touch, woken=woken)
+                woken = self._let(touch, fill, None)
+                self.end(touch)
+                self._pass_returning(touch, woken=woken)
         except Elsewhere:
             self._expect(touch)  # from a signal handler
 

@@ -23,7 +23,7 @@ def test_the_end_of_a_killed_thread_is_heard() -> None:
             pass
 
     with child(work) as pid:
-        stepper = Stepper()
+        stepper = Stepper(lambda _: None)
         done: list[str] = []
 
         def kill() -> None:
