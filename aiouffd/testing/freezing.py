@@ -84,11 +84,16 @@ class Frozen:
         """Let it make its access and go on.  A second call does nothing.
 
         Raises:
-            HarnessError: The harness has let somebody go at the time limit, or has ended.
+            HarnessError: The harness has let somebody go at the time limit, or has ended; unless
+                it has ended, this one was released all the same.
         """
-        if not self._ended.is_set():
-            self._ended.set()
-            self.freeze.harness.order("release", self.touch.number)
+        if self._ended.is_set():
+            return
+        harness = self.freeze.harness
+        if not harness.closed:
+            harness._helper.ask("release", self.touch.number)
+        self._ended.set()  # not before: who asks again, because this has raised, is to be heard
+        harness.check()
 
 
 class AsyncFrozen:

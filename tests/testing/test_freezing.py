@@ -1,0 +1,28 @@
+"""Letting go of who stands, also when the harness has something else to say."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from aiouffd.testing import Harness, HarnessError
+from tests.targets import wait_until
+
+CONTENTS = bytes(range(256)) * 32
+
+
+def test_a_release_that_raises_has_released(library: ctypes.CDLL) -> None:
+    """What became of another thread is raised by the release of one, which is let go first."""
+    with Harness(timeout=20) as uffd:
+        region = uffd.region(2, contents=CONTENTS)
+        with region.page(0).freeze() as freeze:
+            running = uffd.start(library.load, region.pointer(3))
+            frozen = freeze.wait()
+            uffd._hear(("trouble", "another thread was let go"))
+            with pytest.raises(HarnessError, match="another thread"):
+                frozen.release()
+            assert frozen.released
+            wait_until(lambda: running.done, "the access")
+            assert running.result() == 3
+            frozen.release()  # does nothing
