@@ -195,6 +195,9 @@ class Watch:
                     source.moved(message.start, message.to, message.length)
                 elif isinstance(message, Unmapped):
                     source.unmapped(message.range.start, message.range.end)
+            if source.of_program and not source.mappings and not source.uffd.closed:
+                self._gone(source)
+                self.drop(source)  # its one mapping is unmapped
 
     def _add_child(self, parent: Source, fd: OwnedFd) -> None:
         """Watch a forked child's memory, too."""

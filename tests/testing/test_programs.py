@@ -289,13 +289,14 @@ def test_no_mapping_is_missed(
 
 
 def test_mappings_that_are_gone_are_forgotten(uffd: Harness, mapper: str, region: Region) -> None:
-    """The helper keeps no descriptor for what a program has unmapped, nor for one that ended."""
+    """The helper keeps no descriptor of what a program has unmapped, nor of one that has ended."""
     said(start(uffd, mapper, region, "map"))
     wait_until(lambda: uffd.touch_count() == 0, "its end")
     before = descriptors(uffd.service_pid)
     program = start(uffd, mapper, region, *("map", "unmap") * 100, "map", "wait")
-    wait_until(lambda: program.mapped, "a mapping")
-    program.communicate(b"!")
+    wait_until(lambda: len(program._known()[1]) == 101, "the last mapping")
+    assert descriptors(uffd.service_pid) <= before + 3
+    said(program, b"!")
     wait_until(lambda: descriptors(uffd.service_pid) <= before, "the helper to forget")
 
 
