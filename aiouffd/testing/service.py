@@ -260,7 +260,7 @@ class Service:
         Other processes' pages that were never there are poisoned.
 
         Returns:
-            Whether anybody stood there, and so will use it in a moment.
+            Whether a thread of the test process stood there, and so will use it in a moment.
         """
         memory = self._memories.pop(number)
         stood = self._standing_in(number)
@@ -280,7 +280,7 @@ class Service:
             self._performer.end(touch)
         self._watch.forget(memory)
         memory.close()
-        return bool(stood)
+        return any(touch.process == self._process for touch in stood)
 
     def do_arm(self, rule: tuple[Any, ...]) -> None:
         """Have a rule."""
