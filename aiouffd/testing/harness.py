@@ -115,6 +115,7 @@ class Harness:
         self.stood: list[str] = []
         self._pid = os.getpid()
         self._numbers = 0
+        self._moving = threading.RLock()  # pages go: nothing is written to them meanwhile
         self._freezes: dict[int, Freeze] = {}
         self._frozen: dict[int, Frozen] = {}
         self._ordered: set[int] = set()  # rules of interleave() and explore()
@@ -405,8 +406,9 @@ class Harness:
     def poke(self, region: Region, offset: int, data: Buffer) -> None:
         """Write without a touch; see ``Region.poke``."""
         whole = memoryview(data).tobytes()  # its items may be wider than a byte, or lie apart
-        for start in range(0, len(whole), PIECE):
-            self.order("poke", region.number, offset + start, whole[start : start + PIECE])
+        with self._moving:
+            for start in range(0, len(whole), PIECE):
+                self.order("poke", region.number, offset + start, whole[start : start + PIECE])
 
     def rearm(self, region: Region, first: int, count: int) -> None:
         """Take pages away again, their bytes kept; see ``Region.rearm``."""
@@ -414,12 +416,20 @@ class Harness:
         self._take_away(region, first, count)
 
     def _take_away(self, region: Region, first: int, count: int) -> None:
-        asker = threading.get_native_id()
-        going = self._helper.ask("leave", region.number, first, count, asker)
-        if going:
-            for page in going:
-                discard(region.address + page * region.page_size, region.page_size)
-            self._helper.ask("left", region.number, going)
+        with self._moving:
+            asker = threading.get_native_id()
+            going: list[int] = self._helper.ask("leave", region.number, first, count, asker)
+            gone: list[int] = []
+            try:
+                for page in going:
+                    discard(region.address + page * region.page_size, region.page_size)
+                    gone.append(page)
+            except BaseException:
+                self._helper.ask("stay", region.number, [p for p in going if p not in gone])
+                raise
+            finally:
+                if gone:
+                    self._helper.ask("left", region.number, gone)
 
     # --- rules -------------------------------------------------------------------------
 

@@ -101,6 +101,8 @@ class Helper:
                 stdin=subprocess.DEVNULL,
             )
             undo.callback(self._reap)
+            commands.close()  # or its end would not be seen
+            events.close()
             self.pid = self._process.pid
             trampoline.set_service(self.pid, self._tell_parked)
             tracing.allow_tracer(self.pid)

@@ -320,9 +320,12 @@ class Performer:
                     touch.thread,
                     system_call=touch.system_call,
                     pc=0 if touch.system_call is not None else touch.pc,
-                    let=lambda: let(False),
+                    # A call that pins pages waits for one until it is woken, whatever is pending.
+                    let=lambda: let(alone and touch.system_call is not None),
                     after=None if after is None else partial(self._safely, touch, after),
                 )
+                if not alone and touch.system_call is not None and _is_stuck(touch):
+                    self._wake_past_others(touch)
                 return False
             except ProcessLookupError:
                 pass  # it has ended
@@ -332,10 +335,41 @@ class Performer:
         let(True)
         return True
 
+    def _wake_past_others(self, touch: Standing) -> None:
+        """Wake a system call that pins its page, and nobody else who stands there.
+
+        Such a call (futex, vmsplice, O_DIRECT) waits for its page until it is woken.  The others
+        are stopped meanwhile, and find the page gone when they make their access again.
+        """
+        mapping: Mapping = touch.mapping
+        stopped = []
+        for other in self._engine.others(touch):
+            let_go = None
+            if other.system_call is None:
+                let_go = self.stepper.stop(other.process, other.thread)
+            if let_go is None:
+                self._tell(
+                    "trouble",
+                    f"thread {other.thread} went on with thread {touch.thread}, which is in a"
+                    " system call at the same page that only a wake-up lets go on",
+                )
+            else:
+                stopped.append(let_go)
+
+        def go_on() -> None:
+            try:
+                mapping.memory.take_away(mapping, touch.page, lambda *at: drop(touch.thread, *at))
+            finally:
+                for let_go in stopped:
+                    let_go()
+
+        mapping.memory.wake(mapping, touch.page)
+        self.stepper.then(touch.thread, partial(self._safely, touch, go_on))
+
     def poll(self) -> None:
         """Go on with threads that have stopped for the stepper."""
         for error in self.stepper.poll():
-            self._tell("trouble", f"a thread was let go of within its step: {error}")
+            self._tell("trouble", f"a thread was let go of within its step: {error!r}")
 
     def trouble(self, touch: Standing, error: Exception) -> None:
         """Tell what went wrong with a touch, and leave nobody standing for it."""
@@ -348,6 +382,15 @@ class Performer:
                 memory.fill(mapping, page, protect=False, wake=True)
             else:
                 memory.poison(mapping, page, wake=True)
+
+
+def _is_stuck(touch: Standing) -> bool:
+    """Say whether a system call still waits for its page, which is there."""
+    try:
+        with open(f"/proc/{touch.process}/task/{touch.thread}/wchan", encoding="ascii") as file:
+            return file.read() == "handle_userfault"
+    except OSError:
+        return False
 
 
 def _outcome(touch: Standing) -> str:

@@ -47,6 +47,7 @@ from .turning import Teller, Turning
 from .watching import Source, Watch
 from .where import Calls, Places
 
+_INNER_NS: Final = 1_000_000  # until a touch is looked at again that another one is within
 _TOUCHES: Final = 500  # in one message
 
 
@@ -159,8 +160,11 @@ class Service:
         try:
             value = getattr(self, f"do_{name}")(*arguments, *map(OwnedFd, fds))
             answer = (number, "ok", value)
-        except (UffdError, OSError, ValueError) as error:
-            answer = (number, "error", type(error).__name__, str(error))
+        except Exception as error:  # whatever it is: the other regions are served on
+            text = str(error)
+            if not isinstance(error, (UffdError, OSError, ValueError)):
+                text = f"{name} failed in the helper process: {error!r}"
+            answer = (number, "error", type(error).__name__, text)
         self._performer.perform()
         with contextlib.suppress(BrokenPipeError):
             self._commands.send(answer)
@@ -362,6 +366,14 @@ class Service:
             memory.left(mapping, page, mapping.contents.store[page])
         self._performer.go_on()
 
+    def do_stay(self, number: int, pages: list[int]) -> None:
+        """Note that private pages were not discarded after all: they are as they were."""
+        contents = self._memories[number].mappings[0].contents
+        for page in pages:
+            contents.leaving.discard(page)
+            contents.store.pop(page, None)
+        self._performer.go_on()
+
     def do_peek(self, number: int, offset: int, length: int) -> bytes:
         """Read without a touch."""
         memory = self._memories[number]
@@ -518,7 +530,7 @@ class Service:
         if touch.delay:
             seconds = sum(latency.from_wire(d).sample(self._random) for d in touch.delay)
             touch.held_by = "page"
-            self._turning.after(int(seconds * 1e9), lambda: self._go_on(touch))
+            self._turning.after(int(seconds * 1e9), lambda: self._go_on(touch), exact=True)
         else:
             self._go_on(touch)
 
@@ -532,8 +544,10 @@ class Service:
 
     def _go_on(self, touch: Standing) -> None:
         """After its latency: stop it, or let it through."""
-        if self._engine.standing.get((touch.process, touch.thread)) is not touch:
-            return  # its process has ended meanwhile
+        if not self._engine.is_innermost(touch):
+            if touch in self._engine.all_standing():  # a signal handler's touch comes first
+                self._turning.after(_INNER_NS, lambda: self._go_on(touch))
+            return  # else its process has ended meanwhile
         assert self._holder is not None
         if touch.freeze:
             self._holder.hold(touch)

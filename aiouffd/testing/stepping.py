@@ -184,6 +184,41 @@ class Stepper:
             self._go(thread, 0)
         return True
 
+    def then(self, thread: int, after: Callable[[], None]) -> None:
+        """Do something more at the end of a thread's step; at once if it is over."""
+        attached = self._attached.get(thread)
+        if attached is None:
+            after()
+        else:
+            attached.afters.append(after)
+
+    def stop(self, process: int, thread: int) -> Callable[[], None] | None:
+        """Stop a thread that stands in a user-mode fault: a wake-up does not reach it then.
+
+        Returns:
+            What lets go of it: it makes its access again.  None if it cannot be stopped.
+        """
+        if thread in self._attached:
+            return None
+        try:
+            tracing.seize(thread)
+            tracing.interrupt(thread)
+        except OSError:
+            return None
+        attached = self._attached[thread] = _Attached(process, None)
+        status = tracing.wait(thread, block_ns=_STOP_NS)
+        if status is None or not os.WIFSTOPPED(status):
+            self._finish(thread, status)
+            return None
+        self._note(thread, status)
+        del self._attached[thread]
+
+        def let_go() -> None:
+            self._attached[thread] = attached
+            self._go(thread, 0)
+
+        return let_go
+
     def poll(self) -> list[Exception]:
         """Go on with whoever has stopped; to be called when SIGCHLD has come.
 

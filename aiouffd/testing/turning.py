@@ -29,8 +29,8 @@ class Turning:
 
     def __init__(self) -> None:
         """Begin with nothing to do."""
-        self._selector = selectors.SelectSelector()  # whose time limits have microseconds
-        self._timers: list[tuple[int, int, Callable[[], None]]] = []
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[tuple[int, int, bool, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._running = True
 
@@ -42,10 +42,17 @@ class Turning:
         """Call back no more for a descriptor; before it is closed."""
         self._selector.unregister(fd)
 
-    def after(self, delay_ns: int, callback: Callable[[], None]) -> None:
-        """Call back once, later."""
+    def after(self, delay_ns: int, callback: Callable[[], None], *, exact: bool = False) -> None:
+        """Call back once, later.
+
+        Args:
+            delay_ns: When, from now.
+            callback: What.
+            exact: To microseconds, not to the millisecond that the kernel counts in here: what
+                is left of one is spent looking again and again.
+        """
         when = time.monotonic_ns() + delay_ns
-        heapq.heappush(self._timers, (when, next(self._numbers), callback))
+        heapq.heappush(self._timers, (when, next(self._numbers), exact, callback))
 
     def stop(self) -> None:
         """End ``run`` after this turn."""
@@ -58,7 +65,7 @@ class Turning:
                 key.data()
             now = time.monotonic_ns()
             while self._timers and self._timers[0][0] <= now:
-                heapq.heappop(self._timers)[2]()
+                heapq.heappop(self._timers)[3]()
             turn()
 
     def close(self) -> None:
@@ -68,7 +75,9 @@ class Turning:
     def _pause(self) -> float | None:
         if not self._timers:
             return None
-        return max(0.0, (self._timers[0][0] - time.monotonic_ns()) / 1e9)
+        when, _, exact, _ = self._timers[0]
+        left_ns = max(when - time.monotonic_ns(), 0)
+        return left_ns // 1_000_000 / 1e3 if exact else left_ns / 1e9
 
 
 class Teller:

@@ -9,6 +9,7 @@
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/time.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -189,4 +190,11 @@ int fails(volatile unsigned char *at, int value) {
   }
   count_in(-1);
   return failed;
+}
+
+/* futex(2) on a word that has another value than it waits for: -EAGAIN, at once.  The kernel pins
+   the word's page for it. */
+long futex_mismatch(const unsigned int *at) {
+  long done = syscall(SYS_futex, at, 0 /* FUTEX_WAIT */, 0xdeadbeef, 0, 0, 0);
+  return done < 0 ? -errno : done;
 }
