@@ -14,7 +14,8 @@ Laws of this file:
 * Each touch is counted once by every rule that it fits, in the order of arrival.
 * A touch is stepped over, and its page taken away again, exactly when a rule would otherwise
   not see what it still waits for.
-* Every touch is written down, and ends with what became of it.
+* Every touch is written down, and ends with what became of it; those for which there is no room
+  are counted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any, Final
 
 from .rules import Kind, Rule
 
-#: Touches kept; later ones are counted only.
+#: Touches kept; later ones are counted only, and whoever asks for touches is told how many.
 KEPT: Final = 1_000_000
 
 
@@ -126,12 +127,18 @@ class Engine:
     Sharing: one thread.
     """
 
-    def __init__(self) -> None:
-        """Begin with no region, no rule and no touch."""
+    def __init__(self, kept: int = KEPT) -> None:
+        """Begin with no region, no rule and no touch.
+
+        Args:
+            kept: So many touches are written down.
+        """
         self.regions: dict[int, Shape] = {}
         self.armed: dict[int, Armed] = {}
         self.standing: dict[tuple[int, int], Standing] = {}  # innermost, by process and thread
         self.written: list[tuple[Any, ...]] = []
+        self.dropped = 0  # touches that have ended and were not written down
+        self._kept = kept
         self.count = 0
 
     # --- what a test orders ------------------------------------------------------------
@@ -276,8 +283,10 @@ class Engine:
             self.standing[key] = touch.outer
         touch.outcome = outcome
         touch.held_by = ""
-        if len(self.written) < KEPT:
+        if len(self.written) < self._kept:
             self.written.append(wire(touch, now_ns))
+        else:
+            self.dropped += 1
 
 
 def wire(touch: Standing, now_ns: int) -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ class Ledger:
 
     Attributes:
         threads: Names by thread id; ``thread_names`` adds those that Python knows.
+        dropped: Touches that the helper had no room for, as far as it was asked.
 
     Sharing: any thread.
     """
@@ -41,6 +42,7 @@ class Ledger:
             ask: Asks the helper process.
         """
         self.threads: dict[int, str] = {}
+        self.dropped = 0
         self._ask = ask
         self._regions: dict[int, Region] = {}  # by number, the closed ones too
         self._ended: list[Touch] = []  # as far as they were fetched
@@ -75,7 +77,7 @@ class Ledger:
         """
         with self._fetching:
             while True:
-                ended, standing, more = self._ask("touches", len(self._ended))
+                ended, standing, more, self.dropped = self._ask("touches", len(self._ended))
                 self._ended += [self.touch(each) for each in ended]
                 if not more:
                     return [self.touch(each) for each in standing]
@@ -101,6 +103,7 @@ class Ledger:
             threads=self.thread_names(),
             began_ns=self._began_ns,
             every=every,
+            dropped=self.dropped,
         )
 
     # --- names -------------------------------------------------------------------------

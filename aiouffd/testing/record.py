@@ -125,6 +125,8 @@ class Record(TouchLog):
             lines.append("order asked for: " + ", then ".join(text for text, _ in wanted))
             lines.append("found:" if found else "found: nothing")
             lines += self.lines(found)
+            if self.dropped:
+                lines.append(self._dropped())
             if matching:
                 lines += ["too early, or taken already:", *self.lines(matching)]
             raise RecordMismatch("\n".join(lines), found)
@@ -151,6 +153,7 @@ class Record(TouchLog):
                 ),
                 beyond,
             )
+        self._refuse_dropped(f"at most {pages} pages allowed")
         others = [each for each in self.openers if self.page_of(each) not in touched]
         if len(touched) + len({self.page_of(each) for each in others}) > pages:
             self._undecided(others, f"at most {pages} pages allowed")
@@ -186,7 +189,8 @@ class Record(TouchLog):
             ).rstrip()
             for row in table
         ]
-        return "\n".join(lines) if rows else "no touches"
+        lines = lines if rows else ["no touches"]
+        return "\n".join([*lines, self._dropped()] if self.dropped else lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as JSON, to be loaded again, read by other programs, and compared.
@@ -201,6 +205,7 @@ class Record(TouchLog):
             openers=self.openers,
             began_ns=self._began_ns,
             every=self.every,
+            dropped=self.dropped,
         )
         record_file.write(path, contents)
 
@@ -220,6 +225,7 @@ class Record(TouchLog):
             began_ns=contents.began_ns,
             every=contents.every,
             openers=contents.openers,
+            dropped=contents.dropped,
         )
 
     # --- inside --------------------------------------------------------------------------
@@ -276,8 +282,20 @@ class Record(TouchLog):
             message = f"{what}: {len(touches)} of {len(self)} touches\n{rule}\n"
             raise RecordMismatch(message + "\n".join(self.lines(touches)), touches)
 
+    def _refuse_dropped(self, rule: str) -> None:
+        __tracebackhide__ = True
+        if self.dropped:
+            raise RecordMismatch(f"cannot tell: {self._dropped()}\n{rule}", ())
+
+    def _dropped(self) -> str:
+        return (
+            f"there was no room for {self.dropped} touches at the end, by whomever:"
+            " record a shorter part, or without every=True"
+        )
+
     def _undecided(self, touches: Sequence[Touch], rule: str) -> None:
         __tracebackhide__ = True
+        self._refuse_dropped(rule)
         if touches and not self.every:
             why = (
                 "cannot tell: these touches opened their pages, and what came later, to other"

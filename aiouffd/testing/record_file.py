@@ -3,7 +3,7 @@
 ::
 
     {"format": "aiouffd record", "version": 1,
-     "began_ns": 100, "every": false,
+     "began_ns": 100, "every": false, "dropped": 0,
      "regions": [{"name": "packet", "pages": 4, "page_size": 4096, "page_names": {"0": "header"}}],
      "threads": {"4012": "parser"},
      "openers": [],
@@ -55,6 +55,7 @@ class Contents:
         openers: Touches that are not in the record, but hide later ones that would be.
         began_ns: When the record began, in nanoseconds of CLOCK_MONOTONIC.
         every: Whether all touches are in it, not only the first ones of each page.
+        dropped: How many touches at its end there was no room for.
     """
 
     regions: tuple[Layout, ...]
@@ -63,6 +64,7 @@ class Contents:
     openers: tuple[Touch, ...]
     began_ns: int | None
     every: bool
+    dropped: int = 0
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
@@ -103,7 +105,7 @@ def _pieces(contents: Contents) -> Iterator[str]:
     threads = {str(tid): name for tid, name in contents.threads.items()}
     yield f'{{"format": {json.dumps(FORMAT)}, "version": {VERSION},\n'
     yield f' "began_ns": {json.dumps(contents.began_ns)},'
-    yield f' "every": {json.dumps(contents.every)},\n'
+    yield f' "every": {json.dumps(contents.every)}, "dropped": {contents.dropped},\n'
     yield f' "regions": {json.dumps(regions)},\n "threads": {json.dumps(threads)},\n "openers": ['
     yield from _lines(contents.openers)
     yield '],\n "touches": ['
@@ -154,6 +156,9 @@ class _Reader:
         began_ns = document.get("began_ns")
         if began_ns is not None:
             began_ns = self._value(document, "", "began_ns", int)
+        dropped = self._value(document, "", "dropped", int)
+        if dropped < 0:
+            raise self._wrong("dropped", "0 or more", dropped)
         return Contents(
             regions=tuple(
                 self._layout(each, f"regions[{at}]")
@@ -164,6 +169,7 @@ class _Reader:
             openers=self._touches(document, "openers"),
             began_ns=began_ns,
             every=self._value(document, "", "every", bool),
+            dropped=dropped,
         )
 
     def _layout(self, value: object, where: str) -> Layout:

@@ -36,6 +36,7 @@ class Recording(Record):
         self._harness = harness
         self._recorded = tuple(regions)
         self._after = -1
+        self._dropped_before = 0
         self._running = False
         self._armed: list[Armed] = []
         super().__init__(every=every)
@@ -45,6 +46,8 @@ class Recording(Record):
             raise RuntimeError("a recording is used once: ask the harness for another")
         regions = self._recorded or tuple(self._harness.regions)
         self._recorded = regions
+        self._harness.touches()  # which tells how many were dropped before
+        self._dropped_before = self._harness.ledger.dropped
         self._after = self._harness.touch_count()
         for region in regions:
             if self.every:
@@ -69,12 +72,14 @@ class Recording(Record):
     def _fetch(self) -> None:
         if not self._running:
             return
-        known = self._harness.ledger.record(())
         names = {region.name for region in self._recorded}
+        touches = self._harness.touches()
+        known = self._harness.ledger.record(())
+        self.dropped = known.dropped - self._dropped_before
         for layout in known.regions:
             if layout.name in names:
                 self.add_region(layout)
-        for touch in self._harness.touches():
+        for touch in touches:
             if touch.number > self._after and touch.region in names:
                 self.add(touch)
         for thread, name in known.thread_names.items():
@@ -88,6 +93,7 @@ class Recording(Record):
             began_ns=self.began_ns,
             every=self.every,
             openers=openers,
+            dropped=self.dropped,
         )
         return cast("Self", picked)
 

@@ -386,17 +386,20 @@ class Service:
         memory.check(offset, len(data))
         memory.write(memory.mappings[0], offset, data)
 
-    def do_touches(self, after: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], bool]:
+    def do_touches(
+        self, after: int
+    ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], bool, int]:
         """Give touches that were written down after the first ``after``, and who stands.
 
         Returns:
-            Both, and whether there are more to ask for.
+            Both, whether there are more to ask for, and how many there was no room for.
         """
         now = time.monotonic_ns()
         written = self._engine.written[after : after + _TOUCHES]
         if after + len(written) < len(self._engine.written):
-            return written, [], True
-        return written, [wire(touch, now) for touch in self._engine.all_standing()], False
+            return written, [], True, self._engine.dropped
+        standing = [wire(touch, now) for touch in self._engine.all_standing()]
+        return written, standing, False, self._engine.dropped
 
     def do_standing(self) -> list[tuple[tuple[Any, ...], int, str]]:
         """Give who stands: the touch, the freeze's number, what holds it."""

@@ -59,6 +59,8 @@ class TouchLog(Sequence[Touch]):
         every: All touches are here, not only the first ones of each page.
         openers: Touches that are not here, but after which their pages were open to all, so
             that later ones are missing: another thread's, say, where one was asked for.
+        dropped: How many more touches there were at its end, which are not here since there was
+            no room for them: of whatever page, by whomever.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class TouchLog(Sequence[Touch]):
         began_ns: int | None = None,
         every: bool = False,
         openers: Iterable[Touch] = (),
+        dropped: int = 0,
     ) -> None:
         self._touches: list[Touch] = []
         self._places: dict[int, int] = {}  # by number, where in the list
@@ -78,6 +81,7 @@ class TouchLog(Sequence[Touch]):
         self._began_ns = began_ns
         self.every: Final = every
         self.openers: Final = tuple(openers)
+        self.dropped = dropped
         for touch in touches:
             self.add(touch)
 
@@ -127,7 +131,11 @@ class TouchLog(Sequence[Touch]):
 
     def __repr__(self) -> str:
         what = "every touch" if self.every else "first touches"
-        return f"<{type(self).__name__} of {what}: {len(self)} by {len(self.threads())} threads>"
+        count = len(self)
+        dropped = f", {self.dropped} dropped" if self.dropped else ""
+        return (
+            f"<{type(self).__name__} of {what}: {count} by {len(self.threads())} threads{dropped}>"
+        )
 
     @property
     def regions(self) -> tuple[Layout, ...]:
@@ -253,6 +261,7 @@ class TouchLog(Sequence[Touch]):
             began_ns=self.began_ns,
             every=self.every,
             openers=openers,
+            dropped=self.dropped,
         )
 
 

@@ -312,6 +312,40 @@ def test_the_summary_is_a_table() -> None:
     assert str(Record()) == "no touches"
 
 
+@pytest.mark.parametrize(
+    "assertion",
+    [
+        lambda mine: mine.assert_touched_only("packet"),
+        lambda mine: mine.assert_untouched("ring"),
+        lambda mine: mine.of(region="packet").assert_untouched("ring"),
+        lambda mine: mine.assert_never_wrote("ring"),
+        lambda mine: mine.assert_at_most(pages=4),
+    ],
+)
+def test_what_was_dropped_may_be_anything(
+    tmp_path: Path, assertion: Callable[[Record], None]
+) -> None:
+    """A record in which touches are missing satisfies no assertion that they could contradict."""
+    whole = Record([touch(1, 0)], regions=(PACKET, RING), every=True)
+    assertion(whole)
+    cut = Record([touch(1, 0)], regions=(PACKET, RING), every=True, dropped=7)
+    cut.save(tmp_path / "cut")
+    for mine in (cut, Record.load(tmp_path / "cut")):
+        with pytest.raises(RecordMismatch, match="cannot tell: there was no room for 7 touches"):
+            assertion(mine)
+
+
+def test_a_record_says_what_was_dropped() -> None:
+    """In its summary, in its repr and where an order was not found; one that was found stands."""
+    cut = Record([touch(1, 0)], regions=(PACKET, RING), every=True, dropped=7)
+    assert "no room for 7 touches" in cut.summary()
+    assert "no room for 7 touches" in Record(dropped=7).summary()
+    assert repr(cut) == "<Record of every touch: 1 by 1 threads, 7 dropped>"
+    cut.assert_order("packet")
+    with pytest.raises(RecordMismatch, match="no room for 7 touches"):
+        cut.assert_order("packet", "ring")
+
+
 def test_the_summary_names_a_thread_once() -> None:
     """Its further pages follow under it, also where others came between."""
     rows = record([touch(1, 0), touch(2, 0, thread=12), touch(3, PAGE)]).summary().splitlines()

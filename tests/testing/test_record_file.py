@@ -33,6 +33,7 @@ CONTENTS = st.builds(
     openers=st.lists(ANY_TOUCH.map(lambda pair: pair[0]), max_size=5).map(tuple),
     began_ns=st.none() | st.integers(0, 1 << 60),
     every=st.booleans(),
+    dropped=st.integers(0, 1 << 60),
 )
 
 GOOD = Contents((PACKET,), THREADS, (touch(1, 0), touch(2, 4096)), (touch(3, 0),), 1000, every=True)
@@ -90,6 +91,7 @@ def refusal(tmp_path: Path, data: bytes) -> str:
         (("format",), "x", 'is no record of touches: "format" is not "aiouffd record"'),
         (("version",), 2, "is a record of version 2; this aiouffd reads version 1"),
         (("began_ns",), "0", "is damaged: began_ns should be int, and is '0'"),
+        (("dropped",), -1, "is damaged: dropped should be 0 or more, and is -1"),
         (("every",), 1, "is damaged: every should be bool, and is 1"),
         (("regions",), {}, "is damaged: regions should be list, and is {}"),
         (("regions", 0), 7, "is damaged: regions[0] should be an object, and is 7"),
@@ -138,7 +140,7 @@ def test_a_wrong_value_is_named(
     assert refusal(tmp_path, json.dumps(document).encode()) == error
 
 
-@pytest.mark.parametrize("name", ["every", "regions", "threads", "touches", "openers"])
+@pytest.mark.parametrize("name", ["every", "dropped", "regions", "threads", "touches", "openers"])
 def test_a_missing_part_is_named(tmp_path: Path, document: dict[str, Any], name: str) -> None:
     """Nothing is made up for it."""
     del document[name]
