@@ -122,6 +122,7 @@ class Harness:
         self._running: list[Running[Any]] = []
         self._stuck: list[Callable[[], bool]] = []  # whether a participant still is, in a deadlock
         self._troubles: list[str] = []
+        self._late: list[Any] = []  # who is overdue, as far as it was told
         self._settled = 0  # the number that the helper has told last
         self._noted = 0  # which error has left a freeze
         self._closed = True  # until it has begun: what raises here leaves nothing to close
@@ -291,8 +292,11 @@ class Harness:
                 case ("ended", number, _outcome):
                     if (gone := self._frozen.pop(number, None)) is not None:
                         gone._ended.set()
-                case ("overdue", late, stacks):
-                    self._troubles.append(self._overdue(late, stacks))
+                case ("overdue", late, stacks, more):
+                    self._late += late
+                    if not more:
+                        self._troubles.append(self._overdue(self._late, stacks))
+                        self._late = []
                 case ("trouble", text):
                     self._troubles.append(text)
                 case ("settled", number):
@@ -734,8 +738,9 @@ class Harness:
     def standing(self) -> list[tuple[Touch, str, str]]:
         """Give who stands now: the touch, what stops it in words, what holds it."""
         return [
-            (self.ledger.touch(fields), self._what(rule), held_by)
-            for fields, rule, held_by in self._helper.ask("standing")
+            (touch, self._what(rule), held_by)
+            for touch, rule, held_by in self.ledger.standing()
+            if held_by
         ]
 
     def note_standing(self, error: BaseException) -> None:

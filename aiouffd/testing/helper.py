@@ -9,6 +9,7 @@ Laws of this file:
 * An answer is that of the order: one whose wait was broken off is not taken for the next one's.
 * The helper is the only one that keeps the userfaultfd: if it dies, threads go on at once.
 * However it ends, no thread is left in the trampoline, and no descriptor or child behind.
+* Neither the porter nor the trampoline keeps a harness: one that is dropped is collected.
 * A forked child of the test process has no helper: it says so.
 """
 
@@ -28,7 +29,7 @@ from ..errors import UffdError
 from ..kernel import tracing
 from ..uffd import Userfaultfd
 from . import trampoline
-from .channel import Message, pair
+from .channel import Channel, Message, pair
 from .failures import HarnessError
 
 #: An order takes microseconds; a helper that is silent that long is lost.
@@ -51,7 +52,6 @@ class Helper:
     Attributes:
         pid: Its process id.
         cannot_step: Why it cannot step over threads; empty if it can.
-        ended: It has ended.
 
     Sharing: any thread of the process that made it.
     """
@@ -79,8 +79,7 @@ class Helper:
             NotSupported: There is no free signal for the trampoline.
         """
         self._owner = os.getpid()
-        self._hear = hear
-        self.ended = False
+        self._over = threading.Event()
         self._ordering = threading.Lock()
         self._orders = 0
         with contextlib.ExitStack() as stack:
@@ -104,7 +103,7 @@ class Helper:
             commands.close()  # or its end would not be seen
             events.close()
             self.pid = self._process.pid
-            trampoline.set_service(self.pid, self._tell_parked)
+            trampoline.set_service(self.pid, _teller(self._events))
             tracing.allow_tracer(self.pid)
             self.cannot_step: str = (
                 self.ask(
@@ -114,8 +113,18 @@ class Helper:
                 or ""
             )
             undo.pop_all()
-        self._porter = threading.Thread(target=self._carry, name="aiouffd porter", daemon=True)
+        self._porter = threading.Thread(
+            target=_carry,
+            args=(self._events, self.pid, hear, self._over.set),
+            name="aiouffd porter",
+            daemon=True,
+        )
         self._porter.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self._over.is_set()
 
     @property
     def porter(self) -> int | None:
@@ -162,7 +171,8 @@ class Helper:
         with contextlib.suppress(UffdError):
             self.ask("close")
         self._reap()
-        self._porter.join()
+        if threading.current_thread() is not self._porter:  # where garbage is collected, say
+            self._porter.join()
         self._stacks.close()
         self._commands.close()
         self._events.close()
@@ -178,15 +188,18 @@ class Helper:
             self._process.wait()
         trampoline.release_all(self._process.pid)
 
-    def _tell_parked(self, tid: int) -> None:
-        # On top of an interrupted access: one send, nothing else.
-        self._events.send(("parked", tid) if tid > 0 else ("interrupted", -tid))
 
-    def _carry(self) -> None:
-        """Hear what it tells, until it has ended."""
+def _carry(
+    events: Channel,
+    pid: int,
+    hear: Callable[[Message | None], None],
+    end: Callable[[], None],
+) -> None:
+    """Hear what a helper tells, until it has ended; it ends with us, whatever we die of."""
+    try:
         while True:
             try:
-                received = self._events.receive()
+                received = events.receive()
             except OSError:
                 received = None
             if received is None:
@@ -194,14 +207,27 @@ class Helper:
             match received[0]:
                 case ("ping", number):
                     with contextlib.suppress(OSError):
-                        self._events.send(("pong", number))
+                        events.send(("pong", number))
                 case ("go", tid):
                     trampoline.go(tid)
                 case message:
-                    self._hear(message)
-        trampoline.release_all(self.pid)
-        self.ended = True
-        self._hear(None)
+                    hear(message)
+    finally:
+        with contextlib.suppress(OSError):
+            events.sock.shutdown(socket.SHUT_RDWR)
+        trampoline.release_all(pid)
+        end()
+        hear(None)
+
+
+def _teller(events: Channel) -> trampoline.Tell:
+    """Make what tells the helper that a thread is parked."""
+
+    def tell(tid: int) -> None:
+        # On top of an interrupted access: one send, nothing else.
+        events.send(("parked", tid) if tid > 0 else ("interrupted", -tid))
+
+    return tell
 
 
 def _nobody(_tid: int) -> None:

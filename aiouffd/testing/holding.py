@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from ..kernel import tracing
+from .channel import fitting
 from .engine import Engine, Standing, wire
 from .turning import Teller, Turning
 from .watching import threads_of
@@ -228,7 +229,12 @@ class Holder:
         text = os.pread(self._dump_fd, _LONGEST_TEXT, 0).decode(errors="replace")
         now = time.monotonic_ns()
         late = [t for t in self._engine.all_standing() if t.overdue and self.stands(t)]
-        self._tell("overdue", [(wire(t, now), t.freeze, t.held_by) for t in late], text)
+        told = [(wire(t, now), t.freeze, t.held_by) for t in late]
+        while (count := fitting(told)) < len(told):
+            self._tell("overdue", told[:count], "", True)
+            del told[:count]
+        self._tell("overdue", told, "", True)
+        self._tell("overdue", [], text, False)
         rules = {touch.freeze for touch in late}
         for touch in late:
             self._let_go(touch, "overdue")

@@ -1,7 +1,7 @@
 """What has been touched so far, with everybody's names.
 
 Knows: touches as the helper writes them down; what regions, pages and threads are called.
-Must not know: rules, or who stands.
+Must not know: rules, or how a thread is held.
 
 Laws of this file:
 
@@ -76,11 +76,27 @@ class Ledger:
             HarnessError: The helper has ended, and took the last ones along.
         """
         with self._fetching:
-            while True:
-                ended, standing, more, self.dropped = self._ask("touches", len(self._ended))
+            standing = self.standing()  # first: who goes on meanwhile has ended then
+            known = len(self._ended)
+            more = True
+            while more:
+                ended, more, self.dropped = self._ask("touches", len(self._ended))
                 self._ended += [self.touch(each) for each in ended]
-                if not more:
-                    return [self.touch(each) for each in standing]
+            gone = {touch.number for touch in self._ended[known:]}
+            return [touch for touch, _, _ in standing if touch.number not in gone]
+
+    def standing(self) -> list[tuple[Touch, int, str]]:
+        """Fetch touches that have not ended: each, its freeze's number, what holds it.
+
+        Raises:
+            HarnessError: The helper has ended.
+        """
+        found: list[tuple[Touch, int, str]] = []
+        more = True
+        while more:
+            standing, more = self._ask("standing", found[-1][0].number if found else 0)
+            found += [(self.touch(fields), rule, held_by) for fields, rule, held_by in standing]
+        return found
 
     def touches(self, standing: Iterable[Touch]) -> list[Touch]:
         """Give what was fetched and what stands, in order of arrival."""

@@ -36,7 +36,7 @@ from ..fds import OwnedFd
 from ..uffd import Mode, Userfaultfd
 from . import latency
 from .announcements import Announcement, Announcements
-from .channel import Channel, Message
+from .channel import Channel, Message, fitting
 from .engine import Engine, Standing, wire
 from .holding import Holder
 from .pages import Mapping, Memory
@@ -136,9 +136,12 @@ class Service:
         for touch in self._engine.all_standing():
             self._performer.let_go(touch)
         self._performer.perform()
-        for memory in self._memories.values():
-            _poison_absent(memory, memory.mappings)
-            memory.close()
+        for number, memory in list(self._memories.items()):
+            try:
+                self.do_close_region(number)
+            except (UffdError, OSError):  # the test process has ended
+                _poison_absent(memory, memory.mappings)
+                memory.close()
         self._watch.close()
         self._announcements.close()
         self._performer.close()
@@ -167,7 +170,10 @@ class Service:
             answer = (number, "error", type(error).__name__, text)
         self._performer.perform()
         with contextlib.suppress(BrokenPipeError):
-            self._commands.send(answer)
+            try:
+                self._commands.send(answer)
+            except ValueError as error:  # too long
+                self._commands.send((number, "error", type(error).__name__, str(error)))
 
     def _on_event(self) -> None:
         try:
@@ -386,27 +392,29 @@ class Service:
         memory.check(offset, len(data))
         memory.write(memory.mappings[0], offset, data)
 
-    def do_touches(
-        self, after: int
-    ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], bool, int]:
-        """Give touches that were written down after the first ``after``, and who stands.
+    def do_touches(self, after: int) -> tuple[list[tuple[Any, ...]], bool, int]:
+        """Give touches that were written down after the first ``after``.
 
         Returns:
-            Both, whether there are more to ask for, and how many there was no room for.
+            Them, whether there are more to ask for, and how many there was no room for.
+        """
+        written = self._engine.written[after : after + _TOUCHES]
+        written = written[: fitting(written)]
+        more = after + len(written) < len(self._engine.written)
+        return written, more, self._engine.dropped
+
+    def do_standing(self, after: int) -> tuple[list[tuple[tuple[Any, ...], int, str]], bool]:
+        """Give touches that have not ended, by number: those after the number ``after``.
+
+        Returns:
+            The touch, the freeze's number and what holds it, for each; and whether there are
+            more to ask for.
         """
         now = time.monotonic_ns()
-        written = self._engine.written[after : after + _TOUCHES]
-        if after + len(written) < len(self._engine.written):
-            return written, [], True, self._engine.dropped
-        standing = [wire(touch, now) for touch in self._engine.all_standing()]
-        return written, standing, False, self._engine.dropped
-
-    def do_standing(self) -> list[tuple[tuple[Any, ...], int, str]]:
-        """Give who stands: the touch, the freeze's number, what holds it."""
-        now = time.monotonic_ns()
-        return [
-            (wire(t, now), t.freeze, t.held_by) for t in self._engine.all_standing() if t.held_by
-        ]
+        standing = sorted(self._engine.all_standing(), key=lambda touch: touch.number)
+        found = [(wire(t, now), t.freeze, t.held_by) for t in standing if t.number > after]
+        first = found[: fitting(found)]
+        return first, len(first) < len(found)
 
     def do_count(self) -> int:
         """Give how many touches there were, kept or not."""

@@ -105,6 +105,9 @@ class Teller:
             except BlockingIOError:
                 self._turning.after(_AGAIN_NS, self._flush)
                 return
+            except ValueError as error:  # too long; said at least
+                self._backlog[0] = "trouble", str(error)
+                continue
             except OSError:
                 self._turning.stop()
                 return

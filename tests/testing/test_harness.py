@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -682,6 +682,69 @@ def test_a_system_call_with_the_gil_held_is_let_go() -> None:
         mapping = region._mapping
         with region.page(0).freeze():
             mapping.madvise(22)  # MADV_POPULATE_READ, which mmap does with the GIL held
+
+
+@contextlib.contextmanager
+def crowd(call: Callable[[], object]) -> Iterator[Callable[[], None]]:
+    """More threads than one message has room for, which make a call once they are told to."""
+    before = threading.stack_size(256 << 10)
+    go = threading.Event()
+    threads = [threading.Thread(target=lambda: go.wait(20) and call()) for _ in range(CROWD)]
+    try:
+        for thread in threads:
+            thread.start()
+        yield go.set
+    finally:
+        threading.stack_size(before)
+        for thread in threads:
+            thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+CROWD = 1400
+
+
+def test_a_crowd_stands(uffd: Harness, library: ctypes.CDLL) -> None:
+    """However many stand, all of them are told."""
+    region = uffd.region(1)
+    with crowd(lambda: library.load(region.pointer())) as go, region.page(0).freeze() as freeze:
+        go()
+        numbers = {freeze.wait().touch.number for _ in range(CROWD)}
+        assert {touch.number for touch, _, _ in uffd.standing()} == numbers
+        assert {touch.number for touch in uffd.touches()} == numbers
+    assert [touch.number for touch in uffd.touches()] == sorted(numbers)
+
+
+def test_a_crowd_that_is_not_released_is_let_go(library: ctypes.CDLL) -> None:
+    """However many are let go at the time limit, the test hears of it; the harness serves on."""
+    with Harness(timeout=1) as uffd:
+        region = uffd.region(1, contents=b"a")
+        with crowd(lambda: library.load(region.pointer())) as go, region.page(0).freeze():
+            go()
+            wait_until(lambda: uffd.ledger.touches(()) or uffd._troubles, "they were let go")
+        with pytest.raises(HarnessError, match="nobody released within 1 s"):
+            uffd.check()
+        assert region.peek(0, 1) == b"a"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_porter_that_dies_takes_no_thread_along() -> None:
+    """What ends the thread that hears the helper ends the helper, and lets everybody go."""
+    with contextlib.suppress(HarnessError), Harness(timeout=20, backend="trampoline") as uffd:
+        region = uffd.region(1, contents=b"a")
+        view = region.view
+        with region.page(0).freeze() as freeze:
+            running = uffd.start(lambda: view[0])
+            frozen = freeze.wait()
+            wait_until(lambda: frozen.held_by == "trampoline", "it waits there")
+            uffd.listeners.append(cast("Any", {}.popitem))  # which raises
+            uffd._helper.ask("settle", 0)
+            assert running.result() == ord("a")
+            wait_until(lambda: uffd._helper.ended, "the helper has ended")
+            with pytest.raises(HarnessError, match="has ended"):
+                uffd.check()
+            uffd.listeners.clear()
+    view.release()
 
 
 def test_a_helper_that_dies_takes_no_thread_along(library: ctypes.CDLL) -> None:
