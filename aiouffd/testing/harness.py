@@ -19,6 +19,7 @@ import random
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar
@@ -141,7 +142,7 @@ class Harness:
         ) as uffd:
             helper = Helper(
                 uffd,
-                self._hear,
+                _weakly(self),
                 timeout=self.timeout,
                 seed=self.seed,
                 trampoline_use=_BACK_ENDS[self.backend],
@@ -207,6 +208,13 @@ class Harness:
         if getattr(self, "_closed", True) or os.getpid() != self._pid:
             return
         warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=2)
+        if sys.is_finalizing():  # no thread can be waited for any more; all ends with us
+            return
+        with contextlib.suppress(Exception):
+            self._programs.close()
+        self._closed = True
+        for region in self.regions:  # nobody knows who still has its address
+            region.abandon(_kept)
         with contextlib.suppress(Exception):
             self._helper.end()
 
@@ -782,6 +790,17 @@ class Harness:
                 lines.append(f"  {self.ledger.name(thread)} {doing(thread)}")
         lines += self._programs.account()
         return "\n".join(lines)
+
+
+def _weakly(harness: Harness) -> Callable[[Message | None], None]:
+    """Give a harness's ear to a thread that must not keep the harness."""
+    ear = weakref.WeakMethod(harness._hear)
+
+    def hear(message: Message | None) -> None:
+        if (listening := ear()) is not None:
+            listening(message)
+
+    return hear
 
 
 def _features() -> tuple[int, str]:

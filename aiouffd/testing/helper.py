@@ -9,7 +9,7 @@ Laws of this file:
 * An answer is that of the order: one whose wait was broken off is not taken for the next one's.
 * The helper is the only one that keeps the userfaultfd: if it dies, threads go on at once.
 * However it ends, no thread is left in the trampoline, and no descriptor or child behind.
-* Neither the porter nor the trampoline keeps a harness: one that is dropped is collected.
+* Nothing here keeps a harness: one that is dropped is collected.
 * A forked child of the test process has no helper: it says so.
 """
 
@@ -42,6 +42,9 @@ SILENT: Final = (
     "the helper process did not answer in time and was ended: threads that stood at a page went"
     " on, and pages that nobody had touched read as zeros"
 )
+#: Those that have not been ended: who drops a harness still has to end its helper, so the
+#: helper's own parts are not to be collected with it, or before it.
+_open: Final[set[Helper]] = set()
 #: Errors of the helper's that mean the same here.
 _ERRORS: Final[dict[str, type[Exception]]] = {"ValueError": ValueError}
 
@@ -120,6 +123,7 @@ class Helper:
             daemon=True,
         )
         self._porter.start()
+        _open.add(self)
 
     @property
     def ended(self) -> bool:
@@ -176,6 +180,7 @@ class Helper:
         self._stacks.close()
         self._commands.close()
         self._events.close()
+        _open.discard(self)
 
     def _reap(self) -> None:
         for channel in (self._commands, self._events):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -451,6 +452,14 @@ class Region:
         mapping, self._mapping = self._mapping, None
         if mapping is not None:
             self.harness.forget(self, mapping, self._memfd)
+
+    def abandon(self, kept: list[mmap.mmap]) -> None:
+        """Close what nobody has closed, its memory kept; for a harness that is collected."""
+        mapping, self._mapping = self._mapping, None
+        if mapping is not None:
+            kept.append(mapping)
+            if self._memfd is not None:
+                os.close(self._memfd)
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.length:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import gc
 import os
 import random
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -682,6 +684,23 @@ def test_a_system_call_with_the_gil_held_is_let_go() -> None:
         mapping = region._mapping
         with region.page(0).freeze():
             mapping.madvise(22)  # MADV_POPULATE_READ, which mmap does with the GIL held
+
+
+@pytest.mark.leaky("nobody knows who has its address, so the memory stays")
+def test_a_harness_that_is_dropped_is_collected(library: ctypes.CDLL) -> None:
+    """A harness that nobody has closed ends its helper, lets everybody go, and warns."""
+    uffd = Harness(timeout=20)
+    region = uffd.region(1, contents=b"a")
+    freeze = region.page(0).freeze().__enter__()
+    running = uffd.start(library.load, region.pointer())
+    freeze.wait()
+    helper, seen = uffd.service_pid, weakref.ref(uffd)
+    del uffd, region, freeze
+    with pytest.warns(ResourceWarning, match="was not closed"):
+        gc.collect()
+    assert seen() is None
+    assert running.result() == ord("a")
+    assert not os.path.exists(f"/proc/{helper}")
 
 
 @contextlib.contextmanager
