@@ -488,8 +488,14 @@ class Service:
     def _on_gone(self, source: Source) -> None:
         """End where the threads of a process stood that has ended."""
         self._calls.forget(source.process)
-        for touch in list(self._engine.standing.values()):
-            if touch.mapping.uffd is source.uffd:
+
+        def is_gone(uffd: Userfaultfd) -> bool:
+            return uffd is source.uffd or uffd.closed
+
+        # Where a signal handler stood is ended first, and then what it has interrupted.
+        standing = self._engine.standing
+        while gone := [touch for touch in standing.values() if is_gone(touch.mapping.uffd)]:
+            for touch in gone:
                 self._performer.end(touch)
 
     # --- touches -----------------------------------------------------------------------

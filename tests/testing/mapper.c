@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,6 +37,12 @@ static int load_forked(long at) {
   int status = 0;
   waitpid(child, &status, 0);
   return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
+
+static volatile long touched_by_handler;
+static void on_signal(int number) {
+  (void)number;
+  load((void *)touched_by_handler);
 }
 
 static volatile unsigned char *map(int fd, size_t size, int flags) {
@@ -74,6 +81,7 @@ int main(int count, char **words) {
     else if (!strcmp(word, "store")) memory[atol(words[++i])] = 99;
     else if (!strcmp(word, "threads")) printf("%ld\n", load_in_threads(atol(words[++i]), 3));
     else if (!strcmp(word, "behind")) { pthread_t thread; pthread_create(&thread, 0, load, (void *)atol(words[++i])); }
+    else if (!strcmp(word, "handler")) { touched_by_handler = atol(words[++i]); signal(SIGUSR1, on_signal); }
     else if (!strcmp(word, "fork")) printf("%d\n", load_forked(atol(words[++i])));
     else if (!strcmp(word, "write")) printf(" %zd\n", write(1, (void *)&memory[atol(words[++i])], 1));
     else if (!strcmp(word, "close-all")) { for (int other = 3; other < 1000; other++) if (other != fd) close(other); }

@@ -425,6 +425,21 @@ def test_a_program_that_is_killed_stands_no_more(
         assert freeze.frozen == ()
 
 
+def test_a_program_that_is_killed_in_a_signal_handler(
+    uffd: Harness, mapper: str, region: Region
+) -> None:
+    """A touch of a signal handler stands upon that which it interrupts; both end."""
+    with region.all.freeze() as freeze:
+        program = start(uffd, mapper, region, "map", "handler", 5, "load", PAGE)
+        outer = freeze.wait()
+        program.send_signal(signal.SIGUSR1)
+        inner = freeze.wait()
+        assert (outer.touch.offset, inner.touch.offset) == (PAGE, 5)
+        program.kill()
+        program.communicate()
+        wait_until(lambda: outer.released and inner.released, "the end of both")
+
+
 def test_a_program_that_becomes_another_stands_no_more(
     uffd: Harness, mapper: str, region: Region
 ) -> None:
