@@ -179,6 +179,7 @@ class Participants:
     def on_touch(self, touch: Standing) -> None:
         """Take note that a participant is stopped at a touch, maybe with the GIL in its hands."""
         if (touch.thread, touch.pc) in self._without_gil:
+            self._asked = 0  # but if it has the GIL this time, nobody has answered since
             self.on_stand(touch.thread)
         else:
             self._unsure[touch.thread] = touch.pc, self._ask()
@@ -205,8 +206,9 @@ class Participants:
         if self._answered >= number:
             return
         for thread, each in self._all.items():
-            if thread in self._unsure or each.state is State.STANDING:
-                self._holder.park_for_gil(self._engine.standing[self._process, thread])
+            touch = self._touch_of(thread)
+            if touch is not None and (thread in self._unsure or each.state is State.STANDING):
+                self._holder.park_for_gil(touch)
         self._unsure.clear()
 
     def _limit(self) -> None:
@@ -266,7 +268,9 @@ class Participants:
         if waiting:
             os.write(participant.starter, b"!")
         else:
-            self._performer.let_go(self._engine.standing[self._process, thread], "frozen")
+            touch = self._touch_of(thread)
+            if touch is not None:  # else it was let go at the time limit
+                self._performer.let_go(touch, "frozen")
         self._pause_ns = _FIRST_LOOK_NS
         self._look_later()
 
@@ -290,8 +294,8 @@ class Participants:
 
     def _told(self, thread: int) -> tuple[Any, ...]:
         participant = self._all[thread]
-        if participant.state is State.STANDING:
-            touch = self._engine.standing[self._process, thread]
+        touch = self._touch_of(thread)
+        if participant.state is State.STANDING and touch is not None:
             return (thread, wire(touch, time.monotonic_ns()), "")
         return (thread, (), call_of(participant.asleep_in))
 
@@ -315,7 +319,8 @@ class Participants:
             if each.state in (State.GOING, State.ASLEEP)
         }
         new = {tid: text for tid, text in texts.items() if self._all[tid].asleep_in != text}
-        still = self._are_still(new)
+        asleep = self._are_asleep(new)
+        still = asleep and (not new or self._is_home())
         self._alike = self._alike + 1 if still and new == self._last else 0
         enough = _LOOKS_IN_CALL if any(each in self._performer.stepper for each in new) else 1
         if still and (not new or (self._alike >= enough and self._answered >= self._asked > 0)):
@@ -333,16 +338,21 @@ class Participants:
                 self._came.append(tid)
             self._end_move()
             return
-        if still and not self._asked:
+        if asleep and not self._asked:  # who is not at home may wait for the GIL, too
             self._asked = self._ask()
         self._last = new
         self._look_later()
 
-    def _are_still(self, texts: dict[int, str]) -> bool:
+    def _are_asleep(self, texts: dict[int, str]) -> bool:
         calls = [call_of(text) for text in texts.values()]
-        if any(map(self._is_at_touch, texts)) or not all(calls) or not TIMED.isdisjoint(calls):
-            return False
-        return not texts or all(call_of(look.read()) in _AT_HOME for look in self._beside)
+        return all(calls) and TIMED.isdisjoint(calls) and not any(map(self._is_at_touch, texts))
+
+    def _is_home(self) -> bool:
+        """Say whether those who need the GIL again and again want nothing now."""
+        return all(call_of(look.read()) in _AT_HOME for look in self._beside)
+
+    def _touch_of(self, thread: int) -> Standing | None:
+        return self._engine.standing.get((self._process, thread))
 
     def _is_at_touch(self, thread: int) -> bool:
-        return (self._process, thread) in self._engine.standing
+        return self._touch_of(thread) is not None
