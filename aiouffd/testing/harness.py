@@ -349,11 +349,11 @@ class Harness:
             contents: What it begins with; zeros after that.
             memory: ``shmem`` (a memfd, shared), ``anon``, ``shmem-private``, ``hugetlb``,
                 ``hugetlb-private``.
-            name: What reports call it.
+            name: What reports and records call it; no other region of this harness has had it.
 
         Raises:
-            ValueError: A number is not above zero, the contents are too long, or there is no
-                such kind of memory.
+            ValueError: A number is not above zero, the contents are too long, there is no such
+                kind of memory, or the name was used.
             NotSupported: There are no free huge pages.
         """
         if memory not in KINDS:
@@ -367,7 +367,7 @@ class Harness:
             raise ValueError(f"contents of {size} bytes do not fit into {length}")
         self.check()
         number = self._number()
-        name = name or f"region{number}"
+        name = self._region_name(name, number)
         mapping, memfd = map_memory(memory, length, name)
         region = Region(self, number, name, memory, mapping, page_size, memfd)
         try:
@@ -387,6 +387,18 @@ class Harness:
         if size:
             region.poke(0, contents)
         return region
+
+    def _region_name(self, name: str, number: int) -> str:
+        if name:
+            if self.ledger.has_region(name):
+                raise ValueError(
+                    f"a region of this harness is, or was, named {name!r}, and in records both"
+                    " would be one: give each a name of its own, or none"
+                )
+            return name
+        while self.ledger.has_region(name := f"region{number}"):  # somebody has chosen this one
+            number += 1
+        return name
 
     def forget(self, region: Region, mapping: mmap.mmap, memfd: int | None) -> None:
         """Give back the memory of a region; for ``Region.close``."""

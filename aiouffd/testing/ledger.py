@@ -6,7 +6,7 @@ Must not know: rules, or how a thread is held.
 Laws of this file:
 
 * A touch that was fetched stays: the helper may end, and what it had told before is known.
-* A name outlives what it names: a closed region's, an ended thread's.
+* A name outlives what it names: a closed region's, an ended thread's.  No two regions share one.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ class Ledger:
     def add_region(self, region: Region) -> None:
         """Know a region's name, and those of its pages."""
         self._regions[region.number] = region
+
+    def has_region(self, name: str) -> bool:
+        """Say whether a region has, or had, this name."""
+        return any(region.name == name for region in list(self._regions.values()))
 
     # --- touches -----------------------------------------------------------------------
 

@@ -49,3 +49,25 @@ def test_a_structure_keeps_the_memory_of_a_closed_region(uffd: Harness) -> None:
     number: Any = region.struct(ctypes.c_int)
     region.close()
     assert number.value == 42
+
+
+def test_a_name_is_that_of_one_region(uffd: Harness) -> None:
+    """A second region of the name is refused, the first being closed or not: records tell by it."""
+    region = uffd.region(1, name="buffer")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="give each a name of its own"):
+            uffd.region(1, name="buffer")
+        region.close()
+    assert uffd.region(1, name="buffer 2").peek(0, 1) == b"\0"
+
+
+def test_names_that_nobody_chose_are_unique(uffd: Harness) -> None:
+    """Also beside those that somebody did choose, of the same form."""
+    for number in range(1, 9):
+        uffd.region(1, name=f"region{number}")
+    regions = [uffd.region(1) for _ in range(3)]
+    assert len({region.name for region in uffd.regions}) == 11
+    with uffd.record() as record:
+        regions[0].view[0]
+    record.assert_untouched(regions[1], regions[2])
+    record.assert_touched_only(regions[0])
