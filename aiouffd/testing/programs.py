@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -118,10 +119,26 @@ class Program(subprocess.Popen[bytes]):
             HarnessError: It ran without the harness, or a mapping of a region was refused: what
                 it has found in the memory may not be what was there.
         """
-        code = super().wait(timeout)
+        if timeout is not None and self.returncode is None:
+            self._await_end(timeout)
+        code = super().wait()
         if not self._checked and not self._harness.closed:
             self.check()
         return code
+
+    def _await_end(self, timeout: float) -> None:
+        """Wait at once; Popen looks in ever longer pauses."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:  # somebody else has heard of its end
+            return
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(max(0.0, timeout) * 1e3):
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        finally:
+            os.close(pidfd)
 
     def check(self) -> None:
         """Raise what has kept the harness from watching it, once.

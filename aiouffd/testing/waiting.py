@@ -103,12 +103,12 @@ def _awaited(frame: FrameType) -> str:
         return f"the result of {_who(owner.name, owner.tid)}"
     if frame.f_code is Freeze.wait.__code__ and isinstance(owner, Freeze):
         return f"a {owner.what}"
-    if frame.f_code in _PROGRAM and isinstance(owner, subprocess.Popen):
+    if frame.f_code.co_name in _PROGRAM and isinstance(owner, subprocess.Popen):
         return f"the end of {getattr(owner, 'name', 'a program')} (pid {owner.pid})"
     return ""
 
 
-_PROGRAM: Final = (subprocess.Popen.wait.__code__, subprocess.Popen.communicate.__code__)
+_PROGRAM: Final = ("wait", "communicate")  # of Popen, or of what is made of it
 
 
 def _who(name: str, tid: int | None) -> str:

@@ -487,6 +487,15 @@ def test_what_a_program_leaves_behind_is_killed(mapper: str) -> None:
     wait_until(lambda: has_ended(left, left), "its end")
 
 
+def test_a_wait_has_a_limit(uffd: Harness, mapper: str, region: Region) -> None:
+    """A wait for a program that runs on ends after its time, and can be had again."""
+    program = start(uffd, mapper, region, "map", "wait")
+    with pytest.raises(subprocess.TimeoutExpired):
+        program.wait(timeout=0)
+    assert said(program, b"!") == []
+    assert program.wait(timeout=0) == 0
+
+
 def test_a_block_that_raises_kills_its_program(uffd: Harness, mapper: str, region: Region) -> None:
     """A program does not outlive the block of a test that has failed."""
     with pytest.raises(KeyError), start(uffd, mapper, region, "map", "wait") as program:
