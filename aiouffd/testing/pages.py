@@ -26,7 +26,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from ..errors import ClosedError, LayoutChanging, RangeGone, ResolutionRefused, TargetGone
 from ..kernel import abi, page_cache, pagemap
@@ -94,6 +94,7 @@ class Mapping:
         "poisoned",
         "process",
         "uffd",
+        "woken",
     )
 
     def __init__(
@@ -127,6 +128,7 @@ class Mapping:
         self.contents = contents
         self.poisoned: set[int] = set()  # absent, and every access fails
         self.comings: Counter[int] = Counter()  # how often each page was filled or poisoned
+        self.woken: dict[int, Any] = {}  # whom each page came for last; the performer's own
 
     @property
     def pages(self) -> range:

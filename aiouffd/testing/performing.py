@@ -39,6 +39,8 @@ from .watching import has_ended
 _RETURN_NS: Final = 1_000_000_000
 #: A thread that was sent there and has not said that it is in the trampoline is not coming.
 _PARK_NS: Final = 300_000_000
+#: A thread that was woken has run within that.
+_SEE_OFF_NS: Final = 50_000_000
 _MADV_DONTNEED: Final = 4
 
 
@@ -288,6 +290,8 @@ class Performer:
             else:
                 woken = self._let(touch, fill, None)
                 self.end(touch)
+                if woken:
+                    mapping.woken[page] = touch, time.monotonic_ns()
                 self._pass_returning(touch, woken=woken)
         except Elsewhere:
             self._expect(touch)  # from a signal handler
@@ -366,6 +370,27 @@ class Performer:
         mapping.memory.wake(mapping, touch.page)
         self.stepper.then(touch.thread, partial(self._safely, touch, go_on))
 
+    def see_off(self, mapping: Mapping, page: int) -> None:
+        """Have a thread make its access that was woken for it a moment ago and may not have run.
+
+        Else it would find its page gone again, and stand a second time at the same touch.
+        """
+        touch, when = mapping.woken.pop(page, (None, 0))
+        if touch is None or touch.system_call is not None or not touch.pc:
+            return
+        if self.cannot_step is not None or time.monotonic_ns() - when > _SEE_OFF_NS:
+            return
+        with contextlib.suppress(OSError, Elsewhere):
+            call, pc = tracing.in_system_call(touch.process, touch.thread)
+            if call is None and pc in (0, touch.pc):
+                self.stepper.over(
+                    *(touch.process, touch.thread),
+                    system_call=None,
+                    pc=touch.pc,
+                    let=_nothing,
+                    after=_nothing,
+                )
+
     def poll(self) -> None:
         """Go on with threads that have stopped for the stepper."""
         for error in self.stepper.poll():
@@ -391,6 +416,10 @@ def _is_stuck(touch: Standing) -> bool:
             return file.read() == "handle_userfault"
     except OSError:
         return False
+
+
+def _nothing() -> None:
+    """Do nothing, before and after an access."""
 
 
 def _outcome(touch: Standing) -> str:

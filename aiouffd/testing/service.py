@@ -344,6 +344,9 @@ class Service:
             for page in range(first, first + count)
             if page in contents.present and not contents.is_visited(page)  # which goes by itself
         ]
+        for page in going:
+            for each in memory.mappings if memory.shared else [mapping]:
+                self._performer.see_off(each, page)
         if memory.shared:
             for page in going:
                 memory.take_away(mapping, page, _never)
