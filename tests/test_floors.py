@@ -65,8 +65,8 @@ FLOORS = {
         testing.touch_log testing.record_file testing.record testing.perfetto
         testing.rules testing.settings testing.needs
         testing.engine testing.channel testing.where testing.pages testing.stepping
-        testing.turning testing.announcements testing.watching testing.holding testing.performing
-        testing.asleep testing.participants testing.service
+        testing.turning testing.announcements testing.whose testing.watching testing.holding
+        testing.performing testing.asleep testing.participants testing.service
         testing.trampoline testing.failures testing.helper testing.mapping
         testing.running testing.threads testing.arming testing.freezing testing.waiting
         testing.region testing.ledger testing.recording testing.interleaving

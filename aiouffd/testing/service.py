@@ -507,8 +507,10 @@ class Service:
         mapping = source.find(fault.address)
         if mapping is None:
             return  # closed or unmapped meanwhile, upon which its threads were woken
-        thread = fault.thread_id
-        source.name_process(thread)
+        thread = source.thread(fault.thread_id, fault.address)
+        if thread is None:
+            self._pass_stranger(mapping, fault)
+            return
         if source is not self._watch.sources[0]:
             self._watch.await_exit(source.process)
         memory = mapping.memory
@@ -553,6 +555,24 @@ class Service:
             self._turning.after(int(seconds * 1e9), lambda: self._go_on(touch), exact=True)
         else:
             self._go_on(touch)
+
+    def _pass_stranger(self, mapping: Mapping, fault: RawFault) -> None:
+        """Let through who is no thread of the process whose memory it is, or is gone.
+
+        It is never traced or signalled: a debugger, or somebody with the same number.
+        """
+        memory = mapping.memory
+        page = mapping.offset_of(fault.address) // memory.page_size
+        is_here = os.path.exists(f"/proc/{fault.thread_id}")  # else a thread that was killed
+        with contextlib.suppress(RangeGone, TargetGone, ClosedError):
+            memory.fill(mapping, page, protect=not fault.flags & (WRITE | WP), wake=True)
+            if is_here or not mapping.process:
+                self._tell(
+                    "trouble",
+                    f"page {page} was touched by thread {fault.thread_id}, which is none of process"
+                    f" {mapping.process or 'unknown'}: a debugger, or process_vm_readv; it was let"
+                    " through, so the next touch of this page may not be seen",
+                )
 
     def _repeat(self, touch: Standing) -> None:
         """A thread faults again where it stands: back from the trampoline, or after a signal."""

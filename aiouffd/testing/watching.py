@@ -21,6 +21,7 @@ from ..errors import UffdError
 from ..events import Forked, RawFault, Remapped, Unmapped
 from ..fds import OwnedFd
 from ..uffd import Userfaultfd
+from . import whose
 from .pages import Mapping, Memory
 from .turning import Turning
 
@@ -35,7 +36,7 @@ class Source:
         mappings: The regions that lie there.
     """
 
-    __slots__ = ("mappings", "of_program", "process", "uffd")
+    __slots__ = ("_elsewhere", "mappings", "of_program", "process", "uffd")
 
     def __init__(self, uffd: Userfaultfd, process: int, *, of_program: bool = False) -> None:
         """Take over a userfaultfd."""
@@ -43,6 +44,7 @@ class Source:
         self.process = process
         self.of_program = of_program
         self.mappings: list[Mapping] = []
+        self._elsewhere: bool | None = None  # its process lives in another pid namespace
 
     def find(self, address: int) -> Mapping | None:
         """Give the mapping in which an address lies."""
@@ -80,12 +82,21 @@ class Source:
         with contextlib.suppress(UffdError):
             self.uffd.wake(start, end - start)
 
-    def name_process(self, thread: int) -> None:
-        """Learn whose it is from a thread that has faulted there."""
+    def thread(self, number: int, address: int) -> int | None:
+        """Give our number of a thread that has faulted there, and learn whose the memory is.
+
+        Returns:
+            None if that is not known, or the thread is another process's: a debugger's, say.
+        """
         if not self.process:
-            self.process = _process_of(thread)
+            if (process := whose.process_of(number, address)) is None:
+                return None
+            self.process = process
             for mapping in self.mappings:
-                mapping.process = self.process
+                mapping.process = process
+        if self._elsewhere is None:
+            self._elsewhere = whose.is_elsewhere(self.process)
+        return whose.thread_of(self.process, number, elsewhere=self._elsewhere)
 
 
 class Watch:
@@ -233,12 +244,3 @@ def has_ended(process: int, thread: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return True
-
-
-def _process_of(thread: int) -> int:
-    """Give the process of a thread; the thread's own number where that cannot be told."""
-    try:
-        with open(f"/proc/{thread}/status", encoding="ascii", errors="replace") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith("Tgid:"))
-    except OSError:
-        return thread
