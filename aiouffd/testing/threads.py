@@ -17,6 +17,11 @@ from .running import Running
 #: What names a thread: its kernel id, or an object that knows it.
 ThreadLike: TypeAlias = int | threading.Thread | Running[Any]
 
+_WHAT: Final = (
+    "thread= takes a thread id, a threading.Thread, a Running, or several of these, not {!r};"
+    " a program has threads that nobody knows beforehand: its first one has the id program.pid,"
+    " and a region that only this program is given is touched by nobody else"
+)
 _STATES: Final = {
     "R": "runs",
     "S": "sleeps",
@@ -32,6 +37,7 @@ def number_of(thread: ThreadLike) -> int:
 
     Raises:
         ValueError: It has not been started.
+        TypeError: It is no thread.
     """
     if isinstance(thread, Running):
         return thread.tid
@@ -39,7 +45,9 @@ def number_of(thread: ThreadLike) -> int:
         if thread.native_id is None:
             raise ValueError(f"{thread!r} has not been started: it has no thread id yet")
         return thread.native_id
-    return int(thread)
+    if isinstance(thread, int):
+        return thread
+    raise TypeError(_WHAT.format(thread))
 
 
 def numbers_of(thread: ThreadLike | Iterable[ThreadLike] | None) -> frozenset[int]:
@@ -47,11 +55,14 @@ def numbers_of(thread: ThreadLike | Iterable[ThreadLike] | None) -> frozenset[in
 
     Raises:
         ValueError: An empty list, or a thread that has not been started.
+        TypeError: Something else than threads.
     """
     if thread is None:
         return frozenset()
     if isinstance(thread, (int, threading.Thread, Running)):
         return frozenset({number_of(thread)})
+    if not isinstance(thread, Iterable):
+        raise TypeError(_WHAT.format(thread))
     numbers = frozenset(map(number_of, thread))
     if not numbers:
         raise ValueError("an empty list of threads: give at least one, or None for all")

@@ -538,6 +538,13 @@ def test_bad_arguments_say_what_is_wrong(
     assert region.peek(0, 1) == b"\0"
 
 
+@pytest.mark.parametrize("thread", ["main", 1.5, [None]])
+def test_what_is_no_thread_is_refused(uffd: Harness, thread: Any) -> None:
+    """A thread is given by its id or an object that has one; the text says so."""
+    with pytest.raises(TypeError, match="takes a thread id"):
+        uffd.region(1).page(0).slow(0, thread=thread)
+
+
 def test_contents_survive_re_arming(
     uffd: Harness, library: ctypes.CDLL, memory: str, seed: int
 ) -> None:

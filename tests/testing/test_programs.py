@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -399,6 +400,18 @@ def test_memory_that_is_not_shared_is_refused(uffd: Harness, memory: str) -> Non
     region = uffd.region(1, memory=memory)
     with pytest.raises(ValueError, match="cannot be given"):
         uffd.program(["true"], {"AIOUFFD_REGION": region})
+
+
+def test_a_program_is_no_thread(uffd: Harness, mapper: str, region: Region) -> None:
+    """Who asks for a program's touches only is told what can be had."""
+    program = start(uffd, mapper, region, "wait")
+    with pytest.raises(TypeError, match=r"not <Program 'mapper'.*a region that only this program"):
+        region.page(0).slow(0, thread=cast("Any", program))
+    with region.page(0).freeze(thread=program.pid) as freeze:
+        other = start(uffd, mapper, region, "map", "load", 5)
+        assert said(other) == ["5"]
+        assert freeze.frozen == ()
+    said(program, b"!")
 
 
 def test_a_region_of_another_harness_is_refused(uffd: Harness, region: Region) -> None:

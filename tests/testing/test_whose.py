@@ -60,7 +60,7 @@ def test_threads_of_another_namespace_have_other_numbers() -> None:
         assert is_elsewhere(process)
         assert thread_of(process, 1, elsewhere=True) == process
         second = thread_of(process, 2, elsewhere=True)
-        assert second in map(int, os.listdir(f"/proc/{process}/task"))
+        assert str(second) in os.listdir(f"/proc/{process}/task")
         assert second != process
         assert thread_of(process, 77, elsewhere=True) is None
         start = Path(f"/proc/{process}/maps").read_text("utf-8").partition("-")[0]
