@@ -1,5 +1,7 @@
 /* Threads that count together, well and badly, for tests of orders. */
+#define _GNU_SOURCE
 #include <pthread.h>
+#include <time.h>
 
 static pthread_mutex_t first = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t second = PTHREAD_MUTEX_INITIALIZER;
@@ -18,28 +20,32 @@ void add_locked(volatile long *count) {
 
 void add_atomic(long *count) { __atomic_fetch_add(count, 1, __ATOMIC_SEQ_CST); }
 
-/* Two locks, one way round and the other; the touch between them is where another may come. */
-void first_second(volatile long *count) {
-  pthread_mutex_lock(&first);
+static volatile int given_up;
+
+/* Ends deadlocks while it is 1, within a second. */
+void give_up(int now) { given_up = now; }
+
+/* Gives 0 if it was given up. */
+static int lock(pthread_mutex_t *mutex) {
+  for (;;) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += 1;
+    if (pthread_mutex_timedlock(mutex, &until) == 0) return 1;
+    if (given_up) return 0;
+  }
+}
+
+/* The touch between the two locks is where another may come. */
+static void both(pthread_mutex_t *one, pthread_mutex_t *other, volatile long *count) {
+  if (!lock(one)) return;
   *count = 1;
-  pthread_mutex_lock(&second);
-  pthread_mutex_unlock(&second);
-  pthread_mutex_unlock(&first);
+  if (lock(other)) pthread_mutex_unlock(other);
+  pthread_mutex_unlock(one);
 }
 
-void second_first(volatile long *count) {
-  pthread_mutex_lock(&second);
-  *count = 2;
-  pthread_mutex_lock(&first);
-  pthread_mutex_unlock(&first);
-  pthread_mutex_unlock(&second);
-}
-
-/* Ends a deadlock of the two, which glibc lets any thread do. */
-void unlock_both(void) {
-  pthread_mutex_unlock(&first);
-  pthread_mutex_unlock(&second);
-}
+void first_second(volatile long *count) { both(&first, &second, count); }
+void second_first(volatile long *count) { both(&second, &first, count); }
 
 /* Polls until somebody sets it. */
 void wait_for(volatile long *flag) {

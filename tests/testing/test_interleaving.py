@@ -323,6 +323,19 @@ def test_the_printed_test_fails_the_same_way(uffd: Harness, tmp_path: Path) -> N
 # --- who waits ---------------------------------------------------------------------------
 
 
+def stuck() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name.startswith("participant")]
+
+
+def set_free(library: ctypes.CDLL) -> None:
+    """End a deadlock."""
+    library.give_up(1)
+    for each in stuck():
+        each.join(20)
+    library.give_up(0)
+    assert not stuck()
+
+
 def test_a_deadlock_is_found(counter: Counter, library: ctypes.CDLL) -> None:
     """Two mutexes taken crosswise: the order says who stood where, and the next call works."""
     with pytest.raises(RaceFound) as raised:
@@ -331,21 +344,13 @@ def test_a_deadlock_is_found(counter: Counter, library: ctypes.CDLL) -> None:
     assert isinstance(found.error, Deadlock)
     assert found.error.blocked == {"a": "in futex", "b": "in futex"}
     assert found.order == [("a", 0), ("b", 1), ("a", 1)]
-    stuck = [each for each in threading.enumerate() if each.name.startswith("participant")]
-    assert len(stuck) == 2
-    library.unlock_both()
-    for each in stuck:
-        each.join(10)
-        assert not each.is_alive()
+    assert len(stuck()) == 2
+    set_free(library)
     with pytest.raises(Deadlock):
         counter.uffd.interleave(
             counter.both(library.first_second, library.second_first), found.order
         )
-    library.unlock_both()
-    for each in threading.enumerate():
-        if each.name.startswith("participant"):
-            each.join(10)
-    library.unlock_both()
+    set_free(library)
     assert counter.explore(counter.both(library.add_locked)).complete
 
 
