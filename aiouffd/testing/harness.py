@@ -7,6 +7,7 @@ Laws of this file:
 
 * Whatever the helper had to end by itself is raised: at the next order, and when the harness
   closes.  A test that left a thread standing fails.
+* What a started function has raised is raised, by ``result`` or else when the harness closes.
 * Memory under which a thread of the harness still runs is never unmapped.
 """
 
@@ -18,6 +19,7 @@ import os
 import random
 import sys
 import threading
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -169,13 +171,15 @@ class Harness:
         A second call does nothing.
 
         Raises:
-            HarnessError: Somebody was let go at the time limit, or the helper had ended.
+            HarnessError: Somebody was let go at the time limit, the helper had ended, or a started
+                function has raised and nobody has asked for its result.
         """
         if self._closed:
             return
         if os.getpid() != self._pid:
             self._closed = True
             return
+        self._troubles += self.lost()
         self._troubles += [text for text in self._programs.close() if text != ENDED]
         for region in list(self.regions):
             with contextlib.suppress(HarnessError):
@@ -550,6 +554,10 @@ class Harness:
                 give up the GIL while it runs.
             arguments: What it is called with.
             keywords: ... and by name.
+
+        Returns:
+            The call: ``result`` gives what it returns and raises what it raises.  An error that
+            nobody has asked for by then is raised when the harness closes.
         """
         return self.start_named(
             getattr(function, "__name__", "thread"), function, *arguments, **keywords
@@ -562,7 +570,8 @@ class Harness:
         self.check()
         running = Running(name, lambda: function(*arguments, **keywords))
         self.ledger.threads[running.tid] = name
-        self._running = [each for each in self._running if not each.done] + [running]
+        kept = [each for each in self._running if not each.done or each.lost is not None]
+        self._running = [*kept, running]
         return running
 
     def program(
@@ -755,6 +764,19 @@ class Harness:
         """Everything that was touched since the harness was opened."""
         return self.ledger.record(self.touches())
 
+    def lost(self) -> list[str]:
+        """Say what started functions have raised that nobody has asked for; each error once."""
+        found = []
+        for running in self._running:
+            if (error := running.lost) is not None:
+                running.tell()
+                stack = "".join(traceback.format_exception(error)).rstrip()
+                found.append(
+                    f"{running.name} (tid {running.tid}) has raised an error, and nobody has asked"
+                    f" for its result():\n{stack}"
+                )
+        return found
+
     def standing(self) -> list[tuple[Touch, str, str]]:
         """Give who stands now: the touch, what stops it in words, what holds it."""
         return [
@@ -794,6 +816,11 @@ class Harness:
             f"  {self.ledger.name(touch.thread)} stands at {touch.region}[{touch.page}],"
             f" stopped by {what}, held by {held_by}"
             for touch, what, held_by in standing
+        ]
+        lines += [
+            f"  {running.name} (tid {running.tid}) has ended: {raised}"
+            for running in self._running
+            if (raised := running.tell())
         ]
         lines.append("threads of this process:")
         stood = {touch.thread for touch, _, _ in standing}

@@ -259,6 +259,7 @@ def _fail(error: HarnessError) -> NoReturn:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
+    call: pytest.CallInfo[None],
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped and item.stash.get(_SKIPPED, False) and isinstance(report.longrepr, tuple):
@@ -271,6 +272,8 @@ def pytest_runtest_makereport(
         if _settings(item).seed is None:
             again = f"--uffd-seed={_run_seed(item.config)}"
             report.sections.append(("uffd seed", f"run again with {again}"))
+    if call.excinfo is not None and harnesses is not None:
+        harnesses.forgive()
     if report.when == "teardown" and harnesses is not None:
         del item.stash[_HARNESSES]  # items live as long as the run, records need not
     return report

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar, cast
 
@@ -35,6 +36,7 @@ class Running(Generic[T]):
         self._call = call
         self._value: T | None = None
         self._error: BaseException | None = None
+        self._told = False  # somebody has had what it has raised
         self._ended = threading.Event()
         self._changing = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
@@ -110,7 +112,20 @@ class Running(Generic[T]):
             ) from None
         return self._outcome()
 
+    @property
+    def lost(self) -> BaseException | None:
+        """What the call has raised, as long as nobody has asked for its result."""
+        return None if self._told or not self.done else self._error
+
+    def tell(self) -> str:
+        """Say in a line what it has raised, which is then no longer lost; empty if nothing."""
+        if not self.done or self._error is None:
+            return ""
+        self._told = True
+        return "".join(traceback.format_exception_only(self._error)).strip()
+
     def _outcome(self) -> T:
+        self._told = True
         if self._error is not None:
             raise self._error
         return cast("T", self._value)

@@ -287,6 +287,34 @@ def test_what_is_expected_to_fail_says_nothing(run: Run) -> None:
     result.stdout.no_fnmatch_line("*uffd touches*")
 
 
+def test_an_error_of_a_started_function(run: Run) -> None:
+    """It fails the test that has not asked for it; one that fails anyway shows it, and no more."""
+    text = """
+        import pytest
+
+        def worker():
+            raise TypeError("the worker is broken")
+
+        def test_passes(uffd):
+            uffd.start(worker).thread.join()
+
+        def test_fails(uffd):
+            uffd.start(worker).thread.join()
+            assert False, "first"
+
+        @pytest.mark.xfail
+        def test_is_expected_to_fail(uffd):
+            uffd.start(worker).thread.join()
+            assert False
+        """
+    result = run(text)
+    result.assert_outcomes(passed=1, failed=1, xfailed=1, errors=1)
+    result.stdout.fnmatch_lines(
+        ["*ERROR at teardown of test_passes*", "*has raised an error*", "*the worker is broken*"]
+    )
+    result.stdout.fnmatch_lines(["*assert False*", "*uffd errors*", "*the worker is broken*"])
+
+
 def test_a_time_limit_can_be_what_is_expected(run: Run) -> None:
     """``xfail(raises=HarnessError)`` sees the error, as of any other failure."""
     result = run(
