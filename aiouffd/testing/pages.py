@@ -182,6 +182,7 @@ class Memory:
         kind: str,
         memfd: int | None,
         pump: Callable[[], None],
+        complain: Callable[[str], None],
     ) -> None:
         """Know a region's memory.
 
@@ -192,6 +193,7 @@ class Memory:
             kind: One of ``rules.KINDS``.
             memfd: Its memfd, which this object closes; None for memory of no file.
             pump: Reads what the userfaultfds have to say, into whatever queue.
+            complain: Tells the test of what it should not do.
         """
         self.number = number
         self.page_size = page_size
@@ -202,6 +204,7 @@ class Memory:
         self.shared = kind in ("shmem", "hugetlb")
         self.mappings: list[Mapping] = []
         self._pump = pump
+        self._complain = complain
         self._contents = Contents()
         self._window: mmap.mmap | None = None
         if self.shared:
@@ -274,8 +277,7 @@ class Memory:
                 contents.store.pop(page, None)
                 return
             # Somebody else's bytes are there: a write from outside, through the memfd.
-            contents.present.add(page)
-            contents.store.pop(page, None)
+            self._adopt(contents, page)
         if self.shared:
             with contextlib.suppress(ResolutionRefused):  # EFAULT: given back; zero follows
                 if self._patiently(
@@ -325,6 +327,31 @@ class Memory:
                     raise
                 self._pump()
                 time.sleep(50e-6)
+
+    def _adopt(self, contents: Contents, page: int) -> None:
+        """Take a page as present that somebody has brought who does not map it, or unwatched.
+
+        Its bytes are those of the store, and what is not zero of those that came.
+        """
+        contents.present.add(page)
+        stored = contents.store.pop(page, b"")
+        if self._window is None or not any(stored):
+            return
+        start, end = page * self.page_size, (page + 1) * self.page_size
+        came = self._window[start:end]
+        self._window[start:end] = bytes(a or b for a, b in zip(came, stored, strict=True))
+        self._complain(
+            f"page {page} was read or written past the harness, by read() or write() of its memfd"
+            " or in a mapping that is not watched: what was there was not seen, and zeros that were"
+            " written are not kept"
+        )
+
+    def _notice(self, contents: Contents, page: int) -> None:
+        """Look whether somebody has written to an absent page through the memfd."""
+        if self.shared and page not in contents.present:
+            assert self.memfd is not None
+            if any(os.pread(self.memfd, self.page_size, page * self.page_size)):
+                self._adopt(contents, page)
 
     # --- pages go ----------------------------------------------------------------------
 
@@ -392,6 +419,7 @@ class Memory:
         """Read without a touch."""
         parts = []
         for page, start, end in self._pieces(offset, length):
+            self._notice(mapping.contents, page)
             if self._is_there(mapping, page):
                 parts.append(self._present(mapping, page, start, end))
             else:
@@ -405,6 +433,7 @@ class Memory:
         for page, start, end in self._pieces(offset, len(data)):
             piece = data[done : done + end - start]
             done += len(piece)
+            self._notice(mapping.contents, page)
             if self._is_there(mapping, page):
                 self._put(mapping, page, start, piece)
             else:

@@ -350,6 +350,9 @@ class Region:
     def memfd(self) -> int:
         """Descriptor of its memfd, to pass to another program.
 
+        It is for mapping with MAP_SHARED: that sees what is in the region.  ``read()`` and
+        ``write()`` of it pass the harness by, and find zeros where nobody has touched yet.
+
         Raises:
             ValueError: This kind of memory has none.
         """

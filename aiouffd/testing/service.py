@@ -28,6 +28,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Final
 
 from ..errors import ClosedError, RangeGone, ResolutionRefused, TargetGone, UffdError
@@ -241,6 +242,7 @@ class Service:
             kind,
             memfd.detach() if memfd is not None else None,
             self._watch.pump,
+            partial(self._tell, "trouble"),
         )
         source = self._watch.sources[0]
         modes = Mode.MISSING | Mode.WP | (Mode.MINOR if memory.shared else 0)

@@ -538,6 +538,26 @@ def test_bad_arguments_say_what_is_wrong(
     assert region.peek(0, 1) == b"\0"
 
 
+def test_what_is_written_through_the_memfd_is_kept(uffd: Harness, library: ctypes.CDLL) -> None:
+    """Bytes that come past the harness are found, beside what was there, and the test is told."""
+    region = uffd.region(3, contents=b"hello" + bytes(PAGE - 5) + b"world")
+    os.pwrite(region.memfd, b"J", 0)
+    assert region.peek(0, 5) == b"Jello"
+    uffd.settle()
+    with pytest.raises(HarnessError, match="page 0 was read or written past the harness"):
+        uffd.check()
+    os.pwrite(region.memfd, b"W", PAGE)
+    assert library.load(region.pointer(PAGE + 1)) == ord("o")
+    uffd.settle()
+    with pytest.raises(HarnessError, match="page 1 was read or written past the harness"):
+        uffd.check()
+    assert region.peek(PAGE, 5) == b"World"
+    os.pwrite(region.memfd, b"new", 2 * PAGE)  # where there was nothing
+    region.poke(2 * PAGE + 3, b"er")
+    assert region.peek(2 * PAGE, 5) == b"newer"
+    assert library.load(region.pointer(2 * PAGE)) == ord("n")
+
+
 @pytest.mark.parametrize("thread", ["main", 1.5, [None]])
 def test_what_is_no_thread_is_refused(uffd: Harness, thread: Any) -> None:
     """A thread is given by its id or an object that has one; the text says so."""

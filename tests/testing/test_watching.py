@@ -26,7 +26,7 @@ class Scene:
         self.turning = Turning()
         self.gone: list[Source] = []
         self.watch = Watch(self.turning, self.gone.append)
-        self.memory = Memory(1, PAGE, 4, "anon", None, self.watch.pump)
+        self.memory = Memory(1, PAGE, 4, "anon", None, self.watch.pump, print)
 
     def add(self, target: Target) -> Source:
         """Watch a target's memory."""
@@ -102,7 +102,7 @@ def program() -> Iterator[Source]:
     """A program that has mapped a region of eight pages."""
     uffd = Userfaultfd.open(user_mode_only=True)
     with uffd:
-        memory = Memory(1, PAGE, PAGES, "anon", None, lambda: None)
+        memory = Memory(1, PAGE, PAGES, "anon", None, lambda: None, print)
         source = Source(uffd, 1, of_program=True)
         source.mappings.append(memory.add(1, uffd, START))
         yield source
