@@ -11,6 +11,8 @@ Laws of this file:
 * However it ends, no thread is left in the trampoline, and no descriptor or child behind.
 * Nothing here keeps a harness: one that is dropped is collected.
 * A forked child of the test process has no helper: it says so.
+* A process that is kept for the next harness has said that nothing is left of the last one;
+  any other ends.  Nobody gets one that was kept by another process.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,8 +51,120 @@ _open: Final[set[Helper]] = set()
 _ERRORS: Final[dict[str, type[Exception]]] = {"ValueError": ValueError}
 
 
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """Keep one helper process from each harness to the next, until the end of the block.
+
+    Starting one takes some 50 milliseconds, most of it Python's own imports.
+    """
+    _spare.wanted += 1
+    try:
+        yield
+    finally:
+        _spare.wanted -= 1
+        _spare.end()
+
+
+class _Process:
+    """The process itself, with both channels to it; it serves one harness after the other.
+
+    Attributes:
+        owner: The test process.
+        is_clean: It has said that nothing is left of the last harness.
+    """
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.is_clean = False
+        with contextlib.ExitStack() as stack:
+            self.commands, commands = pair()
+            stack.callback(commands.close)
+            self.events, events = pair()
+            stack.callback(events.close)
+            self.commands.sock.settimeout(ANSWER_SECONDS)
+            undo = stack.enter_context(contextlib.ExitStack())
+            undo.callback(self.commands.close)
+            undo.callback(self.events.close)
+            self._popen = subprocess.Popen(
+                _command(commands.fileno(), events.fileno()),
+                pass_fds=(commands.fileno(), events.fileno()),
+                stdin=subprocess.DEVNULL,
+            )
+            undo.pop_all()
+        self.pid = self._popen.pid
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it serves this process, and lives."""
+        # In this order: asked in a forked child, Popen learns that it has nothing to wait for.
+        return self._popen.poll() is None and self.owner == os.getpid()
+
+    def end(self) -> None:
+        """Have it end, and wait until it has; whoever hears it, hears that."""
+        for channel in (self.commands, self.events):
+            with contextlib.suppress(OSError):
+                channel.sock.shutdown(socket.SHUT_RDWR)
+        try:
+            self._popen.wait(ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            self._popen.wait()
+
+    def kill(self) -> None:
+        """Kill it."""
+        self._popen.kill()
+        self._popen.wait()
+
+    def close(self) -> None:
+        """Close the channels; after its end."""
+        self.commands.close()
+        self.events.close()
+
+
+class _Spare:
+    """At most one process without a harness.
+
+    Sharing: any thread.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = 0
+        self._processes: list[_Process] = []
+
+    def take(self) -> _Process:
+        """Give a process: the one that was kept, or a new one."""
+        while self._processes:
+            process = self._processes.pop()
+            if process.is_ours:
+                process.is_clean = False
+                return process
+            self._drop(process)
+        return _Process()
+
+    def keep(self, process: _Process) -> None:
+        """Keep a process if one is wanted, or end it."""
+        if self.wanted and not self._processes:
+            self._processes.append(process)
+        else:
+            self._drop(process)
+
+    def end(self) -> None:
+        """End what was kept, unless somebody else still wants it."""
+        while self._processes and not self.wanted:
+            self._drop(self._processes.pop())
+
+    @staticmethod
+    def _drop(process: _Process) -> None:
+        if process.owner == os.getpid():
+            process.end()
+        process.close()
+
+
+_spare: Final = _Spare()
+
+
 class Helper:
-    """A helper process and the thread that hears it.
+    """A helper process that serves a harness, and the thread that hears it.
 
     Attributes:
         pid: Its process id.
@@ -68,7 +182,7 @@ class Helper:
         seed: int,
         trampoline_use: str,
     ) -> None:
-        """Start it.
+        """Start it, or take the one that was kept.
 
         Args:
             uffd: Of this process's memory; the caller closes its own descriptor.
@@ -85,26 +199,14 @@ class Helper:
         self._over = threading.Event()
         self._ordering = threading.Lock()
         self._orders = 0
-        with contextlib.ExitStack() as stack:
-            self._commands, commands = pair()
-            stack.callback(commands.close)
-            self._events, events = pair()
-            stack.callback(events.close)
-            self._commands.sock.settimeout(ANSWER_SECONDS)
-            undo = stack.enter_context(contextlib.ExitStack())
-            undo.callback(self._commands.close)
-            undo.callback(self._events.close)
+        with contextlib.ExitStack() as undo:
             self._stacks = trampoline.StackDump()
             undo.callback(self._stacks.close)
             door = trampoline.install(_nobody)
-            self._process = subprocess.Popen(
-                _command(commands.fileno(), events.fileno()),
-                pass_fds=(commands.fileno(), events.fileno()),
-                stdin=subprocess.DEVNULL,
-            )
+            self._process = _spare.take()
+            undo.callback(self._process.close)
             undo.callback(self._reap)
-            commands.close()  # or its end would not be seen
-            events.close()
+            self._commands, self._events = self._process.commands, self._process.events
             self.pid = self._process.pid
             trampoline.set_service(self.pid, _teller(self._events))
             tracing.allow_tracer(self.pid)
@@ -118,7 +220,7 @@ class Helper:
             undo.pop_all()
         self._porter = threading.Thread(
             target=_carry,
-            args=(self._events, self.pid, hear, self._over.set),
+            args=(self._process, hear, self._over.set),
             name="aiouffd porter",
             daemon=True,
         )
@@ -171,36 +273,33 @@ class Helper:
         raise _ERRORS.get(kind, HarnessError)(text)
 
     def end(self) -> None:
-        """Have it end, and wait until it has."""
+        """Have it end, and wait until it has; or keep it for the next harness."""
+        # The porter ends objects, too, where garbage is collected.
+        is_porter = threading.current_thread() is self._porter
         with contextlib.suppress(UffdError):
-            self.ask("close")
-        self._reap()
-        if threading.current_thread() is not self._porter:  # where garbage is collected, say
-            self._porter.join()
+            self.ask("close", bool(_spare.wanted) and not is_porter)
+            if not is_porter:
+                self._porter.join(ANSWER_SECONDS)
+        if self._process.is_clean:
+            _spare.keep(self._process)
+        else:
+            self._reap()
+            if not is_porter:
+                self._porter.join()
+            self._process.close()
         self._stacks.close()
-        self._commands.close()
-        self._events.close()
         _open.discard(self)
 
     def _reap(self) -> None:
-        for channel in (self._commands, self._events):
-            with contextlib.suppress(OSError):
-                channel.sock.shutdown(socket.SHUT_RDWR)
-        try:
-            self._process.wait(ANSWER_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        trampoline.release_all(self._process.pid)
+        self._process.end()
+        trampoline.release_all(self.pid)
 
 
 def _carry(
-    events: Channel,
-    pid: int,
-    hear: Callable[[Message | None], None],
-    end: Callable[[], None],
+    process: _Process, hear: Callable[[Message | None], None], end: Callable[[], None]
 ) -> None:
-    """Hear what a helper tells, until it has ended; it ends with us, whatever we die of."""
+    """Hear what a helper tells, until it has closed; it ends with us, whatever we die of."""
+    events = process.events
     try:
         while True:
             try:
@@ -215,12 +314,16 @@ def _carry(
                         events.send(("pong", number))
                 case ("go", tid):
                     trampoline.go(tid)
+                case ("closed",):
+                    process.is_clean = True
+                    break
                 case message:
                     hear(message)
     finally:
-        with contextlib.suppress(OSError):
-            events.sock.shutdown(socket.SHUT_RDWR)
-        trampoline.release_all(pid)
+        if not process.is_clean:
+            with contextlib.suppress(OSError):
+                events.sock.shutdown(socket.SHUT_RDWR)
+        trampoline.release_all(process.pid)
         end()
         hear(None)
 

@@ -96,7 +96,8 @@ class Holder:
         self._dumping = False
         self._holds_gil: set[int] = set()
         self.participants: Participants | None = None
-        self._pings = 0
+        # So that no answer to an earlier harness's question is taken for one to ours.
+        self._pings = time.monotonic_ns()
         self._pongs = 0
 
     def close(self) -> None:

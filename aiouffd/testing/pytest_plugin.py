@@ -15,6 +15,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -180,8 +181,26 @@ def _skip(item: pytest.Item, reason: str) -> NoReturn:
 # --- fixtures --------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session")
+def _uffd_helper() -> Iterator[None]:
+    """Keep one helper process for all tests: starting one takes longer than most tests.
+
+    It is started here, so that no test is the one that leaves a process and sockets behind.
+    """
+    from ..errors import UffdError
+    from .harness import Harness
+    from .helper import keeping
+
+    with keeping():
+        with contextlib.suppress(UffdError):  # the test will have it again, and say so
+            Harness().close()
+        yield
+
+
 @pytest.fixture
-def uffd_harness(request: pytest.FixtureRequest) -> Iterator[Callable[..., Harness]]:
+def uffd_harness(
+    request: pytest.FixtureRequest, _uffd_helper: None
+) -> Iterator[Callable[..., Harness]]:
     """Make harnesses: ``uffd_harness(timeout=2)``; all are closed after the test.
 
     Arguments that are not given are the test's settings (marker, options, ini values).

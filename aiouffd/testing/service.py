@@ -21,6 +21,7 @@ Laws of this file:
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -65,7 +66,11 @@ class Service:
             commands: Orders come here and are answered.
             events: What happens is told here.
             process: The test process.
+
+        Raises:
+            OSError: It has ended.
         """
+        self._pidfd = os.pidfd_open(process)
         self._commands = commands
         self._events = events
         self._process = process
@@ -90,30 +95,35 @@ class Service:
             unread=self._watch.unread,
         )
         self._holder: Holder | None = None  # from ``do_begin`` on
+        self._stays = False
 
     # --- beginning and end -------------------------------------------------------------
 
-    def run(self) -> None:
-        """Serve until the harness closes, or its process ends."""
+    def run(self) -> bool:
+        """Serve until the harness closes, or its process ends.
+
+        Returns:
+            Whether another harness may be served: nothing is left of this one.
+        """
         wakeup, waker = socket.socketpair()
         for sock in (wakeup, waker, self._events.sock):
             sock.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-        pidfd = os.pidfd_open(self._process)
         self._turning.watch(self._commands.fileno(), self._on_command)
-        self._turning.watch(self._events.fileno(), self._on_event)
-        self._turning.watch(pidfd, self._turning.stop)
+        self._turning.watch(self._pidfd, self._turning.stop)
         self._turning.watch(wakeup.fileno(), lambda: self._on_child(wakeup))
         try:
             self._turning.run(self._turn)
         finally:
             signal.set_wakeup_fd(-1)
             self._leave()
-            os.close(pidfd)
+            os.close(self._pidfd)
             wakeup.close()
             waker.close()
             self._turning.close()
+        # A thread that is still being stepped over is let go by our end, and by nothing else.
+        return self._stays and not len(self._performer.stepper) and self._tell.last("closed")
 
     def _turn(self) -> None:
         self._take_in()
@@ -223,6 +233,7 @@ class Service:
             send_back=self._performer.send_back,
             disarm=self.do_disarm,
         )
+        self._turning.watch(self._events.fileno(), self._on_event)
         return self._performer.cannot_step
 
     def do_region(
@@ -466,8 +477,9 @@ class Service:
             self._turning.forget(participants.channel.fileno())
             participants.close()
 
-    def do_close(self) -> None:
-        """End after this answer."""
+    def do_close(self, stay: bool) -> None:
+        """End after this answer; ``stay`` for the next harness, if that can be."""
+        self._stays = stay
         self._turning.stop()
 
     def _standing_in(self, region: int) -> list[Standing]:
@@ -611,11 +623,21 @@ def _never(address: int, length: int) -> None:
     raise AssertionError(f"shared memory at {address:#x} is not discarded page by page ({length})")
 
 
+def _serve(commands: Channel, events: Channel, process: int) -> bool:
+    """Serve one harness; say whether another one may come."""
+    try:
+        service = Service(commands, events, process)
+    except (FileNotFoundError, ProcessLookupError):  # the test process has ended since the last
+        return False
+    return service.run()
+
+
 def main() -> None:
-    """Serve one harness: the arguments are both sockets' numbers and the test process's."""
+    """Serve harnesses: the arguments are both sockets' numbers and the test process's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the test's; we end with it
-    commands, events, process = map(int, sys.argv[1:4])
-    Service(
-        Channel(socket.socket(fileno=commands)), Channel(socket.socket(fileno=events)), process
-    ).run()
+    *numbers, process = map(int, sys.argv[1:4])
+    commands, events = (Channel(socket.socket(fileno=number)) for number in numbers)
+    gc.freeze()  # what was imported stays
+    while _serve(commands, events, process):
+        gc.collect()
     os._exit(0)  # all is closed; an interpreter that tidies up takes as long as one that starts

@@ -90,7 +90,6 @@ def test_trouble_is_told_once() -> None:
     harnesses = PerTest(Settings(), seed=5)
     harness = harnesses.open()
     harness._helper._process.kill()
-    harness._helper._process.wait()
     trouble = harnesses.trouble()
     assert isinstance(trouble, HarnessError)
     assert "helper process" in str(trouble)
