@@ -78,7 +78,7 @@ def measure(settings: Settings) -> list[Figure]:
         "explore": [*touching, "explore", cpu, orders],
         **{
             what: [*starting, what, cpu, times]
-            for what in ("start", "interpreter", "import", "with", "without")
+            for what in ("start", "kept", "interpreter", "import", "with", "without")
         },
     }
     contestants: dict[str, Callable[[], Sample]] = {
@@ -194,6 +194,12 @@ def _starting(results: Results) -> list[Figure]:
             unit=milliseconds,
         ),
         Figure.absolute("Harness.close()", results["start"]["close_ns"], unit=milliseconds),
+        Figure.absolute(
+            "Harness(), with the helper process of another one",
+            results["kept"]["open_ns"],
+            unit=milliseconds,
+            note="The pytest plugin keeps the helper process from each test to the next.",
+        ),
         Figure.absolute(
             "a test with the fixture uffd and a region, above one without",
             less("with", "test_ns", "without"),

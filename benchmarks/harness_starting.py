@@ -3,7 +3,7 @@
 Knows: how to take the time of a start, of an import, and of each test of a pytest run.
 Must not know: what it is compared with.
 
-    python -m benchmarks.harness_starting start|interpreter|import|with|without CPU TIMES
+    python -m benchmarks.harness_starting start|kept|interpreter|import|with|without CPU TIMES
 """
 
 from __future__ import annotations
@@ -63,6 +63,16 @@ def start(times: int) -> Sample:
     return {"open_ns": statistics.median(opening), "close_ns": statistics.median(closing)}
 
 
+def kept(times: int) -> Sample:
+    """Open and close a harness again and again, with one helper process for all."""
+    from aiouffd.testing import Harness
+    from aiouffd.testing.helper import keeping
+
+    with keeping():
+        Harness().close()
+        return start(times)
+
+
 def interpreter(times: int) -> Sample:
     """Start an interpreter that ends at once."""
     took = []
@@ -104,6 +114,7 @@ def fixture(times: int, *, used: bool) -> Sample:
 
 WHAT: dict[str, Callable[[int], Sample]] = {
     "start": start,
+    "kept": kept,
     "interpreter": interpreter,
     "import": import_plugin,
     "with": lambda times: fixture(times, used=True),
