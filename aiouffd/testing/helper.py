@@ -36,6 +36,7 @@ from .failures import HarnessError
 
 #: An order takes microseconds; a helper that is silent that long is lost.
 ANSWER_SECONDS: Final = 20.0
+_MARGIN_SECONDS: Final = 60.0  # for the stacks to be read, and a busy machine
 ENDED: Final = (
     "the helper process has ended: threads that stood at a page went on, and pages that nobody"
     " had touched read as zeros"
@@ -208,7 +209,12 @@ class Helper:
             undo.callback(self._reap)
             self._commands, self._events = self._process.commands, self._process.events
             self.pid = self._process.pid
-            trampoline.set_service(self.pid, _teller(self._events))
+            trampoline.set_service(
+                self.pid,
+                _teller(self._events),
+                # After the helper's own limit, which is to be the one that is told.
+                limit=max(trampoline.LIMIT, timeout + _MARGIN_SECONDS),
+            )
             tracing.allow_tracer(self.pid)
             self.cannot_step: str = (
                 self.ask(

@@ -39,7 +39,7 @@ Laws of this file:
 * Nothing is printed, logged or imported in the callback, and no lock is taken in it that any
   other code holds: what is shared is a deque, whose single operations are atomic.
 * A signal of anybody else's, and any in a forked child, returns at once.
-* Every wait ends: by ``go``, by ``release_all``, or after ``LIMIT`` seconds.
+* Every wait ends: by ``go``, by ``release_all``, or after the service's limit.
 
 C facts (``sigbus`` has more).  Not ``SA_NODEFER``: a second signal that comes while the first
 is on its way into Python would run on top of whatever that is just doing, and crash it (seen).
@@ -82,14 +82,13 @@ _LOW: Final = 0xFFFFFFFF
 _FLAGS: Final = sigbus._SA_SIGINFO | sigbus._SA_RESTART
 _GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF})
 
-#: One that stands: its thread, its lock, the service that it waits for, and how that hears of it.
-#: No named tuple: making one takes a frame of its own.
-_Place = tuple[int, _thread.LockType, int, Tell]
+#: One that stands: its thread, its lock, the service that it waits for, how that hears of it, and
+#: for how many seconds it waits.  No named tuple: making one takes a frame of its own.
+_Place = tuple[int, _thread.LockType, int, Tell, float]
 
 _parked: deque[_Place] = deque()
-_services: dict[int, Tell] = {}
+_services: dict[int, tuple[Tell, float]] = {}
 _home = 0  # the process that the services are of
-_limit = LIMIT
 
 _changing = threading.Lock()  # guards installation; the callback never takes it
 _tell: Tell | None = None
@@ -129,22 +128,22 @@ def _on_signal(
                 sender = _words[(info >> 3) + 2] & _LOW  # si_pid
                 if sender not in _services or _words[(info >> 3) + 1] & _LOW != _SI_TKILL:
                     break
-                tell = _services[sender]
+                tell, limit = _services[sender]
                 _pthread_sigmask(_SIG_UNBLOCK, (number,))
                 if _getpid() != _home:
                     break
                 saved = _get_errno()
                 lock = _allocate_lock()
                 lock.acquire()
-                place = (_get_native_id(), lock, sender, tell)
+                place = (_get_native_id(), lock, sender, tell, limit)
                 _parked.append(place)
                 if sender not in _services:  # all were released just before we came
                     break
             elif place not in _parked:  # interrupted when somebody had already let us go
                 break
-            tid, lock, _, tell = place
+            tid, lock, _, tell, limit = place
             tell(tid if error is None else -tid)
-            lock.acquire(True, _limit)
+            lock.acquire(True, limit)
             break
         except BaseException as caught:
             if isinstance(caught, RecursionError) or getattr(caught, "errno", None) in _GONE:
@@ -230,7 +229,7 @@ _callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_
 # --- for the harness and its porter -----------------------------------------------------
 
 
-def install(tell: Tell, *, limit: float = LIMIT) -> int:
+def install(tell: Tell) -> int:
     """Take a free real-time signal for parking; the second time, the same one.
 
     Kernel: sigaction(2); real-time signals, since Linux 2.2.
@@ -238,7 +237,6 @@ def install(tell: Tell, *, limit: float = LIMIT) -> int:
     Args:
         tell: Runs in the parked thread, on top of what it was doing: it sends the number it is
             given and nothing else.  Services named from now on hear by it.
-        limit: Seconds that a thread waits for ``go`` at the most.
 
     Returns:
         The number of the signal that the service has to send, by tgkill(2).
@@ -249,7 +247,7 @@ def install(tell: Tell, *, limit: float = LIMIT) -> int:
 
     Sharing: any thread.
     """
-    global _tell, _number, _again, _limit
+    global _tell, _number, _again
     if sys.platform != "linux" or sys.maxsize < 1 << 32:
         raise NotSupported(
             "parking a thread takes 64-bit Linux", "Freeze threads of another process instead."
@@ -265,16 +263,16 @@ def install(tell: Tell, *, limit: float = LIMIT) -> int:
                 _again = _take_signal()
             _number = number
         _tell = tell
-        _limit = min(limit, threading.TIMEOUT_MAX)
     return _number
 
 
-def set_service(pid: int, tell: Tell | None = None) -> None:
+def set_service(pid: int, tell: Tell | None = None, *, limit: float = LIMIT) -> None:
     """Answer the signals of a service from now on, beside those of others.
 
     Args:
         pid: The service's process id, as this process sees it.
         tell: How it hears of parked threads; None: by what ``install`` was given last.
+        limit: Seconds that a thread waits for its ``go`` at the most.
 
     Sharing: any thread.
     """
@@ -283,7 +281,7 @@ def set_service(pid: int, tell: Tell | None = None) -> None:
     if tell is None:
         raise RuntimeError("install() comes before set_service()")
     _home = os.getpid()
-    _services[pid] = tell
+    _services[pid] = tell, min(limit, threading.TIMEOUT_MAX)
 
 
 def go(tid: int) -> bool:

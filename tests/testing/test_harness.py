@@ -20,7 +20,16 @@ import pytest
 
 from aiouffd import ClosedError, NotSupported
 from aiouffd.kernel import tracing
-from aiouffd.testing import Access, Freeze, FreezeTimeout, Harness, HarnessError, Region, latency
+from aiouffd.testing import (
+    Access,
+    Freeze,
+    FreezeTimeout,
+    Harness,
+    HarnessError,
+    Region,
+    latency,
+    trampoline,
+)
 from aiouffd.testing.rules import KINDS
 from tests.native import build
 from tests.targets import wait_until
@@ -771,6 +780,14 @@ def test_a_crowd_that_is_not_released_is_let_go(library: ctypes.CDLL) -> None:
         with pytest.raises(HarnessError, match="nobody released within 1 s"):
             uffd.check()
         assert region.peek(0, 1) == b"a"
+
+
+def test_the_trampoline_waits_longer_than_the_harness() -> None:
+    """A thread is let go by its own harness's time limit, however long, and by no other's."""
+    with Harness(timeout=1000) as long, Harness() as short:
+        services = trampoline._services
+        assert services[long.service_pid][1] > 1000
+        assert services[short.service_pid][1] == trampoline.LIMIT
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -500,7 +500,7 @@ def test_errno_survives() -> None:
 def test_a_wait_has_a_limit() -> None:
     """If nobody says go the access runs again at the limit, and stands again."""
     script = """
-        trampoline.install(tell, limit=0.02)
+        trampoline.set_service(os.getppid(), tell, limit=0.02)
         say(view[0])
     """
     with standing(script) as child:
