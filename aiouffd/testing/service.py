@@ -251,13 +251,19 @@ class Service:
             page_size,
             pages,
             kind,
-            memfd.detach() if memfd is not None else None,
+            memfd.fileno() if memfd is not None else None,
             self._watch.pump,
             partial(self._tell, "trouble"),
         )
+        if memfd is not None:
+            memfd.detach()  # it is the memory's now
         source = self._watch.sources[0]
         modes = Mode.MISSING | Mode.WP | (Mode.MINOR if memory.shared else 0)
-        source.uffd.register(address, page_size * pages, modes)
+        try:
+            source.uffd.register(address, page_size * pages, modes)
+        except BaseException:
+            memory.close()
+            raise
         self._engine.add_region(number, page_size, pages)
         self._memories[number] = memory
         source.mappings.append(memory.add(self._process, source.uffd, address))

@@ -567,6 +567,24 @@ def test_what_is_written_through_the_memfd_is_kept(uffd: Harness, library: ctype
     assert library.load(region.pointer(2 * PAGE)) == ord("n")
 
 
+def test_a_region_that_cannot_be_watched_leaves_nothing(uffd: Harness) -> None:
+    """What cannot be registered is refused, and the helper keeps neither memfd nor mapping."""
+
+    def held() -> int:
+        links = Path(f"/proc/{uffd.service_pid}/fd").iterdir()
+        maps = Path(f"/proc/{uffd.service_pid}/maps").read_text("utf-8")
+        return sum("nowhere" in os.readlink(link) for link in links) + maps.count("nowhere")
+
+    memfd = os.memfd_create("nowhere")
+    try:
+        os.ftruncate(memfd, PAGE)
+        with pytest.raises(HarnessError):
+            uffd.order("region", 99, PAGE, 1, "shmem", PAGE, fds=(memfd,))
+    finally:
+        os.close(memfd)
+    assert held() == 0
+
+
 @pytest.mark.parametrize("thread", ["main", 1.5, [None]])
 def test_what_is_no_thread_is_refused(uffd: Harness, thread: Any) -> None:
     """A thread is given by its id or an object that has one; the text says so."""
