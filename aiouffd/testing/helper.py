@@ -36,6 +36,7 @@ from .failures import HarnessError
 
 #: An order takes microseconds; a helper that is silent that long is lost.
 ANSWER_SECONDS: Final = 20.0
+_EVERYBODY: Final = -1
 _MARGIN_SECONDS: Final = 60.0  # for the stacks to be read, and a busy machine
 ENDED: Final = (
     "the helper process has ended: threads that stood at a page went on, and pages that nobody"
@@ -215,7 +216,9 @@ class Helper:
                 # After the helper's own limit, which is to be the one that is told.
                 limit=max(trampoline.LIMIT, timeout + _MARGIN_SECONDS),
             )
-            tracing.allow_tracer(self.pid)
+            _open.add(self)
+            undo.callback(self._forget)
+            _name_tracer()
             self.cannot_step: str = (
                 self.ask(
                     *("begin", timeout, seed, trampoline_use, door, int(self._stacks.signal)),
@@ -231,7 +234,6 @@ class Helper:
             daemon=True,
         )
         self._porter.start()
-        _open.add(self)
 
     @property
     def ended(self) -> bool:
@@ -294,7 +296,11 @@ class Helper:
                 self._porter.join()
             self._process.close()
         self._stacks.close()
+        self._forget()
+
+    def _forget(self) -> None:
         _open.discard(self)
+        _name_tracer()
 
     def _reap(self) -> None:
         self._process.end()
@@ -342,6 +348,15 @@ def _teller(events: Channel) -> trampoline.Tell:
         events.send(("parked", tid) if tid > 0 else ("interrupted", -tid))
 
     return tell
+
+
+def _name_tracer() -> None:
+    """Let the helpers of this process trace it, where only who was named may (Yama)."""
+    pids = [helper.pid for helper in list(_open) if helper._owner == os.getpid()]
+    if not pids:
+        tracing.allow_tracer(0)
+    else:  # the last one that was named counts, so of several none is named
+        tracing.allow_tracer(pids[0] if len(pids) == 1 else _EVERYBODY)
 
 
 def _nobody(_tid: int) -> None:

@@ -800,6 +800,19 @@ def test_a_crowd_that_is_not_released_is_let_go(library: ctypes.CDLL) -> None:
         assert region.peek(0, 1) == b"a"
 
 
+def test_several_harnesses_may_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two helpers neither takes the other's permission; with the last one it ends."""
+    named: list[int] = []
+    monkeypatch.setattr(tracing, "allow_tracer", named.append)
+    with Harness() as one:
+        assert named == [one.service_pid]
+        with Harness() as two:
+            assert named[1:] == [-1]
+            one.close()
+            assert named[2:] == [two.service_pid]
+    assert named[3:] == [0]
+
+
 def test_the_trampoline_waits_longer_than_the_harness() -> None:
     """A thread is let go by its own harness's time limit, however long, and by no other's."""
     with Harness(timeout=1000) as long, Harness() as short:
