@@ -303,7 +303,7 @@ class Participants:
 
     def _look_later(self) -> None:
         move = self._move
-        self._turning.after(self._pause_ns, lambda: self._look(move), exact=True)
+        self._turning.after(self._pause_ns, lambda: self._look(move))
         self._pause_ns = (
             _NEXT_LOOK_NS
             if self._pause_ns == _FIRST_LOOK_NS

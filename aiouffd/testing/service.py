@@ -572,7 +572,7 @@ class Service:
         if touch.delay:
             seconds = sum(latency.from_wire(d).sample(self._random) for d in touch.delay)
             touch.held_by = "page"
-            self._turning.after(int(seconds * 1e9), lambda: self._go_on(touch), exact=True)
+            self._turning.after(int(seconds * 1e9), lambda: self._go_on(touch))
         else:
             self._go_on(touch)
 

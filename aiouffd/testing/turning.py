@@ -1,15 +1,19 @@
 """The helper's loop: descriptors to watch, time limits, and telling without ever waiting.
 
-Knows: select, a heap of moments, a queue of what could not be sent yet.
+Knows: epoll, a heap of moments, a queue of what could not be sent yet.
 Must not know: what it is all about.
 
 No asyncio: importing it takes longer than starting all the rest, and each test may start one.
+
+Descriptors are watched by epoll, which has no limit of 1,024 but counts in milliseconds; so what
+waits is select(2), on the epoll's own descriptor, to the microsecond.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import select
 import selectors
 import time
 from collections import deque
@@ -29,8 +33,8 @@ class Turning:
 
     def __init__(self) -> None:
         """Begin with nothing to do."""
-        self._selector = selectors.DefaultSelector()
-        self._timers: list[tuple[int, int, bool, Callable[[], None]]] = []
+        self._selector = selectors.EpollSelector()
+        self._timers: list[tuple[int, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._running = True
 
@@ -42,17 +46,10 @@ class Turning:
         """Call back no more for a descriptor; before it is closed."""
         self._selector.unregister(fd)
 
-    def after(self, delay_ns: int, callback: Callable[[], None], *, exact: bool = False) -> None:
-        """Call back once, later.
-
-        Args:
-            delay_ns: When, from now.
-            callback: What.
-            exact: To microseconds, not to the millisecond that the kernel counts in here: what
-                is left of one is spent looking again and again.
-        """
+    def after(self, delay_ns: int, callback: Callable[[], None]) -> None:
+        """Call back once, later."""
         when = time.monotonic_ns() + delay_ns
-        heapq.heappush(self._timers, (when, next(self._numbers), exact, callback))
+        heapq.heappush(self._timers, (when, next(self._numbers), callback))
 
     def stop(self) -> None:
         """End ``run`` after this turn."""
@@ -61,11 +58,12 @@ class Turning:
     def run(self, turn: Callable[[], None]) -> None:
         """Wait and call back, and ``turn`` after each time, until ``stop``."""
         while self._running:
-            for key, _ in self._selector.select(self._pause()):
-                key.data()
+            if select.select((self._selector,), (), (), self._pause())[0]:
+                for key, _ in self._selector.select(0):
+                    key.data()
             now = time.monotonic_ns()
             while self._timers and self._timers[0][0] <= now:
-                heapq.heappop(self._timers)[3]()
+                heapq.heappop(self._timers)[2]()
             turn()
 
     def close(self) -> None:
@@ -75,9 +73,7 @@ class Turning:
     def _pause(self) -> float | None:
         if not self._timers:
             return None
-        when, _, exact, _ = self._timers[0]
-        left_ns = max(when - time.monotonic_ns(), 0)
-        return left_ns // 1_000_000 / 1e3 if exact else left_ns / 1e9
+        return max(0.0, (self._timers[0][0] - time.monotonic_ns()) / 1e9)
 
 
 class Teller:
