@@ -328,7 +328,9 @@ class Performer:
                     let=lambda: let(alone and touch.system_call is not None),
                     after=None if after is None else partial(self._safely, touch, after),
                 )
-                if not alone and touch.system_call is not None and _is_stuck(touch):
+                # One that was let go of has passed, and may wait for its next page.
+                in_call = touch.system_call is not None and touch.thread in self.stepper
+                if not alone and in_call and _is_stuck(touch):
                     self._wake_past_others(touch)
                 return False
             except ProcessLookupError:

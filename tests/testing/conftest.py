@@ -69,6 +69,9 @@ def library() -> ctypes.CDLL:
     found.fails.argtypes = (ctypes.c_void_p, ctypes.c_int)
     found.copy.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     found.copy.restype = None
+    found.in_a_storm.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    found.interrupted.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    found.in_a_storm.restype = found.interrupted.restype = ctypes.c_long
     found.alarmed.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     found.alarmed.restype = ctypes.c_long
     for name in ("write_out", "read_in"):

@@ -8,9 +8,11 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 /* One load, one store. */
@@ -197,4 +199,36 @@ int fails(volatile unsigned char *at, int value) {
 long futex_mismatch(const unsigned int *at) {
   long done = syscall(SYS_futex, at, 0 /* FUTEX_WAIT */, 0xdeadbeef, 0, 0, 0);
   return done < 0 ? -errno : done;
+}
+
+/* Counts in memory while a timer interrupts this thread every 200 microseconds: alarms taken. */
+static volatile sig_atomic_t storms;
+static void count_storm(int number) {
+  (void)number;
+  storms++;
+}
+long in_a_storm(volatile unsigned char *at, int times) {
+  struct sigaction action = {.sa_handler = count_storm, .sa_flags = SA_RESTART}, before;
+  struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGRTMIN + 4};
+  event._sigev_un._tid = (int)syscall(SYS_gettid);
+  struct itimerspec every = {{0, 200000}, {0, 200000}};
+  timer_t timer;
+  storms = 0;
+  sigaction(SIGRTMIN + 4, &action, &before);
+  timer_create(CLOCK_MONOTONIC, &event, &timer);
+  timer_settime(timer, 0, &every, 0);
+  for (int i = 0; i < times; i++) *at = *at + 1;
+  while (storms == 0) continue;
+  timer_delete(timer);
+  sigaction(SIGRTMIN + 4, &before, 0);
+  return storms;
+}
+
+/* poll(2) as above, which a handler of SIGRTMIN + 3 interrupts. */
+long interrupted(int fd, void *at) {
+  struct sigaction action = {.sa_handler = count_alarm}, before;
+  sigaction(SIGRTMIN + 3, &action, &before);
+  long found = wait_poll(fd, at, 0);
+  sigaction(SIGRTMIN + 3, &before, 0);
+  return found;
 }
