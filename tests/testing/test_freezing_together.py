@@ -247,9 +247,9 @@ def test_all_waits_hear_that_the_helper_has_ended(uffd: Harness) -> None:
 
 def test_threads_share_a_freeze(uffd: Harness, library: ctypes.CDLL) -> None:
     """Several threads wait at one freeze and release: each of those who come is had once."""
-    region = uffd.region(1)
+    region = uffd.region(3)
     had: list[int] = []
-    with region.page(0).freeze(every=True) as shared:
+    with region.all.freeze(every=True) as shared:
 
         def serve() -> None:
             for _ in range(50):
@@ -258,7 +258,8 @@ def test_threads_share_a_freeze(uffd: Harness, library: ctypes.CDLL) -> None:
                 frozen.release()
 
         serving = [uffd.start(serve) for _ in range(3)]
-        running = [uffd.start(library.load_again, region.pointer(), 50) for _ in range(3)]
+        # Each at its own page: one that is let through for one thread is there for all that run.
+        running = [uffd.start(library.load_again, region.pointer(n * PAGE), 50) for n in range(3)]
         for each in (*serving, *running):
             each.result()
     assert len(set(had)) == len(had) == 150

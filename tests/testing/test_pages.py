@@ -146,8 +146,9 @@ class Bench:
     def __init__(self, kind: str) -> None:
         self.child = Child(kind)
         self.forked: list[Forked] = []
+        self.told: list[str] = []
         memfd = None if self.child.memfd is None else os.dup(self.child.memfd)
-        self.memory = Memory(1, PAGE, PAGES, kind, memfd, self.pump)
+        self.memory = Memory(1, PAGE, PAGES, kind, memfd, self.pump, self.told.append)
         modes = Mode.MISSING | Mode.WP | (Mode.MINOR if self.memory.shared else 0)
         self.child.uffd.register(self.child.address, PAGES * PAGE, modes)
         self.mapping: Mapping = self.memory.add(self.child.pid, self.child.uffd, self.child.address)
