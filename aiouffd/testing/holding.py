@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 _PING_NS: Final = 15_000_000  # without an answer that long, the GIL is held
 _PARKS: Final = 3  # attempts to have one thread wait in the trampoline
-_DUMP_NS: Final = 300_000_000  # for the stacks to be written down
+_DUMP_NS: Final = 100_000_000  # between two looks at the stacks that are being written down
+_LOOKS: Final = 30  # at the most, for a machine may be busy
 _LONGEST_TEXT: Final = 64 * 1024
 
 
@@ -225,7 +226,11 @@ class Holder:
                     tracing.tgkill(self._process, thread, self._dump_signal)
                     return
 
-    def _on_dumped(self) -> None:
+    def _on_dumped(self, before: int = 0, looks: int = 0) -> None:
+        written = os.fstat(self._dump_fd).st_size
+        if looks < _LOOKS and (not written or written != before):  # it is still being written
+            self._turning.after(_DUMP_NS, lambda: self._on_dumped(written, looks + 1))
+            return
         self._dumping = False
         text = os.pread(self._dump_fd, _LONGEST_TEXT, 0).decode(errors="replace")
         now = time.monotonic_ns()
