@@ -20,8 +20,17 @@ _CALLS: Final[dict[str, str]] = {
 }
 _WORDS: Final = _CALLS.get(os.uname().machine, "").split() if hasattr(os, "uname") else []
 _NAMES: Final = dict(zip(_WORDS[::2], _WORDS[1::2], strict=True))
-#: Those that end by themselves.
+#: Those that end by themselves, and that nobody else ends.
 TIMED: Final = frozenset({"nanosleep", "clock_nanosleep"})
+#: Which argument is a time limit: a pointer, or milliseconds.
+_LIMIT_POINTERS: Final = {
+    "futex": 3,
+    "select": 4,
+    "pselect6": 4,
+    "ppoll": 2,
+    "rt_sigtimedwait": 2,
+}
+_LIMIT_MILLISECONDS: Final = {"poll": 2, "epoll_wait": 3, "epoll_pwait": 3}
 
 
 class Look:
@@ -58,3 +67,16 @@ def call_of(text: str) -> str:
     if not number.isdigit():
         return ""
     return _NAMES.get(number, f"system call {number}")
+
+
+def ends_by_itself(text: str) -> bool:
+    """Say whether the system call in such a line is over some time, whatever others do."""
+    call = call_of(text)
+    arguments = text.split()[1:]
+    if len(arguments) < 6:
+        return False
+    if (at := _LIMIT_POINTERS.get(call)) is not None:
+        return int(arguments[at], 16) != 0
+    if (at := _LIMIT_MILLISECONDS.get(call)) is not None:
+        return int(arguments[at], 16) & 0x8000_0000 == 0  # an int: a negative one is for ever
+    return call in TIMED

@@ -25,7 +25,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from .ahead import Ahead
-from .asleep import TIMED, Look, call_of
+from .asleep import Look, ends_by_itself
 from .channel import pair
 from .failures import HarnessError
 from .pasting import Place, as_test
@@ -299,8 +299,8 @@ class Stage:
     def _wait_for_somebody(self, course: Course) -> None:
         """Before a deadlock is called one, give who is blocked the time to go on by itself.
 
-        And give the other threads of the process theirs: one that computes or sleeps may be what
-        is waited for.
+        A wait with a time limit is over some time.  And the other threads of the process get their
+        time: one that computes or sleeps may be what is waited for.
         """
         last = time.monotonic() + self._harness.timeout * _SHARE
         end = time.monotonic() + _PATIENCE
@@ -310,16 +310,16 @@ class Stage:
             for _, came in self._follow(course, "go", Ahead([], [])):
                 self._apply(course, came)
             time.sleep(0.005)
-            if self._others_are_busy():
+            if self._somebody_goes_on():
                 end = time.monotonic() + _PATIENCE
 
-    def _others_are_busy(self) -> bool:
-        ours = {threading.get_native_id(), self._harness._helper.porter, *self._names}
+    def _somebody_goes_on(self) -> bool:
+        ours = {threading.get_native_id(), self._harness._helper.porter}
         for thread in own_threads():
             if thread not in ours:
                 with suppress(OSError), closing(Look(os.getpid(), thread)) as look:
                     text = look.read()
-                    if text == "running" or call_of(text) in TIMED:
+                    if text == "running" or ends_by_itself(text):
                         return True
         return False
 

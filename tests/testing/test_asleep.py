@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from contextlib import closing
 
 import pytest
 
-from aiouffd.testing.asleep import TIMED, Look, call_of
+from aiouffd.testing.asleep import TIMED, Look, call_of, ends_by_itself
 from tests.targets import wait_until
 
 
@@ -48,6 +49,53 @@ def test_who_sleeps_for_a_time() -> None:
     thread.join()
 
 
+NEWS = threading.Event()
+
+
+def polled(fd: int, milliseconds: int | None) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.poll(milliseconds)
+
+
+def epolled(fd: int, seconds: float | None) -> None:
+    with select.epoll() as poll:
+        poll.register(fd, select.EPOLLIN)
+        poll.poll(seconds)
+
+
+@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.parametrize(
+    ("calls", "wait"),
+    [
+        ({"futex"}, lambda _, limited: NEWS.wait(0.5 if limited else None)),
+        ({"poll", "ppoll"}, lambda fd, limited: polled(fd, 500 if limited else None)),
+        ({"select", "pselect6"}, lambda fd, lim: select.select([fd], [], [], 0.5 if lim else None)),
+        ({"epoll_wait", "epoll_pwait"}, lambda fd, limited: epolled(fd, 0.5 if limited else None)),
+    ],
+)
+def test_a_wait_with_a_time_limit_ends_by_itself(
+    calls: set[str], wait: Callable[[int, bool], object], limited: bool
+) -> None:
+    """A limit is seen in the arguments of the call, and so is that there is none."""
+    reader, writer = os.pipe()
+    thread = threading.Thread(target=wait, args=(reader, limited), daemon=True)
+    thread.start()
+    with look_at(thread) as look:
+
+        def is_asleep() -> bool:
+            text = look.read()  # waiting for the GIL, it is in futex for five milliseconds
+            return call_of(text) in calls and ends_by_itself(text) is limited
+
+        wait_until(is_asleep, f"{calls}")
+    os.write(writer, b"!")
+    NEWS.set()
+    thread.join()
+    NEWS.clear()
+    os.close(reader)
+    os.close(writer)
+
+
 def test_who_runs() -> None:
     """A thread that computes is in no call."""
     stop: list[int] = []
@@ -75,3 +123,4 @@ def test_who_runs() -> None:
 def test_lines(text: str, call: str) -> None:
     """A call that has no name here keeps its number; a page fault is no call."""
     assert call_of(text) == call
+    assert not ends_by_itself(text)
