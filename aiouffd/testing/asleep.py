@@ -7,6 +7,8 @@ Must not know: why anybody wants to know.
 from __future__ import annotations
 
 import os
+import struct
+import time
 from typing import Final
 
 #: Calls that threads are found asleep in, by their numbers.
@@ -30,6 +32,10 @@ _LIMIT_POINTERS: Final = {
     "ppoll": 2,
     "rt_sigtimedwait": 2,
 }
+#: Operations of futex(2) whose limit is a moment: LOCK_PI, WAIT_BITSET, WAIT_REQUEUE_PI, LOCK_PI2.
+_UNTIL: Final = frozenset({6, 9, 11, 13})
+_LOCK_PI: Final = 6
+_REAL_TIME: Final = 256
 _LIMIT_MILLISECONDS: Final = {"poll": 2, "epoll_wait": 3, "epoll_pwait": 3}
 
 
@@ -80,3 +86,34 @@ def ends_by_itself(text: str) -> bool:
     if (at := _LIMIT_MILLISECONDS.get(call)) is not None:
         return int(arguments[at], 16) & 0x8000_0000 == 0  # an int: a negative one is for ever
     return call in TIMED
+
+
+def seconds_left(text: str) -> float | None:
+    """Say how long the system call in such a line of a thread of this process lasts at most.
+
+    Returns:
+        Seconds from now; None if nothing but somebody else ends it, or it is over.
+
+    Kernel: /proc/self/mem, which reads memory that may be gone without a signal.
+    """
+    if not ends_by_itself(text):
+        return None
+    call, arguments = call_of(text), text.split()[1:]
+    if (at := _LIMIT_MILLISECONDS.get(call)) is not None:
+        return int(arguments[at], 16) / 1e3
+    if (at := _LIMIT_POINTERS.get(call)) is None:
+        return None  # who sleeps is not found blocked
+    try:
+        memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            limit = os.pread(memory, 16, int(arguments[at], 16))
+        finally:
+            os.close(memory)
+        whole, part = struct.unpack("qq", limit)
+    except (OSError, OverflowError, struct.error):
+        return None
+    seconds: float = whole + part / (1e6 if call == "select" else 1e9)
+    if call == "futex" and (operation := int(arguments[1], 16)) & 0x7F in _UNTIL:
+        real = operation & _REAL_TIME or operation & 0x7F == _LOCK_PI
+        seconds -= time.clock_gettime(time.CLOCK_REALTIME if real else time.CLOCK_MONOTONIC)
+    return max(seconds, 0.0)

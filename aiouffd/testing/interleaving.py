@@ -25,7 +25,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from .ahead import Ahead
-from .asleep import Look, ends_by_itself
+from .asleep import TIMED, Look, call_of, seconds_left
 from .channel import pair
 from .failures import HarnessError
 from .pasting import Place, as_test
@@ -299,29 +299,34 @@ class Stage:
     def _wait_for_somebody(self, course: Course) -> None:
         """Before a deadlock is called one, give who is blocked the time to go on by itself.
 
-        A wait with a time limit is over some time.  And the other threads of the process get their
-        time: one that computes or sleeps may be what is waited for.
+        A wait with a time limit is over some time; one that is begun again and again is not waited
+        for each time.  And the other threads of the process get their time: one that computes or
+        sleeps may be what is waited for.
         """
         last = time.monotonic() + self._harness.timeout * _SHARE
         end = time.monotonic() + _PATIENCE
+        limits: dict[int, float] = {}
         while not course.enabled and time.monotonic() < min(end, last):
             if all(position.kind is Where.ENDED for position in course.positions.values()):
                 return
             for _, came in self._follow(course, "go", Ahead([], [])):
                 self._apply(course, came)
+                for tid, *_ in came:  # it went on, and waits for something else now
+                    limits.pop(tid, None)
             time.sleep(0.005)
-            if self._somebody_goes_on():
-                end = time.monotonic() + _PATIENCE
+            for tid in self._names:
+                if tid not in limits and (seconds := seconds_left(_look(tid))) is not None:
+                    limits[tid] = time.monotonic() + seconds
+                    end = max(end, limits[tid] + _PATIENCE)
+            if self._others_are_busy():
+                end = max(end, time.monotonic() + _PATIENCE)
 
-    def _somebody_goes_on(self) -> bool:
-        ours = {threading.get_native_id(), self._harness._helper.porter}
-        for thread in own_threads():
-            if thread not in ours:
-                with suppress(OSError), closing(Look(os.getpid(), thread)) as look:
-                    text = look.read()
-                    if text == "running" or ends_by_itself(text):
-                        return True
-        return False
+    def _others_are_busy(self) -> bool:
+        # What another thread waits for with a limit is mostly no matter of ours: the wait of a
+        # watchdog would put off every deadlock.
+        ours = {threading.get_native_id(), self._harness._helper.porter, *self._names}
+        texts = [_look(thread) for thread in own_threads() if thread not in ours]
+        return any(text == "running" or call_of(text) in TIMED for text in texts)
 
     def _follow(
         self, course: Course, order: str, plan: Ahead[str]
@@ -368,6 +373,13 @@ class Stage:
             else:
                 position = ENDED
             course.came(participant.name, position)
+
+
+def _look(thread: int) -> str:
+    """Give the line of /proc about a thread of this process; empty if it has ended."""
+    with suppress(OSError), closing(Look(os.getpid(), thread)) as look:
+        return look.read()
+    return ""
 
 
 def _checked(check: Check | None, results: dict[str, Any]) -> BaseException | None:

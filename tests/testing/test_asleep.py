@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 
-from aiouffd.testing.asleep import TIMED, Look, call_of, ends_by_itself
+from aiouffd.testing.asleep import TIMED, Look, call_of, ends_by_itself, seconds_left
 from tests.targets import wait_until
 
 
@@ -88,6 +88,11 @@ def test_a_wait_with_a_time_limit_ends_by_itself(
             return call_of(text) in calls and ends_by_itself(text) is limited
 
         wait_until(is_asleep, f"{calls}")
+        left = seconds_left(look.read())
+        if not limited:
+            assert left is None
+        elif left is not None:  # else it is over by now
+            assert 0 <= left <= 0.5
     os.write(writer, b"!")
     NEWS.set()
     thread.join()
@@ -124,3 +129,4 @@ def test_lines(text: str, call: str) -> None:
     """A call that has no name here keeps its number; a page fault is no call."""
     assert call_of(text) == call
     assert not ends_by_itself(text)
+    assert seconds_left(text) is None
