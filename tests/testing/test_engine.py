@@ -284,12 +284,12 @@ class Books(RuleBasedStateMachine):
 
     @rule(
         kind=st.sampled_from([Kind.FREEZE, Kind.WATCH, Kind.CHANGE, Kind.SLOW, Kind.FAIL]),
-        region=st.sampled_from([REGION, REGION + 1]),
-        start=st.integers(0, 290),
-        length=st.integers(1, 150),
-        access=st.sampled_from(["any", "read", "write"]),
-        threads=st.frozensets(st.integers(1, 3), max_size=2),
-        nth=st.integers(1, 3),
+        region=st.sampled_from([REGION, REGION, REGION, REGION + 1]),
+        start=st.sampled_from([0, 0, 50, 100, 200]),
+        length=st.sampled_from([300, 100, 50, 1]),
+        access=st.sampled_from(["any", "any", "read", "write"]),
+        threads=st.sampled_from([frozenset(), frozenset({1}), frozenset({2, 3})]),
+        nth=st.sampled_from([1, 1, 2]),
         every=st.booleans(),
         values=st.lists(st.binary(min_size=1, max_size=1), min_size=1, max_size=3),
     )
@@ -323,8 +323,8 @@ class Books(RuleBasedStateMachine):
     @precondition(lambda self: len(self.standing) < 3)
     @rule(
         data=st.data(),
-        region=st.sampled_from([REGION, REGION + 1]),
-        offset=st.integers(0, 299),
+        region=st.sampled_from([REGION, REGION, REGION, REGION + 1]),
+        offset=st.sampled_from([0, 50, 99, 100, 150, 250]),
         access=st.sampled_from(["read", "write"]),
     )
     def touch(self, data: st.DataObject, region: int, offset: int, access: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from aiouffd.kernel import tracing
 from aiouffd.testing import Harness
-from aiouffd.testing.stepping import Stepper
+from aiouffd.testing.stepping import Elsewhere, Stepper
 from tests.targets import wait_until
 from tests.tracees import child
 
@@ -43,6 +44,71 @@ def test_the_end_of_a_killed_thread_is_heard() -> None:
         assert done == ["after"]
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
+
+
+def test_signals_that_come_within_a_step_are_delivered_after_it() -> None:
+    """Some signals that are sent to a stopped thread: each handler runs, once it is let go of."""
+    if tracing.can_trace() is not None:
+        pytest.skip("ptrace is not permitted here")
+    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN + 3)
+    shared = mmap.mmap(-1, PAGE)
+
+    def note(number: int, _frame: object) -> None:
+        shared[number] += 1
+
+    def work() -> None:
+        for number in numbers:
+            signal.signal(number, note)
+        shared[0] = 1
+        while True:
+            pass
+
+    with child(work) as pid, shared:
+        wait_until(lambda: shared[0], "its handlers")
+        stepper = Stepper(lambda _: None)
+        taken: list[list[int]] = []
+
+        def send() -> None:
+            for number in numbers:
+                tracing.tgkill(pid, pid, number)
+
+        stepper.over(
+            *(pid, pid),
+            system_call=None,
+            pc=0,
+            let=send,
+            after=lambda: taken.append([shared[number] for number in numbers]),
+        )
+        wait_until(lambda: stepper.poll() == [] and not len(stepper), "the step")
+        assert taken == [[0, 0, 0]]
+        wait_until(lambda: all(shared[number] for number in numbers), "the handlers")
+        assert [shared[number] for number in numbers] == [1, 1, 1]
+
+
+def test_who_is_elsewhere_makes_no_step() -> None:
+    """A thread that does not stand at the instruction is let go of, and nothing else is done."""
+    if tracing.can_trace() is not None:
+        pytest.skip("ptrace is not permitted here")
+
+    def work() -> None:
+        while True:
+            pass
+
+    with child(work) as pid:
+        stepper = Stepper(lambda _: None)
+        done: list[str] = []
+        with pytest.raises(Elsewhere):
+            stepper.over(
+                *(pid, pid),
+                system_call=None,
+                pc=1,
+                let=lambda: done.append("let"),
+                after=lambda: done.append("after"),
+            )
+        assert done == []
+        assert len(stepper) == 0
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        assert "TracerPid:\t0\n" in status
 
 
 def test_signals_that_come_with_a_step_are_delivered(
