@@ -485,12 +485,15 @@ class Harness:
         Raises:
             ClosedError: The region was closed.
             ValueError: The access, the mode, the number or a thread is not what it should be.
+            TypeError: The number is no whole number, or what is given as a thread is none.
             NotSupported: It takes seeing touches after the first, which is not possible here.
         """
         if access not in ("any", "read", "write"):
             raise ValueError(f"access is 'any', 'read' or 'write', not {access!r}")
         if mode not in ("any", "user", "kernel"):
             raise ValueError(f"mode is 'any', 'user' or 'kernel', not {mode!r}")
+        if type(nth) is not int:
+            raise TypeError(f"nth is a whole number, not {nth!r}")
         if nth < 1:
             raise ValueError(f"nth counts touches from 1, not {nth}")
         region = place.region
@@ -709,6 +712,8 @@ class Harness:
         Raises:
             RaceFound: A check or a participant raised, or there was a deadlock or no end.  It has
                 the order, the trace, and a test to paste that makes this order again.
+            ValueError: There are no participants, or a bound is too small for anything to be run.
+            TypeError: A bound is no number.
             NotDeterministic: The same choices led elsewhere than before: ``reset`` does not put
                 everything back, or something depends on time or chance.
             NotSupported: Touches after the first cannot be seen here: see ``limits``.

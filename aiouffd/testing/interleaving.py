@@ -429,6 +429,26 @@ def interleave(
     return Interleaving(order_of(course.moves), course.moves, results)
 
 
+def _check_bounds(preemptions: int | None, orders: int, seconds: float) -> None:
+    """Refuse bounds within which nothing would be run, and so nothing found.
+
+    Raises:
+        TypeError: One is no number.
+        ValueError: One is too small.
+    """
+    for name, count, least in (("orders", orders, 1), ("preemptions", preemptions, 0)):
+        if count is None and name == "preemptions":
+            continue
+        if type(count) is not int:
+            raise TypeError(f"{name} is a whole number, not {count!r}")
+        if count < least:
+            raise ValueError(f"{name} is {least} or more, not {count}: nothing would be run")
+    if type(seconds) not in {int, float}:
+        raise TypeError(f"seconds is a number, not {seconds!r}")
+    if not seconds > 0:
+        raise ValueError(f"seconds is above zero, not {seconds}: nothing would be run")
+
+
 def explore(
     harness: Harness,
     participants: Participants,
@@ -443,6 +463,7 @@ def explore(
 ) -> Exploration:
     """Run threads in many orders of their touches; ``Harness.explore`` has the words."""
     __tracebackhide__ = True
+    _check_bounds(preemptions, orders, seconds)
     systematic = Systematic(preemptions)
     strategy: Strategy = systematic
     if seed is not None:

@@ -592,6 +592,13 @@ def test_what_is_no_thread_is_refused(uffd: Harness, thread: Any) -> None:
         uffd.region(1).page(0).slow(0, thread=thread)
 
 
+@pytest.mark.parametrize("nth", [1.5, 1.0, "1", True])
+def test_a_count_of_touches_is_a_whole_number(uffd: Harness, nth: Any) -> None:
+    """Anything else is refused before a rule is made of it."""
+    with pytest.raises(TypeError, match="nth is a whole number"):
+        uffd.region(1).page(0).freeze(nth=nth).__enter__()
+
+
 def test_contents_survive_re_arming(
     uffd: Harness, library: ctypes.CDLL, memory: str, seed: int
 ) -> None:
