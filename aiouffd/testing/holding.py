@@ -12,8 +12,9 @@ the GIL away.
 Laws of this file:
 
 * Whoever stands is let go at the time limit, with the stacks of the test process.
-* Only a thread that stands in a user-mode fault is sent a signal: a system call is never
-  interrupted, and no signal meets a thread elsewhere.
+* Only a thread that stands in a user-mode fault is sent a signal; no signal meets a thread
+  elsewhere.  A system call that stands is not interrupted for that; one that is *stepped* may be
+  cut short, as ``stepping`` says.
 """
 
 from __future__ import annotations
