@@ -9,7 +9,7 @@ import pytest
 from tests.testing.conftest import Run
 
 pytest_plugins = "pytester"
-pytestmark = pytest.mark.child
+pytestmark = [pytest.mark.child, pytest.mark.once]
 
 #: An async test of each kind does this: a thread stands, the loop goes on.
 BODY = """

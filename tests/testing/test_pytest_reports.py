@@ -7,7 +7,7 @@ import pytest
 from tests.testing.conftest import Run
 
 pytest_plugins = "pytester"
-pytestmark = pytest.mark.child
+pytestmark = [pytest.mark.child, pytest.mark.once]
 
 BEGINNING = """
     import contextlib

@@ -10,7 +10,7 @@ from aiouffd.kernel import abi, probe
 from tests.testing.conftest import Run
 
 pytest_plugins = "pytester"
-pytestmark = pytest.mark.child
+pytestmark = [pytest.mark.child, pytest.mark.once]
 
 #: Nobody, who may read files, without the device: what an unprivileged user has.
 NOBODY = (
