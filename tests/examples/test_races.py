@@ -28,6 +28,14 @@ def test_the_double_fetch_is_found_every_time() -> None:
     assert said["parse_repaired by luck"] == [0, runs]
 
 
+def test_the_double_fetch_is_found_through_cffi() -> None:
+    """The parser believes the length that came after its check; the repair fetches once."""
+    assert run_example("races/with_cffi.py") == [
+        "parse: payload of 64 bytes, length 255",
+        "parse_repaired: payload of 64 bytes, length 16",
+    ]
+
+
 def test_the_lost_push_is_found_and_printed_as_a_test() -> None:
     """Exploring finds an order that loses a push; as a test it fails, and passes the repair."""
     with Harness() as uffd, pytest.raises(RaceFound, match="1 and 2 were pushed") as found:
