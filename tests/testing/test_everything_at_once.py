@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import random
+import threading
 import time
 from typing import Any
 
@@ -183,3 +184,23 @@ def test_no_byte_is_wrong_and_nobody_is_left_standing(
                 Round(uffd, library, choose).run(15 * time_scale)
                 rounds += 1
     print(f"{rounds} rounds")
+
+
+def test_pages_leave_under_a_thread_that_has_the_gil(uffd: Harness, memory: str) -> None:
+    """Taking pages away needs nothing that a Python thread which stands there may hold."""
+    region = uffd.region(1, contents=b"a", memory=memory)
+    view = region.view
+    enough = threading.Event()
+
+    def work() -> set[int]:
+        found = {view[0]}
+        while not enough.is_set():
+            found.add(view[0])
+        return found
+
+    running = uffd.start(work)
+    for _ in range(100):
+        region.rearm()
+    enough.set()
+    assert running.result() == {ord("a")}
+    view.release()
