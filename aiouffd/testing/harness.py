@@ -56,6 +56,7 @@ P = ParamSpec("P")
 
 _BACK_ENDS: Final = {"auto": "auto", "process": "never", "trampoline": "always"}
 _ACCOUNT: Final = 20  # touches in an error's text
+_LATELY: Final = 64  # rules that are known a while longer than they hold
 
 #: Memory of regions that were closed while threads still ran; never unmapped.
 _kept: Final[list[mmap.mmap]] = []
@@ -120,6 +121,7 @@ class Harness:
         self._numbers = 0
         self._moving = threading.RLock()  # pages go: nothing is written to them meanwhile
         self._freezes: dict[int, Freeze] = {}
+        self._disarmed: list[int] = []  # rules of late, by which a last word may still be named
         self._frozen: dict[int, Frozen] = {}
         self._ordered: set[int] = set()  # rules of interleave() and explore()
         self._running: list[Running[Any]] = []
@@ -539,7 +541,14 @@ class Harness:
         """End a rule; for ``Armed.disarm``."""
         if self._closed:
             return
-        if (whole := self._helper.ask("disarm", number)) is not None:
+        whole = self._helper.ask("disarm", number)
+        with self.changed:
+            self._disarmed.append(number)
+            while len(self._disarmed) > _LATELY:
+                gone = self._disarmed.pop(0)
+                self._freezes.pop(gone, None)
+                self._ordered.discard(gone)
+        if whole is not None:
             number, first, count = whole
             for region in list(self.regions):
                 if region.number == number:

@@ -17,6 +17,7 @@ Laws of this file:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
@@ -27,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from ..errors import ClosedError, NotSupported
+from ..fds import OwnedFd
 from . import descendants
 from .announcements import KEY_BYTES
 from .failures import HarnessError
@@ -139,6 +141,28 @@ class Program(subprocess.Popen[bytes]):
                 raise subprocess.TimeoutExpired(self.args, timeout)
         finally:
             os.close(pidfd)
+
+    async def async_wait(self, timeout: float | None = 30.0) -> int:
+        """Wait until it has ended, on a loop; arguments, result and errors as of ``wait``.
+
+        Kernel: pidfd_open(2), since Linux 5.3.
+
+        Cancellation: it runs on, and may be waited for again.
+        """
+        if self.poll() is None:
+            loop = asyncio.get_running_loop()
+            ended = asyncio.Event()
+            with OwnedFd(os.pidfd_open(self.pid)) as pidfd:
+                loop.add_reader(pidfd.fileno(), ended.set)
+                try:
+                    async with asyncio.timeout(timeout):
+                        await ended.wait()
+                except TimeoutError:
+                    assert timeout is not None
+                    raise subprocess.TimeoutExpired(self.args, timeout) from None
+                finally:
+                    loop.remove_reader(pidfd.fileno())
+        return self.wait()  # which is over at once
 
     def check(self) -> None:
         """Raise what has kept the harness from watching it, once.
