@@ -26,3 +26,17 @@ def test_a_release_that_raises_has_released(library: ctypes.CDLL) -> None:
             wait_until(lambda: running.done, "the access")
             assert running.result() == 3
             frozen.release()  # does nothing
+
+
+def test_hundreds_of_freezes_leave_nothing_behind(library: ctypes.CDLL) -> None:
+    """A harness that lives long does not grow with each rule that it has had."""
+    with Harness(timeout=20) as uffd:
+        region = uffd.region()
+        for _ in range(300):
+            with region.page(0).freeze():
+                pass
+        assert len(uffd._freezes) < 100
+        with region.page(0).freeze() as freeze:
+            running = uffd.start(library.load, region.pointer())
+            freeze.wait()
+        running.result()
