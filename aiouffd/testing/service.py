@@ -46,7 +46,7 @@ from .participants import Participants
 from .performing import Performer, drop
 from .rules import Kind, Rule
 from .turning import Teller, Turning
-from .watching import Source, Watch
+from .watching import Source, Watch, has_ended
 from .where import Calls, Places
 
 _INNER_NS: Final = 1_000_000  # until a touch is looked at again that another one is within
@@ -309,7 +309,10 @@ class Service:
             self._performer.end(touch)
         self._watch.forget(memory)
         memory.close()
-        return any(touch.process == self._process for touch in stood)
+        return any(
+            touch.process == self._process and not has_ended(touch.process, touch.thread)
+            for touch in stood
+        )
 
     def do_arm(self, rule: tuple[Any, ...]) -> None:
         """Have a rule."""
