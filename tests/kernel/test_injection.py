@@ -143,6 +143,7 @@ def test_a_system_call_that_was_interrupted_is_restarted(
     with child(main) as pid:
         in_call(pid, *numbers)
         stop(pid)
+        assert tracing.is_begun_again(pid)
         registers = ptrace.get_registers(pid, 64)
         assert call_in(pid, NR["getpid"]) == pid
         assert ptrace.get_registers(pid, 64) == registers
@@ -153,6 +154,16 @@ def test_a_system_call_that_was_interrupted_is_restarted(
         assert os.waitstatus_to_exitcode(status) == answer
     os.close(reading)
     os.close(writing)
+
+
+def test_what_does_not_begin_again(standing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread in its own code; and what is not known: another machine, 32-bit code."""
+    assert not tracing.is_begun_again(standing)
+    with monkeypatch.context() as other:
+        other.setattr(ptrace, "get_registers", lambda *_: [0])
+        assert not tracing.is_begun_again(standing)
+    monkeypatch.setattr(abi, "MACHINE", "riscv64")
+    assert not tracing.is_begun_again(standing)
 
 
 # --- signals meanwhile -----------------------------------------------------------------
