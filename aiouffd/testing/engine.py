@@ -93,7 +93,7 @@ class Standing:
 
 
 @dataclass(slots=True)
-class Armed:
+class Progress:
     """A rule and how far it has come.
 
     Attributes:
@@ -134,7 +134,7 @@ class Engine:
             kept: So many touches are written down.
         """
         self.regions: dict[int, Shape] = {}
-        self.armed: dict[int, Armed] = {}
+        self.armed: dict[int, Progress] = {}
         self.standing: dict[tuple[int, int], Standing] = {}  # innermost, by process and thread
         self.written: list[tuple[Any, ...]] = []
         self.dropped = 0  # touches that have ended and were not written down
@@ -155,7 +155,7 @@ class Engine:
 
     def arm(self, rule: Rule) -> None:
         """Have a rule from now on."""
-        self.armed[rule.number] = Armed(rule)
+        self.armed[rule.number] = Progress(rule)
 
     def set_idle(self, threads: Container[int], *, idle: bool) -> None:
         """Note that these threads make no touches for a while, or that they do again.
@@ -308,7 +308,7 @@ def wire(touch: Standing, now_ns: int) -> tuple[Any, ...]:
     )
 
 
-def _apply(armed: Armed, touch: Standing) -> None:
+def _apply(armed: Progress, touch: Standing) -> None:
     """Let a rule that fits have its say."""
     rule = armed.rule
     due = armed.hits >= rule.nth
@@ -333,7 +333,7 @@ def _apply(armed: Armed, touch: Standing) -> None:
             pass
 
 
-def _waits(armed: Armed, touch: Standing) -> bool:
+def _waits(armed: Progress, touch: Standing) -> bool:
     """Say whether a rule waits for touches that a page which is there would not show."""
     rule = armed.rule
     if armed.idle:

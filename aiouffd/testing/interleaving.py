@@ -28,7 +28,7 @@ from .ahead import Ahead
 from .asleep import TIMED, Look, call_of, seconds_left
 from .channel import pair
 from .failures import HarnessError
-from .pasting import Place, as_test
+from .pasting import Span, as_test
 from .rules import Kind
 from .schedules import (
     ENDED,
@@ -39,10 +39,10 @@ from .schedules import (
     Order,
     Position,
     Step,
+    Where,
     order_of,
     runs_of,
 )
-from .schedules import Kind as Where
 from .strategies import Fixed, Seeded, Strategy, Systematic
 from .threads import own_threads
 
@@ -503,7 +503,7 @@ def explore(
     )
 
 
-def _call_of(frame: FrameType | None) -> tuple[str, Place | None]:
+def _call_of(frame: FrameType | None) -> tuple[str, Span | None]:
     """Find the source of the file that a frame runs, and the call in it that it is at."""
     if frame is None:
         return "", None
@@ -516,4 +516,4 @@ def _call_of(frame: FrameType | None) -> tuple[str, Place | None]:
     assert end_line is not None
     assert column is not None
     assert end_column is not None
-    return source, Place(line, end_line, column, end_column)
+    return source, Span(line, end_line, column, end_column)

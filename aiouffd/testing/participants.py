@@ -60,7 +60,7 @@ class State(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class _Participant:
+class _Watched:
     look: Look
     starter: int  # a byte written here starts its call
     state: State = State.WAITING
@@ -105,7 +105,7 @@ class Participants:
         self._performer = performer
         self._holder = holder
         self._take_in = take_in
-        self._all: dict[int, _Participant] = {}
+        self._all: dict[int, _Watched] = {}
         self._plan: Ahead[int] | None = None
         self._moves: list[tuple[int, list[tuple[Any, ...]]]] = []
         self._came: list[int] = []  # who has come to a stand in this move
@@ -133,7 +133,7 @@ class Participants:
             thread: Who.
             starter: A descriptor: one byte written there starts its call; it is ours now.
         """
-        self._all[thread] = _Participant(Look(self._process, thread), starter)
+        self._all[thread] = _Watched(Look(self._process, thread), starter)
 
     def close(self) -> None:
         """Give up; who stands is let go by whoever disarms its rule."""

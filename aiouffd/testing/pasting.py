@@ -27,7 +27,7 @@ OF_EXPLORING: Final = frozenset({"preemptions", "orders", "seconds", "seed"})
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Span:
     """Where a piece of source is: lines counted from 1, columns in bytes of UTF-8, from 0."""
 
     line: int
@@ -49,9 +49,7 @@ def _quoted(until: object) -> str:
     return f'"{until}"' if isinstance(until, str) else str(until)
 
 
-def as_test(
-    moves: Iterable[Move], *, why: str, source: str = "", place: Place | None = None
-) -> str:
+def as_test(moves: Iterable[Move], *, why: str, source: str = "", place: Span | None = None) -> str:
     """Write the test.
 
     Args:
@@ -101,7 +99,7 @@ class _Around:
         return textwrap.dedent(before + call + self.after)
 
 
-def _around(source: str, place: Place) -> _Around | None:
+def _around(source: str, place: Span) -> _Around | None:
     """Take a test apart around a call; None if the call is in no test, or cannot be taken out."""
     above = _above(ast.parse(source), place)
     test = next((each for each in reversed(above) if isinstance(each, _FUNCTION)), None)
@@ -134,10 +132,10 @@ def _around(source: str, place: Place) -> _Around | None:
     return around
 
 
-def _above(tree: ast.AST, place: Place) -> list[ast.AST]:
+def _above(tree: ast.AST, place: Span) -> list[ast.AST]:
     """List the nodes from the module down to the call; empty if no call is there."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Call) and place == Place(
+        if isinstance(node, ast.Call) and place == Span(
             node.lineno, node.end_lineno or 0, node.col_offset, node.end_col_offset or 0
         ):
             return [tree, node]

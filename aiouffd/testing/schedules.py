@@ -118,7 +118,7 @@ Order: TypeAlias = Sequence[Step]
 _Place: TypeAlias = tuple[str, int, str, int | None]
 
 
-class Kind(enum.Enum):
+class Where(enum.Enum):
     """Where a participant is, of all the places that matter."""
 
     UNSTARTED = "not started"
@@ -137,21 +137,21 @@ class Position:
         note: What it is blocked on, or how it ended, for readers.
     """
 
-    kind: Kind
+    kind: Where
     touch: Touch | None = None
     note: str = ""
 
     def __str__(self) -> str:
         if self.touch is not None:
             return f"stands before its {described(self.touch)}"
-        words = "is blocked" if self.kind is Kind.BLOCKED else f"has {self.kind.value}"
-        if self.kind is Kind.UNSTARTED:
+        words = "is blocked" if self.kind is Where.BLOCKED else f"has {self.kind.value}"
+        if self.kind is Where.UNSTARTED:
             words = "is not started"
         return f"{words} ({self.note})" if self.note else words
 
 
-UNSTARTED: Final = Position(Kind.UNSTARTED)
-ENDED: Final = Position(Kind.ENDED)
+UNSTARTED: Final = Position(Where.UNSTARTED)
+ENDED: Final = Position(Where.ENDED)
 
 
 def _place(touch: Touch) -> _Place | None:
@@ -210,7 +210,7 @@ class Course:
     @property
     def enabled(self) -> tuple[str, ...]:
         """Who can go on."""
-        can = (Kind.UNSTARTED, Kind.TOUCH)
+        can = (Where.UNSTARTED, Where.TOUCH)
         return tuple(name for name, position in self.positions.items() if position.kind in can)
 
     @property
@@ -241,7 +241,7 @@ class Course:
             blocked = {
                 name: position.note
                 for name, position in self.positions.items()
-                if position.kind is Kind.BLOCKED
+                if position.kind is Where.BLOCKED
             }
             if blocked:
                 raise Deadlock(blocked)
@@ -297,17 +297,17 @@ def runs_of(moves: Iterable[Move]) -> list[tuple[Step, Move]]:
     for move in moves:
         if last is not None and move.name == last.name:
             runs.pop()
-            straight = straight and not move.spinning and not _is(last, Kind.BLOCKED)
+            straight = straight and not move.spinning and not _is(last, Where.BLOCKED)
         else:
             touches = 0
             straight = not move.spinning
-        touches += move.before.kind is Kind.TOUCH
-        runs.append(((move.name, END if straight and _is(move, Kind.ENDED) else touches), move))
+        touches += move.before.kind is Where.TOUCH
+        runs.append(((move.name, END if straight and _is(move, Where.ENDED) else touches), move))
         last = move
     return runs
 
 
-def _is(move: Move, kind: Kind) -> bool:
+def _is(move: Move, kind: Where) -> bool:
     return move.after is not None and move.after.kind is kind
 
 

@@ -30,10 +30,10 @@ from .schedules import (
     Before,
     CannotFollow,
     Course,
-    Kind,
     NotDeterministic,
     Position,
     Step,
+    Where,
     checked,
     order_of,
 )
@@ -248,7 +248,7 @@ class Fixed:
         position = course.positions[name]
         if name not in enabled:
             raise self._cannot(step, position, enabled, course)
-        self._made += position.kind is Kind.TOUCH
+        self._made += position.kind is Where.TOUCH
         return name
 
     def ahead(self, course: Course) -> Ahead[str]:
@@ -258,7 +258,7 @@ class Fixed:
             return Ahead([], list(course.positions))
         name, until = step
         if isinstance(until, int):
-            unstarted = course.positions[name].kind is Kind.UNSTARTED
+            unstarted = course.positions[name].kind is Where.UNSTARTED
             return Ahead([name] * (until - self._made + unstarted), [], stay=False)
         return Ahead([name], [], stay=until == END)
 
@@ -288,8 +288,8 @@ class Fixed:
         if isinstance(until, Before):
             return position.touch is not None and until.matches(position.touch)
         if isinstance(until, int):
-            return self._made == until and position.kind is not Kind.UNSTARTED
-        return position.kind in (Kind.ENDED, Kind.BLOCKED) or course.spinning == name
+            return self._made == until and position.kind is not Where.UNSTARTED
+        return position.kind in (Where.ENDED, Where.BLOCKED) or course.spinning == name
 
     def _cannot(
         self, step: Step, position: Position, possible: Sequence[str], course: Course
@@ -300,7 +300,7 @@ class Fixed:
             aim = f"{until} touches, of which {self._made} happened"
         remedy = (
             "The program itself forbids this order now; expect CannotFollow if that is the point"
-            if position.kind is Kind.BLOCKED
+            if position.kind is Where.BLOCKED
             else f"Let {name} go on to END where its number of touches does not matter"
         )
         return CannotFollow(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import TypeAlias
 
 from aiouffd.testing.ahead import Ahead
-from aiouffd.testing.schedules import ENDED, MOVES, Course, Kind, Position
+from aiouffd.testing.schedules import ENDED, MOVES, Course, Position, Where
 from aiouffd.testing.strategies import Strategy
 from aiouffd.testing.touches import Access, Touch
 
@@ -40,12 +40,12 @@ class World:
         """Let one make its touch and go on to the next; whom it wakes is in ``woken``."""
         for what, place in self.running[name]:
             if what in ("read", "write"):
-                return Position(Kind.TOUCH, touch(what, place))
+                return Position(Where.TOUCH, touch(what, place))
             if what == "unlock":
                 self._give_back(place)
             elif place in self.holder:
                 self.waiting.setdefault(place, []).append(name)
-                return Position(Kind.BLOCKED, note=f"lock {place}")
+                return Position(Where.BLOCKED, note=f"lock {place}")
             else:
                 self.holder[place] = name
         return ENDED
@@ -82,7 +82,7 @@ def run_ahead(programs: Programs, strategy: Strategy, *, moves: int = MOVES) -> 
                 came.append((following, world.go(following)))
             for name, position in came:
                 enabled.discard(name)
-                if position.kind is Kind.TOUCH:
+                if position.kind is Where.TOUCH:
                     enabled.add(name)
             happened.append((planned, came))
         for planned, came in happened:

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from aiouffd.testing.pasting import Place, as_test
+from aiouffd.testing.pasting import Span, as_test
 from aiouffd.testing.schedules import Move
 from aiouffd.testing.strategies import Fixed
 from tests.testing.simulated import Program, run
@@ -33,7 +33,7 @@ def pasted(source: str, *, why: str = "1 == 2") -> str:
     )
     assert call.end_lineno is not None
     assert call.end_col_offset is not None
-    place = Place(call.lineno, call.end_lineno, call.col_offset, call.end_col_offset)
+    place = Span(call.lineno, call.end_lineno, call.col_offset, call.end_col_offset)
     text = as_test(moves(), why=why, source=source, place=place)
     ast.parse(text)
     return text
@@ -137,7 +137,7 @@ def test_a_call_in_no_test(source: str) -> None:
 def test_no_source() -> None:
     """Where there is no source, or the call is not in it, there are names to fill in as well."""
     assert as_test(moves(), why="1 == 2") == BARE
-    assert as_test(moves(), why="1 == 2", source="x()", place=Place(1, 1, 0, 9)) == BARE
+    assert as_test(moves(), why="1 == 2", source="x()", place=Span(1, 1, 0, 9)) == BARE
 
 
 BARE = """\

@@ -13,14 +13,14 @@ from aiouffd.testing.schedules import (
     Course,
     Deadlock,
     Endless,
-    Kind,
     Position,
+    Where,
     checked,
     order_of,
 )
 from tests.testing.simulated import Listed, Program, Programs, Stop, World, proceed, run, touch
 
-READS_X = Position(Kind.TOUCH, touch("read", "x"))
+READS_X = Position(Where.TOUCH, touch("read", "x"))
 
 
 def add_one() -> Program:
@@ -185,7 +185,7 @@ def test_end_stands_only_for_a_straight_way() -> None:
 
     course = Course("a", Listed("aa"))
     course._strategy.begin()
-    for position in (Position(Kind.BLOCKED), UNSTARTED, ENDED):  # blocked, and goes on by itself
+    for position in (Position(Where.BLOCKED), UNSTARTED, ENDED):  # blocked, and goes on by itself
         if position is not UNSTARTED:
             course.choose()
         course.came("a", position)
@@ -229,8 +229,8 @@ def test_positions_read_well() -> None:
     """Each says where its participant is."""
     assert str(UNSTARTED) == "is not started"
     assert str(ENDED) == "has ended"
-    assert str(Position(Kind.BLOCKED)) == "is blocked"
-    bare = Position(Kind.TOUCH, touch("write", "y"))
+    assert str(Position(Where.BLOCKED)) == "is blocked"
+    bare = Position(Where.TOUCH, touch("write", "y"))
     assert str(bare) == "stands before its write of memory+0x1 at write y"
 
 

@@ -17,8 +17,8 @@ from aiouffd.testing.schedules import (
     Course,
     Deadlock,
     Endless,
-    Kind,
     NotDeterministic,
+    Where,
     order_of,
 )
 from aiouffd.testing.strategies import Fixed, Seeded, Strategy, Systematic
@@ -286,7 +286,7 @@ def test_a_spinner_does_not_hold_the_others_up(seed: int) -> None:
         Fixed(orders, ["poll", "write"]),
     ):
         course = run(waiting([]), strategy)
-        assert all(each.kind is Kind.ENDED for each in course.positions.values())
+        assert all(each.kind is Where.ENDED for each in course.positions.values())
         strategy.end(course)
 
 
