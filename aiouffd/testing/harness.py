@@ -712,7 +712,7 @@ class Harness:
             check: Called after each order, as for ``interleave``.
             preemptions: At most so many in an order; None: any number.
             orders: Stop after so many.
-            seconds: Begin no more after that time.
+            seconds: Begin no more after that time; one is run in any case.
             seed: Draw orders at random, from this number.
 
         Returns:

@@ -472,7 +472,7 @@ def explore(
     count = touches = 0
     more = True
     with Stage(harness, participants) as stage:
-        while more and count < orders and time.monotonic() - began < seconds:
+        while more and count < orders and (not count or time.monotonic() - began < seconds):
             count += 1
             strategy.begin()
             course = Course(participants, strategy)
