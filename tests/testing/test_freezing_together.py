@@ -271,12 +271,13 @@ def test_a_freeze_armed_anew_does_not_know_who_stood_before(
     """However late the word of a stop comes, the next arming does not take it for its own."""
     region = uffd.region(1)
     again = region.page(0).freeze()
-    for number in range(1, 301):
+    for _ in range(200):
+        before = uffd.touch_count()
         with again:
             running = uffd.start(library.load, region.pointer())
-            wait_until(lambda number=number: uffd.touch_count() == number, "a touch")  # type: ignore[misc]
+            wait_until(lambda before=before: uffd.touch_count() > before, "a touch")  # type: ignore[misc]
+        known = uffd.touch_count()
         with again:
-            assert again.frozen == ()
-            running.result()
             uffd.settle()
-            assert again._came == []
+            assert all(each.touch.number > known for each in again._came)
+        running.result()
