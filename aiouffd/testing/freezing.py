@@ -18,15 +18,17 @@ import threading
 import time
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from .failures import FreezeTimeout
-from .rules import Kind
+from .places import PlaceLike
+from .rules import Kind, check
+from .running import running_loop
 
 if TYPE_CHECKING:
     from .arming import Armed
     from .harness import Harness
-    from .region import Page, Place
+    from .region import Page, Place, Region
     from .threads import ThreadLike
     from .touches import Touch
 
@@ -173,7 +175,13 @@ class Freeze:
         thread: ThreadLike | Iterable[ThreadLike] | None = None,
         every: bool = False,
     ) -> None:
-        """Prepare; use ``Place.freeze`` or ``freeze``."""
+        """Prepare; use ``Place.freeze`` or ``freeze``.
+
+        Raises:
+            ValueError: There is no such access or mode, or the number is not above zero.
+            TypeError: The number is no whole number.
+        """
+        check(access, mode, nth)
         self.place = place
         self._access = access
         self._nth = nth
@@ -240,6 +248,7 @@ class Freeze:
                 each._ended.set()
 
     async def __aenter__(self) -> AsyncFreeze:
+        running_loop()
         self.__enter__()
         return AsyncFreeze(self)
 
@@ -262,9 +271,11 @@ class Freeze:
 
         Raises:
             FreezeTimeout: Nobody came; says who did what instead.
+            RuntimeError: It is not armed: nobody would ever come.
             HarnessError: The harness has let somebody go at the time limit, or has ended.
         """
         __tracebackhide__ = True  # pytest shows the test's line, not ours
+        self._check_armed("with")
         seconds = self.harness.timeout if timeout is None else timeout
         end = time.monotonic() + seconds
         with self.harness.changed:
@@ -276,6 +287,14 @@ class Freeze:
             else:
                 return self._next()
         raise self._timeout(seconds)
+
+    def _check_armed(self, word: str) -> None:
+        __tracebackhide__ = True
+        if self._armed is None:
+            raise RuntimeError(
+                f"this freeze is not armed: use '{word} place.freeze() as freeze:',"
+                " and wait within that block"
+            )
 
     def _next(self) -> Frozen:
         self._given += 1
@@ -317,9 +336,10 @@ class AsyncFreeze:
         """
         __tracebackhide__ = True  # as above
         freeze = self.sync
+        freeze._check_armed("async with")
         harness = freeze.harness
         seconds = harness.timeout if timeout is None else timeout
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         changed = asyncio.Event()
 
         def wake() -> None:
@@ -343,7 +363,7 @@ class AsyncFreeze:
 
 
 def freeze(
-    place: Place,
+    place: Place | Region,
     access: str = "any",
     *,
     nth: int = 1,
@@ -362,5 +382,12 @@ def freeze(
         async with freeze(page) as frozen_page:
             thread = await frozen_page.wait()
             await thread.release()
+
+    Raises:
+        TypeError: It is neither a place nor a region, all of which is one.
     """
-    return Freeze(place, access, nth=nth, mode=mode, thread=thread, every=every)
+    found: Any = place if isinstance(place, PlaceLike) else getattr(place, "all", None)
+    if not isinstance(found, PlaceLike):
+        raise TypeError(f"freeze a place: region.page(0) or region.all, not {place!r}")
+    whole: Any = found  # a region's, or the place itself; a mere look-alike has no harness
+    return Freeze(whole, access, nth=nth, mode=mode, thread=thread, every=every)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar
 
 from ..errors import ClosedError, NotSupported
 from ..uffd import Feature, Userfaultfd
-from . import waiting
+from . import rules, waiting
 from .arming import Armed
 from .channel import PIECE, Message
 from .failures import HarnessError
@@ -490,14 +490,7 @@ class Harness:
             TypeError: The number is no whole number, or what is given as a thread is none.
             NotSupported: It takes seeing touches after the first, which is not possible here.
         """
-        if access not in ("any", "read", "write"):
-            raise ValueError(f"access is 'any', 'read' or 'write', not {access!r}")
-        if mode not in ("any", "user", "kernel"):
-            raise ValueError(f"mode is 'any', 'user' or 'kernel', not {mode!r}")
-        if type(nth) is not int:
-            raise TypeError(f"nth is a whole number, not {nth!r}")
-        if nth < 1:
-            raise ValueError(f"nth counts touches from 1, not {nth}")
+        rules.check(access, mode, nth)
         region = place.region
         region.check()
         rule = Rule(

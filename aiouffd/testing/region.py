@@ -404,6 +404,42 @@ class Region:
         """All of it as one place."""
         return Place(self, 0, self.length, self.name)
 
+    def freeze(
+        self,
+        access: str = "any",
+        *,
+        nth: int = 1,
+        mode: str = "any",
+        thread: ThreadLike | Iterable[ThreadLike] | None = None,
+        every: bool = False,
+    ) -> Freeze:
+        """Stop whoever touches any of it; see ``Place.freeze``."""
+        return self.all.freeze(access, nth=nth, mode=mode, thread=thread, every=every)
+
+    def slow(
+        self,
+        latency: float | latencies.Distribution,
+        *,
+        access: str = "any",
+        mode: str = "any",
+        thread: ThreadLike | Iterable[ThreadLike] | None = None,
+        every: bool = False,
+    ) -> Armed:
+        """Make touches of all of it take time; see ``Place.slow``."""
+        return self.all.slow(latency, access=access, mode=mode, thread=thread, every=every)
+
+    def fail(
+        self,
+        *,
+        once: bool = False,
+        nth: int = 1,
+        access: str = "any",
+        mode: str = "any",
+        thread: ThreadLike | Iterable[ThreadLike] | None = None,
+    ) -> Armed:
+        """Make touches of any of it fail; see ``Place.fail``."""
+        return self.all.fail(once=once, nth=nth, access=access, mode=mode, thread=thread)
+
     def straddle(self, size: int, before: int = 1, page: int = 1) -> int:
         """Give the offset at which an object lies across the edge of two pages.
 

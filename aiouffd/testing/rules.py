@@ -26,6 +26,23 @@ class Kind(StrEnum):
     WATCH = "watch"  #: it is written down, and so is the next one
 
 
+def check(access: str, mode: str, nth: int) -> None:
+    """Refuse what no rule can say about touches.
+
+    Raises:
+        ValueError: There is no such access or mode, or the number is not above zero.
+        TypeError: The number is no whole number.
+    """
+    if access not in ("any", "read", "write"):
+        raise ValueError(f"access is 'any', 'read' or 'write', not {access!r}")
+    if mode not in ("any", "user", "kernel"):
+        raise ValueError(f"mode is 'any', 'user' or 'kernel', not {mode!r}")
+    if type(nth) is not int:
+        raise TypeError(f"nth is a whole number, not {nth!r}")
+    if nth < 1:
+        raise ValueError(f"nth counts touches from 1, not {nth}")
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One rule about the bytes from ``start`` to ``end`` of a region.

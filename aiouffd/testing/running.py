@@ -91,7 +91,7 @@ class Running(Generic[T]):
 
         Cancellation: the call runs on.
         """
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         ended: asyncio.Future[None] = loop.create_future()
 
         def tell() -> None:
@@ -129,6 +129,21 @@ class Running(Generic[T]):
         if self._error is not None:
             raise self._error
         return cast("T", self._value)
+
+
+def running_loop() -> asyncio.AbstractEventLoop:
+    """Give asyncio's running loop.
+
+    Raises:
+        RuntimeError: There is none; says what to use instead.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "the async forms are asyncio's, and no loop of asyncio runs here; on trio use 'with'"
+            " and anyio.to_thread.run_sync(freeze.wait), or running.result"
+        ) from None
 
 
 def _end(future: asyncio.Future[None]) -> None:

@@ -71,3 +71,12 @@ def test_names_that_nobody_chose_are_unique(uffd: Harness) -> None:
         regions[0].view[0]
     record.assert_untouched(regions[1], regions[2])
     record.assert_touched_only(regions[0])
+
+
+def test_all_of_a_region_is_slowed_down_and_failed(uffd: Harness) -> None:
+    """What a place can be made to do, a region does as a whole."""
+    region = uffd.region(2)
+    for armed in (region.slow(0.001, access="read"), region.fail(once=True, nth=2)):
+        assert (armed.rule.start, armed.rule.end) == (0, region.length)
+        armed.disarm()
+    assert (armed.rule.nth, armed.rule.every) == (2, False)
