@@ -91,6 +91,11 @@ class Standing:
     outer: Standing | None = None
     outcome: str = ""
 
+    @property
+    def stopped_by(self) -> int:
+        """The number of its freeze; 0 for a latency, and -1 once nothing stops it any more."""
+        return self.freeze or (-1 if self.going else 0)
+
 
 @dataclass(slots=True)
 class Progress:

@@ -236,7 +236,7 @@ class Holder:
         text = os.pread(self._dump_fd, _LONGEST_TEXT, 0).decode(errors="replace")
         now = time.monotonic_ns()
         late = [t for t in self._engine.all_standing() if t.overdue and self.stands(t)]
-        told = [(wire(t, now), t.freeze, t.held_by) for t in late]
+        told = [(wire(t, now), t.stopped_by, t.held_by) for t in late]
         while (count := fitting(told)) < len(told):
             self._tell("overdue", told[:count], "", True)
             del told[:count]

@@ -437,7 +437,7 @@ class Service:
         """
         now = time.monotonic_ns()
         standing = sorted(self._engine.all_standing(), key=lambda touch: touch.number)
-        found = [(wire(t, now), t.freeze, t.held_by) for t in standing if t.number > after]
+        found = [(wire(t, now), t.stopped_by, t.held_by) for t in standing if t.number > after]
         first = found[: fitting(found)]
         return first, len(first) < len(found)
 

@@ -44,6 +44,16 @@ def pass_by(engine: Engine, *touches: Standing) -> None:
         engine.end(each, "passed", 9)
 
 
+def test_what_stops_a_touch() -> None:
+    """A freeze by its number, a latency as 0; and nothing does once it was let go."""
+    frozen = touch(books(a_rule(number=3)))
+    delayed = touch(books(a_rule(Kind.SLOW, latency=("constant", 1.0))))
+    assert (frozen.stopped_by, delayed.stopped_by) == (3, 0)
+    for each in (frozen, delayed):  # as whoever lets it go does
+        each.freeze, each.going = 0, True
+        assert each.stopped_by == -1
+
+
 # --- one rule, one touch after the other ------------------------------------------------------
 
 

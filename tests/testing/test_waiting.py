@@ -85,3 +85,14 @@ def test_who_waits_for_whom(time_scale: float) -> None:
 
 def _begins(text: str) -> Callable[[str], bool]:
     return lambda line: line.startswith(text)
+
+
+def test_what_stops_a_thread_is_named() -> None:
+    """A latency is not what every rule is called that nobody knows any more."""
+    with Harness() as uffd:
+        page = uffd.region(name="packet").page(0)
+        with page.freeze() as freeze:
+            assert uffd._what(freeze._rule) == "the freeze of touch of packet[0]"
+        assert uffd._what(0) == "a latency"
+        for gone in (-1, 12345):
+            assert uffd._what(gone) == "a rule that has ended"
