@@ -39,7 +39,7 @@ from .mapping import discard, keep_from_children, map_memory, page_size_of
 from .programs import Program, Programs, Stream
 from .record import Record
 from .recording import Recording
-from .region import Place, Region
+from .region import Place, Region, size_of
 from .rules import KINDS, Kind, Rule
 from .running import Running
 from .threads import ThreadLike, doing, numbers_of, own_threads
@@ -335,8 +335,10 @@ class Harness:
     def _what(self, rule: int) -> str:
         if rule in self._ordered:
             return "an order of turns"
+        if not rule:
+            return "a latency"
         freeze = self._freezes.get(rule)
-        return "a latency" if freeze is None else f"the freeze of {freeze.what}"
+        return "a rule that has ended" if freeze is None else f"the freeze of {freeze.what}"
 
     # --- memory ------------------------------------------------------------------------
 
@@ -360,15 +362,21 @@ class Harness:
         Raises:
             ValueError: A number is not above zero, the contents are too long, there is no such
                 kind of memory, or the name was used.
+            TypeError: The number is no whole number, or the contents are no bytes.
             NotSupported: There are no free huge pages.
         """
+        if type(pages) is not int:
+            raise TypeError(
+                f"a region has a whole number of pages, not {pages!r};"
+                " its name goes by name='...', what it holds by contents=b'...'"
+            )
         if memory not in KINDS:
             raise ValueError(f"memory is one of {', '.join(KINDS)}, not {memory!r}")
         if pages < 1:
             raise ValueError(f"a region has one page or more, not {pages}")
         page_size = page_size_of(memory)
         length = pages * page_size
-        size = memoryview(contents).nbytes
+        size = size_of(contents, "contents")
         if size > length:
             raise ValueError(f"contents of {size} bytes do not fit into {length}")
         self.check()
@@ -668,6 +676,7 @@ class Harness:
             CannotFollow: The participants did not let it happen.
             Deadlock, Endless: The run came to no end.  Threads that stand in a deadlock stay
                 there: nothing can end a thread of this process.
+            TypeError: The participants are no functions by name.
             NotSupported: Touches after the first cannot be seen here: see ``limits``.
             HarnessError: As everywhere.
             BaseException: What a participant or the check raised.
@@ -715,7 +724,7 @@ class Harness:
             RaceFound: A check or a participant raised, or there was a deadlock or no end.  It has
                 the order, the trace, and a test to paste that makes this order again.
             ValueError: There are no participants, or a bound is too small for anything to be run.
-            TypeError: A bound is no number.
+            TypeError: A bound is no number, or the participants are no functions by name.
             NotDeterministic: The same choices led elsewhere than before: ``reset`` does not put
                 everything back, or something depends on time or chance.
             NotSupported: Touches after the first cannot be seen here: see ``limits``.
@@ -763,7 +772,13 @@ class Harness:
             regions: Which; all that are open if none is given.
             every: Each access, not only each page's first read and first write: threads are
                 stepped over one by one, some 100 microseconds an access.
+
+        Raises:
+            TypeError: Something else than a region was given.
         """
+        for each in regions:
+            if not isinstance(each, Region):
+                raise TypeError(f"regions are recorded, as uffd.region() gives them, not {each!r}")
         return Recording(self, regions, every=every)
 
     @property

@@ -404,6 +404,25 @@ def _checked(check: Check | None, results: dict[str, Any]) -> BaseException | No
     return None
 
 
+def _check_participants(participants: Participants) -> None:
+    """Refuse what cannot be called by its name.
+
+    Raises:
+        TypeError: They are no mapping of names to what is called.
+    """
+    example = "give each a name, as in {'a': first, 'b': second}"
+    if not isinstance(participants, Mapping):
+        raise TypeError(f"participants are functions by name, not {participants!r}: {example}")
+    for name, call in participants.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a participant's name is a str, not {name!r}: {example}")
+        if not callable(call):
+            raise TypeError(
+                f"participant {name!r} is a function that is called, not {call!r}:"
+                " lambda: ... makes one of a call"
+            )
+
+
 def interleave(
     harness: Harness,
     participants: Participants,
@@ -414,6 +433,7 @@ def interleave(
 ) -> Interleaving:
     """Run threads in one order of their touches; ``Harness.interleave`` has the words."""
     __tracebackhide__ = True
+    _check_participants(participants)
     strategy = Fixed(order, participants)
     strategy.begin()
     course = Course(participants, strategy)
@@ -463,6 +483,7 @@ def explore(
 ) -> Exploration:
     """Run threads in many orders of their touches; ``Harness.explore`` has the words."""
     __tracebackhide__ = True
+    _check_participants(participants)
     _check_bounds(preemptions, orders, seconds)
     systematic = Systematic(preemptions)
     strategy: Strategy = systematic

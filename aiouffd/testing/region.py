@@ -33,6 +33,19 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=Any)
 
 
+def size_of(data: Buffer, what: str) -> int:
+    """Give how many bytes some data is.
+
+    Raises:
+        TypeError: It is none.
+    """
+    try:
+        return memoryview(data).nbytes
+    except TypeError:
+        hint = f": b{data!r}, or .encode()" if isinstance(data, str) else ""
+        raise TypeError(f"{what} must be bytes, not {data!r}{hint}") from None
+
+
 class Place:
     """Some bytes of a region.
 
@@ -188,6 +201,8 @@ class Place:
         """
         if not values:
             raise ValueError("give the bytes that the first touch finds, the second, and so on")
+        for value in values:
+            size_of(value, "a value")
         found = tuple(memoryview(value).tobytes() for value in values)
         for value in found:
             if len(value) > self.length:
@@ -215,7 +230,7 @@ class Place:
 
     def poke(self, data: Buffer) -> None:
         """Write these bytes from outside, without a touch."""
-        if (size := memoryview(data).nbytes) > self.length:
+        if (size := size_of(data, "what is poked")) > self.length:
             raise ValueError(f"{size} bytes do not fit into the {self.length} of {self.name}")
         self.region.poke(self.start, data)
 
@@ -470,8 +485,12 @@ class Region:
         return self.harness.peek(self, offset, length)
 
     def poke(self, offset: int, data: Buffer) -> None:
-        """Write bytes from outside: no touch, also while threads stand at them."""
-        self._check(offset, memoryview(data).nbytes)
+        """Write bytes from outside: no touch, also while threads stand at them.
+
+        Raises:
+            TypeError: What is to be written is no bytes.
+        """
+        self._check(offset, size_of(data, "what is poked"))
         self.check()
         self.harness.poke(self, offset, data)
 

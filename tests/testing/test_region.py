@@ -80,3 +80,34 @@ def test_all_of_a_region_is_slowed_down_and_failed(uffd: Harness) -> None:
         assert (armed.rule.start, armed.rule.end) == (0, region.length)
         armed.disarm()
     assert (armed.rule.nth, armed.rule.every) == (2, False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (
+            lambda uffd: uffd.region("packet"),
+            "whole number of pages, not 'packet'; its name goes by name=",
+        ),
+        (lambda uffd: uffd.region(1.0), "whole number of pages, not 1.0"),
+        (lambda uffd: uffd.region(contents="hello"), "contents must be bytes, not 'hello': b'hel"),
+        (lambda uffd: uffd.region().poke(0, "hello"), "poked must be bytes, not 'hello': b'hello'"),
+        (lambda uffd: uffd.region().at(0, 9).poke(3), "poked must be bytes, not 3"),
+        (lambda uffd: uffd.region().page(0).change(b"a", "b"), "a value must be bytes, not 'b'"),
+        (lambda uffd: uffd.record("packet"), r"uffd\.region\(\) gives them, not 'packet'"),
+        (lambda uffd: uffd.explore([int, int]), "functions by name, not .*'a': first"),
+        (lambda uffd: uffd.interleave([int, int], []), "functions by name, not .*'a': first"),
+        (lambda uffd: uffd.explore({1: int}), "name is a str, not 1"),
+        (
+            lambda uffd: uffd.explore({"a": 1}),
+            "participant 'a' is a function that is called, not 1",
+        ),
+    ],
+)
+def test_a_wrong_type_is_told_in_a_sentence(
+    uffd: Harness, wrong: Callable[[Harness], object], text: str
+) -> None:
+    """It says what was given, and what could have been; nothing is made of it."""
+    with pytest.raises(TypeError, match=text):
+        wrong(uffd)
+    assert all(region.peek(0, 9) == bytes(9) for region in uffd.regions)
