@@ -34,11 +34,13 @@ def tried(opener: str, folder: Path) -> list[tuple[Touch, bool]]:
     allowed, secret = (bytes(folder / name) + b"\0" for name in ("guest/notes", "secret"))
     found = []
     with Harness() as uffd:
+        if unseen := [limit for limit in uffd.limits if "System calls" in limit]:
+            raise SystemExit(unseen[0])
         region = uffd.region(1, contents=allowed, name="path")
         call, guest = getattr(c, opener), bytes(folder / "guest")
         with uffd.record(every=True) as record:
             opening = uffd.start(call, guest, region.pointer())
-            assert opens(opening, folder / "guest/notes"), uffd.limits
+            assert opens(opening, folder / "guest/notes")
         for nth in range(1, len(record) + 1):
             region.poke(0, allowed)
             with region.page(0).freeze(access="read", nth=nth) as freeze:
