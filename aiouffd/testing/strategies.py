@@ -8,7 +8,8 @@ Laws of this file:
 * ``Systematic`` goes through every order within its bound exactly once, those with fewer
   preemptions first: most races need one or two (Musuvathi and Qadeer, *Iterative context bounding
   for systematic testing of multithreaded programs*, PLDI 2007).
-* Where a prefix is repeated, the same participants must be able to go on: else it says so.
+* Where a prefix is repeated, the same participants must be able to go on, and each of them must
+  stand before the same access of the same byte: else it says so.
 * ``Seeded`` depends on nothing but its seed and the course.  It chooses by priorities that change
   at few random moments, which finds a race of depth d among k moves of n threads with probability
   of at least 1/(n k^(d-1)) in each run (Burckhardt, Kothari, Musuvathi and Nagarakatte, *A
@@ -22,7 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from .ahead import MOST, Ahead
 from .schedules import (
@@ -58,12 +59,17 @@ class Strategy(Protocol):
         ...
 
 
+#: The access, the region and the offset that somebody stands before; None before its start.
+_Pending: TypeAlias = tuple[str, str, int] | None
+
+
 @dataclass(slots=True)
 class _Past:
-    """What one run chose, and from whom."""
+    """What one run chose, from whom, and before what each of those stood."""
 
     choices: list[str] = field(default_factory=list)
     enabled: list[Sequence[str]] = field(default_factory=list)
+    standing: list[tuple[_Pending, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +112,18 @@ class Systematic:
         """Follow the branch; beyond it go on without a preemption, and note what else there is.
 
         Raises:
-            NotDeterministic: Others can go on than when the branch was noted.
+            NotDeterministic: Others can go on than when the branch was noted, or before another
+                access.
         """
         at = len(self._run.choices)
+        standing = tuple(_pending(course.positions[name]) for name in enabled)
         branch = self._branch
         if branch is not None and at <= branch.at:
             recorded = branch.past.enabled[at]
             if recorded != enabled:
                 raise _changed(recorded, enabled, course)
+            if branch.past.standing[at] != standing:
+                raise _moved(enabled, branch.past.standing[at], standing, course)
             choice = branch.choice if at == branch.at else branch.past.choices[at]
         else:
             free = course.free
@@ -121,6 +131,7 @@ class Systematic:
             self._note_others(at, [name for name in enabled if name != choice], free)
         self._run.choices.append(choice)
         self._run.enabled.append(enabled)
+        self._run.standing.append(standing)
         return choice
 
     def ahead(self, course: Course) -> Ahead[str]:
@@ -156,11 +167,40 @@ class Systematic:
         return bool(self._now)
 
 
+def _pending(position: Position) -> _Pending:
+    touch = position.touch
+    return None if touch is None else (touch.access.value, touch.region, touch.offset)
+
+
+def _before(pending: _Pending) -> str:
+    return "its start" if pending is None else "its {} of {}+{:#x}".format(*pending)
+
+
 def _changed(before: Sequence[str], now: Sequence[str], course: Course) -> NotDeterministic:
+    return _otherwise(
+        f"{_these(before)} could go on in an earlier run, and now {_these(now)}", course
+    )
+
+
+def _moved(
+    names: Sequence[str],
+    before: Sequence[_Pending],
+    now: Sequence[_Pending],
+    course: Course,
+) -> NotDeterministic:
+    name, was, is_ = next(
+        each for each in zip(names, before, now, strict=True) if each[1] != each[2]
+    )
+    return _otherwise(
+        f"{name} stood before {_before(was)} in an earlier run, and now before {_before(is_)}",
+        course,
+    )
+
+
+def _otherwise(what: str, course: Course) -> NotDeterministic:
     went = ", ".join(f"{name} {until}" for name, until in order_of(course.moves)) or "nothing"
     return NotDeterministic(
-        f"after the same beginning ({went}) {_these(before)} could go on in an earlier run,"
-        f" and now {_these(now)}: {course}."
+        f"after the same beginning ({went}) {what}: {course}."
         " Something is not as it was: what reset() does not put back, what depends on time or on"
         " chance, or a lock whose waiters are woken in no fixed order"
     )

@@ -328,6 +328,22 @@ def test_others_than_before_are_an_error() -> None:
         visited({"a": program([("read", "x")]), "b": unsteady}, strategy)
 
 
+@pytest.mark.parametrize("other", [("read", "y"), ("write", "x")])
+def test_another_touch_than_before_is_an_error(other: tuple[str, str]) -> None:
+    """Those who can go on may be the same: each has to stand before the same access."""
+    runs = iter(range(100))
+
+    def unsteady() -> Program:
+        yield ("read", "x") if next(runs) < 2 else other
+
+    what = f"its {other[0]} of memory\\+{'xyz'.index(other[1]):#x}"
+    with pytest.raises(
+        NotDeterministic,
+        match=rf"b stood before its read of memory\+0x0 in an earlier run, and now before {what}",
+    ):
+        visited({"a": program([("read", "x")] * 2), "b": unsteady}, Systematic(2))
+
+
 def test_an_end_too_early_is_an_error() -> None:
     """A run that is over before it came to where it should branch off is told as well."""
     strategy = Systematic(None)
