@@ -57,6 +57,8 @@ _FAREWELL: Final = 1.0
 #: Of the harness's time limit, what a move may take twice: we speak before the helper does.
 _SHARE: Final = 0.4
 
+_NO_RESET: Final = "no reset= was given: what earlier orders left behind may be all that is wrong\n"
+
 Participants = Mapping[str, Callable[[], object]]
 Check = Callable[..., object]
 
@@ -125,7 +127,14 @@ class RaceFound(AssertionError):
     """
 
     def __init__(
-        self, moves: list[Move], error: BaseException, orders: int, seed: int | None, test: str
+        self,
+        moves: list[Move],
+        error: BaseException,
+        orders: int,
+        seed: int | None,
+        test: str,
+        *,
+        notice: str = "",
     ) -> None:
         self.order = order_of(moves)
         self.trace = moves
@@ -138,7 +147,7 @@ class RaceFound(AssertionError):
         )
         random = "" if seed is None else f" (random orders of seed {seed})"
         super().__init__(
-            f"order {orders} of those tried{random} goes wrong: {_said(error)}\n"
+            f"order {orders} of those tried{random} goes wrong: {_said(error)}\n{notice}"
             f"The order:\n{steps}\nAs a test:\n\n{test}"
         )
 
@@ -510,7 +519,8 @@ def explore(
             if error is not None:
                 source, place = _call_of(caller)
                 test = as_test(course.moves, why=_said(error), source=source, place=place)
-                raise RaceFound(course.moves, error, count, seed, test) from error
+                notice = _NO_RESET if reset is None and count > 1 else ""
+                raise RaceFound(course.moves, error, count, seed, test, notice=notice) from error
             touches += sum(move.before.kind is Where.TOUCH for move in course.moves)
             more = strategy.end(course)
     return Exploration(

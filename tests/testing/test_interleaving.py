@@ -590,6 +590,25 @@ def test_what_is_not_put_back(counter: Counter, library: ctypes.CDLL) -> None:
         counter.uffd.explore({"a": less_and_less, "b": lambda: library.set(counter.pointer)})
 
 
+def test_what_nobody_puts_back_may_be_all_that_is_wrong(
+    counter: Counter, library: ctypes.CDLL
+) -> None:
+    """Without a reset a failure says so, but not one of the first order, which found all fresh."""
+    notice = "no reset= was given: what earlier orders left behind may be all that is wrong"
+    adding = counter.both(library.add_locked)
+    with pytest.raises(RaceFound, match=rf"{notice}\nThe order:") as raised:
+        counter.uffd.explore(adding, check=counter.check)
+    assert raised.value.orders == 2
+    with pytest.raises(RaceFound) as raised:
+        counter.uffd.explore(adding, check=counter.check)
+    assert raised.value.orders == 1
+    assert notice not in str(raised.value).partition("The order:")[0]  # the source has it too
+    with pytest.raises(RaceFound) as raised:
+        counter.explore(counter.both(library.add_one))
+    assert raised.value.orders > 1
+    assert notice not in str(raised.value).partition("The order:")[0]
+
+
 def test_nobody_to_take_turns(uffd: Harness) -> None:
     """Without participants there is no order."""
     with pytest.raises(ValueError, match="nobody to take turns"):
