@@ -604,7 +604,7 @@ def test_what_nobody_puts_back_may_be_all_that_is_wrong(
     assert raised.value.orders == 1
     assert notice not in str(raised.value).partition("The order:")[0]  # the source has it too
     with pytest.raises(RaceFound) as raised:
-        counter.explore(counter.both(library.add_one))
+        counter.explore(counter.both(library.add))
     assert raised.value.orders > 1
     assert notice not in str(raised.value).partition("The order:")[0]
 
