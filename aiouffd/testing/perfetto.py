@@ -67,7 +67,9 @@ def _tracks(record: TouchLog) -> Iterator[str]:
         of = {"ph": "M", "pid": thread.process, "tid": thread.thread}
         if thread.process not in seen:
             seen.add(thread.process)
-            yield json.dumps({"name": "process_name", **of, "args": {"name": "process"}})
+            which = "test process" if thread.process == os.getpid() else "process"
+            called = {"name": f"{which} ({thread.process})"}
+            yield json.dumps({"name": "process_name", **of, "args": called})
         name = thread.name or "thread"
         yield json.dumps({"name": "thread_name", **of, "args": {"name": name}})
         yield json.dumps({"name": "thread_sort_index", **of, "args": {"sort_index": at}})

@@ -65,15 +65,21 @@ def test_each_thread_has_a_track() -> None:
     touches = [touch(1, 0, thread=12), touch(2, 0), touch(3, 0, thread=13, process=20)]
     names = [each for each in trace(record(*touches))["traceEvents"] if each["ph"] == "M"]
     assert [(x["name"], x["pid"], x["tid"], *x["args"].values()) for x in names] == [
-        ("process_name", 10, 12, "process"),
+        ("process_name", 10, 12, "process (10)"),
         ("thread_name", 10, 12, "writer"),
         ("thread_sort_index", 10, 12, 0),
         ("thread_name", 10, 11, "parser"),
         ("thread_sort_index", 10, 11, 1),
-        ("process_name", 20, 13, "process"),
+        ("process_name", 20, 13, "process (20)"),
         ("thread_name", 20, 13, "thread"),
         ("thread_sort_index", 20, 13, 2),
     ]
+
+
+def test_the_test_process_is_called_so() -> None:
+    """Among the processes of a trace it is the one that a reader knows."""
+    here = trace(record(touch(1, 0, process=os.getpid())))["traceEvents"][0]
+    assert here["args"]["name"] == f"test process ({os.getpid()})"
 
 
 def test_an_empty_record_is_a_trace() -> None:
