@@ -69,12 +69,26 @@ def pytest_configure(config: pytest.Config) -> None:
         # Workers of xdist get the options as they are now, and may run in another folder.
         on_line = config.getoption("uffd_record") is not None
         base = config.invocation_params.dir if on_line else config.rootpath
-        config.option.uffd_record = str(base / str(record))
+        folder = config.option.uffd_record = str(base / str(record))
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise pytest.UsageError(
+                f"--uffd-record (in a file uffd_record): no folder can be made there: {error}"
+            ) from None
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     given = {name: value for name in _OPTIONS if (value := _given(config, name)) is not None}
     return ["uffd: " + ", ".join(f"{name} {value}" for name, value in given.items())][: len(given)]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    folder = config.getoption("uffd_record")
+    if folder and os.path.isdir(folder) and os.listdir(folder):
+        terminalreporter.write_line(f"uffd: what each test touched was written to {folder}")
 
 
 def _given(config: pytest.Config, name: str) -> object:

@@ -353,7 +353,9 @@ def test_the_record_of_each_test(run: Run, pytester: pytest.Pytester) -> None:
         "--uffd-record=touched/here",
     )
     result.assert_outcomes(passed=5)
-    names = {path.name for path in (pytester.path / "touched" / "here").iterdir()}
+    folder = pytester.path / "touched" / "here"
+    result.stdout.fnmatch_lines([f"uffd: what each test touched was written to {folder}"])
+    names = {path.name for path in folder.iterdir()}
     records = {name for name in names if name.endswith(".json") and "perfetto" not in name}
     assert len(records) == 4
     assert "test_it.py-test_touches[a_b].json" in records
@@ -361,6 +363,20 @@ def test_the_record_of_each_test(run: Run, pytester: pytest.Pytester) -> None:
         name = record.removesuffix(".json")
         assert f"{name}.perfetto.json" in names
         assert (f"{name}.png" in names) == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_a_records_folder_that_cannot_be(run: Run, pytester: pytest.Pytester) -> None:
+    """It ends the run before it has begun; one that can be is there, and empty is not told of."""
+    pytester.makefile(".txt", taken="")
+    result = run("def test_it(): pass", "--uffd-record=taken.txt/here")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(
+        ["ERROR: --uffd-record *: no folder can be made there: *taken.txt*"]
+    )
+    result = run("def test_it(): pass", "--uffd-record=touched")
+    result.assert_outcomes(passed=1)
+    assert not list((pytester.path / "touched").iterdir())
+    result.stdout.no_fnmatch_line("uffd: what each test touched*")
 
 
 def test_the_records_folder_in_a_file(run: Run, pytester: pytest.Pytester) -> None:
