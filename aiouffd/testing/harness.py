@@ -125,7 +125,7 @@ class Harness:
         self._frozen: dict[int, Frozen] = {}
         self._ordered: set[int] = set()  # rules of interleave() and explore()
         self._running: list[Running[Any]] = []
-        self._stuck: list[Callable[[], bool]] = []  # whether a participant still is, in a deadlock
+        self._stuck: list[threading.Thread] = []  # participants that are, or were, in a deadlock
         self._troubles: list[str] = []
         self._late: list[Any] = []  # who is overdue, as far as it was told
         self._settled = 0  # the number that the helper has told last
@@ -190,6 +190,8 @@ class Harness:
             self.ledger.fetch()
         self._closed = True
         self._helper.end()
+        started = (running.thread for running in self._running)
+        waiting.left_over.update(each for each in (*self._stuck, *started) if each.is_alive())
         self._raise_troubles()
 
     def __enter__(self) -> Self:
@@ -418,7 +420,7 @@ class Harness:
         """Give back the memory of a region; for ``Region.close``."""
         self.regions.remove(region)
         used = any(not running.done for running in self._running)
-        used = used or any(stuck() for stuck in self._stuck)
+        used = used or any(stuck.is_alive() for stuck in self._stuck)
         try:
             with contextlib.suppress(ClosedError):
                 used = self._helper.ask("close_region", region.number) or used

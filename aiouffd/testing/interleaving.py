@@ -266,7 +266,7 @@ class Stage:
             for each in self._all.values():
                 each.thread.join(max(0.01, end - time.monotonic()))
                 if each.thread.is_alive():  # the memory has to stay for it
-                    self._harness._stuck.append(each.thread.is_alive)
+                    self._harness._stuck.append(each.thread)
 
     def run(self, course: Course) -> tuple[dict[str, Any], BaseException | None]:
         """Let everybody run to the end.

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Container, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Final
@@ -33,6 +34,10 @@ _WAITING: Final = (
     subprocess.__file__,
     os.path.join(os.path.dirname(__file__), ""),
 )
+
+
+#: Threads that still ran when their harness was closed: nothing can end them.
+left_over: Final[weakref.WeakSet[threading.Thread]] = weakref.WeakSet()
 
 
 def lines(harness: Harness) -> list[str]:
@@ -78,7 +83,8 @@ def _waiting(standing: Container[int]) -> Iterator[str]:
             or frame is None
         ):
             continue
-        yield f"{_who(thread.name, thread.native_id)} {_does(frame)}"
+        left = " (left over from an earlier test)" if thread in left_over else ""
+        yield f"{_who(thread.name, thread.native_id)}{left} {_does(frame)}"
 
 
 def _does(frame: FrameType) -> str:

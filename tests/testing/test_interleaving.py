@@ -33,6 +33,7 @@ from aiouffd.testing import (
     RaceFound,
     Region,
     interleaving,
+    waiting,
 )
 from aiouffd.testing.ahead import Ahead
 from aiouffd.testing.rules import KINDS
@@ -352,6 +353,26 @@ def test_a_deadlock_is_found(counter: Counter, library: ctypes.CDLL) -> None:
         )
     set_free(library)
     assert counter.explore(counter.both(library.add_locked)).complete
+
+
+@pytest.mark.leaky  # the memory of who stands in a deadlock is kept
+def test_a_later_harness_knows_who_is_left_of_a_deadlock(library: ctypes.CDLL) -> None:
+    """Its report says of them that they are of an earlier test, and of nobody else."""
+    left = " (left over from an earlier test) "
+    with Harness() as uffd:
+        counter = Counter(uffd)
+        with pytest.raises(RaceFound, match="deadlock"):
+            uffd.explore(counter.both(library.first_second, library.second_first))
+        assert not [line for line in waiting.lines(uffd) if left in line]
+    with Harness() as uffd:
+        go = threading.Event()
+        own = uffd.start_named("own", go.wait)
+        lines = [line for line in waiting.lines(uffd) if line.startswith(("participant", "own"))]
+        assert [line.startswith("participant") for line in lines] == [left in x for x in lines]
+        assert len(lines) == 3
+        go.set()
+        assert own.result()
+    set_free(library)
 
 
 def test_an_order_that_a_lock_forbids(counter: Counter, library: ctypes.CDLL) -> None:
