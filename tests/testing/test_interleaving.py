@@ -355,7 +355,7 @@ def test_a_deadlock_is_found(counter: Counter, library: ctypes.CDLL) -> None:
     assert counter.explore(counter.both(library.add_locked)).complete
 
 
-@pytest.mark.leaky  # the memory of who stands in a deadlock is kept
+@pytest.mark.leaky("the memory of who stands in a deadlock is kept")
 def test_a_later_harness_knows_who_is_left_of_a_deadlock(library: ctypes.CDLL) -> None:
     """Its report says of them that they are of an earlier test, and of nobody else."""
     left = " (left over from an earlier test) "
