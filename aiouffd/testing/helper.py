@@ -18,6 +18,7 @@ Laws of this file:
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import socket
 import subprocess
@@ -229,7 +230,7 @@ class Helper:
             undo.pop_all()
         self._porter = threading.Thread(
             target=_carry,
-            args=(self._process, hear, self._over.set),
+            args=(self._process, self._stacks.fd, hear, self._over.set),
             name="aiouffd porter",
             daemon=True,
         )
@@ -308,7 +309,10 @@ class Helper:
 
 
 def _carry(
-    process: _Process, hear: Callable[[Message | None], None], end: Callable[[], None]
+    process: _Process,
+    stacks: int,
+    hear: Callable[[Message | None], None],
+    end: Callable[[], None],
 ) -> None:
     """Hear what a helper tells, until it has closed; it ends with us, whatever we die of."""
     events = process.events
@@ -326,6 +330,12 @@ def _carry(
                         events.send(("pong", number))
                 case ("go", tid):
                     trampoline.go(tid)
+                case ("late", number):
+                    hear(("late",))
+                    with contextlib.suppress(OSError):
+                        # With the GIL held: nobody's stack changes while it is read.
+                        faulthandler.dump_traceback(stacks, all_threads=True)
+                        events.send(("dumped", number))
                 case ("closed",):
                     process.is_clean = True
                     break

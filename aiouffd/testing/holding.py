@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _PING_NS: Final = 15_000_000  # without an answer that long, the GIL is held
 _PARKS: Final = 3  # attempts to have one thread wait in the trampoline
 _DUMP_NS: Final = 100_000_000  # between two looks at the stacks that are being written down
+_SILENCE_NS: Final = 1_000_000_000  # a test process that has not written them then cannot run
 _LOOKS: Final = 30  # at the most, for a machine may be busy
 _LONGEST_TEXT: Final = 64 * 1024
 
@@ -96,6 +97,7 @@ class Holder:
         self._send_back = send_back
         self._disarm = disarm
         self._dumping = False
+        self._dumps = 0
         self._holds_gil: set[int] = set()
         self.participants: Participants | None = None
         # So that no answer to an earlier harness's question is taken for one to ours.
@@ -211,14 +213,27 @@ class Holder:
         touch.overdue = True
         if not self._dumping:
             self._dumping = True
-            self._tell("late")  # who can still say who waits for whom has until the stacks are read
-            self._dump_stacks()
-            self._turning.after(_DUMP_NS, self._on_dumped)
+            self._dumps += 1
+            number = self._dumps
+            os.ftruncate(self._dump_fd, 0)
+            os.lseek(self._dump_fd, 0, os.SEEK_SET)  # one open file with the test process
+            self._tell("late", number)  # says who waits for whom, and writes down the stacks
+            self._turning.after(_SILENCE_NS, lambda: self._on_no_dump(number))
 
-    def _dump_stacks(self) -> None:
-        """Have the test process's interpreter write down its stacks; it needs no GIL for that."""
-        os.ftruncate(self._dump_fd, 0)
-        os.lseek(self._dump_fd, 0, os.SEEK_SET)  # one open file with the test process
+    def dumped(self, number: int) -> None:
+        """Go on once the test process has written down its stacks."""
+        if self._dumping and number == self._dumps:
+            self._end_late()
+
+    def _on_no_dump(self, number: int) -> None:
+        """Have a signal handler write down the stacks: the test process cannot run, it seems.
+
+        It is the interpreter's own, in C, and needs no GIL.  It reads the stacks of all threads,
+        which must not run meanwhile: they do not, since somebody stands with the GIL.
+        """
+        if not self._dumping or number != self._dumps:
+            return
+        self._turning.after(_DUMP_NS, lambda: self._on_dumped(number))
         # A thread in a system call that stands would take the signal after it only.
         standing = {t.thread for t in self._engine.all_standing() if t.system_call is not None}
         for thread in threads_of(self._process):
@@ -227,11 +242,17 @@ class Holder:
                     tracing.tgkill(self._process, thread, self._dump_signal)
                     return
 
-    def _on_dumped(self, before: int = 0, looks: int = 0) -> None:
+    def _on_dumped(self, number: int, before: int = 0, looks: int = 0) -> None:
+        if not self._dumping or number != self._dumps:
+            return
         written = os.fstat(self._dump_fd).st_size
         if looks < _LOOKS and (not written or written != before):  # it is still being written
-            self._turning.after(_DUMP_NS, lambda: self._on_dumped(written, looks + 1))
-            return
+            self._turning.after(_DUMP_NS, lambda: self._on_dumped(number, written, looks + 1))
+        else:
+            self._end_late()
+
+    def _end_late(self) -> None:
+        """Show the stacks, and let go who has stood too long."""
         self._dumping = False
         text = os.pread(self._dump_fd, _LONGEST_TEXT, 0).decode(errors="replace")
         now = time.monotonic_ns()

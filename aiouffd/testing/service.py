@@ -198,6 +198,8 @@ class Service:
         match received[0]:
             case ("pong", number):
                 self._holder.pong(number)
+            case ("dumped", number):
+                self._holder.dumped(number)
             case ("parked", thread):
                 self._holder.parked(thread)
             case ("interrupted", thread):

@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -295,3 +297,45 @@ def test_without_privilege() -> None:
         for backend in ("auto", "trampoline")
         for memory in ("shmem", "anon", "shmem-private")
     ]
+
+
+_BUSY = """
+import ctypes, threading, time
+from aiouffd.testing import Harness, HarnessError
+
+def deep(left):
+    return deep(left - 1) + 1 if left else 0
+
+def churn():
+    while True:
+        deep(30)
+        time.sleep(0.0001)
+
+for _ in range(3):
+    threading.Thread(target=churn, daemon=True).start()
+libc = ctypes.CDLL(None)
+libc.strlen.argtypes = [ctypes.c_void_p]
+told = 0
+for _ in range(40):
+    try:
+        with Harness(timeout=0.01) as uffd:
+            region = uffd.region(1)
+            with region.page(0).freeze():
+                assert uffd.start(libc.strlen, region.pointer()).result() == 0
+    except HarnessError as error:
+        told += "Current thread" in str(error)
+print(told)
+"""
+
+
+def test_stacks_are_read_while_they_stand() -> None:
+    """The stacks of threads that run are written down, time after time, and nobody crashes."""
+    done = subprocess.run(
+        (sys.executable, "-X", "faulthandler", "-c", _BUSY),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "40\n", "")
