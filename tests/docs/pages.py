@@ -132,7 +132,8 @@ def run_story(page: Path, folder: Path, seconds: float) -> None:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m pytest -p no:asyncio "$@"\n')
     program.chmod(0o755)
     environment = {
-        **os.environ,
+        # Where it thinks that nobody looks, pytest cuts no line short.
+        **{name: value for name, value in os.environ.items() if name != "CI"},
         "PYTHONPATH": install(folder / "site"),
         "PATH": f"{programs}:{os.environ['PATH']}",
     }

@@ -47,6 +47,13 @@ def in_child(work: Callable[[], None]) -> int:
 @pytest.mark.parametrize("when", ["idle", "standing", "delayed", "stepping"])
 def test_killed_it_lets_all_go(library: ctypes.CDLL, backend: str, when: str) -> None:
     """Whatever it was doing, threads go on at once, and the harness says that it has ended."""
+    status = in_child(lambda: killed_it_lets_all_go(library, backend, when))
+    # A tracer's death leaves the trap flag of a thread that it steps: on 6.18 that may be its end.
+    assert status in ((0, -signal.SIGTRAP) if when == "stepping" else (0,))
+
+
+def killed_it_lets_all_go(library: ctypes.CDLL, backend: str, when: str) -> None:
+    """Kill the helper in the middle of something."""
     uffd = Harness(timeout=20, backend=backend)
     region = uffd.region(2, contents=b"abcd")
     view = region.view

@@ -32,9 +32,11 @@ def record(touches: list[Touch], layout: Layout = PACKET, *, every: bool = False
 
 
 def texts(path: Path, drawn: Record) -> list[str]:
-    """Draw it, and list all that is written in it: matplotlib puts texts beside their glyphs."""
+    """Draw it, and list all that is written in it: texts, or beside their glyphs."""
     record_plot.plot(drawn, path / "record.svg")
-    return re.findall("<!-- (.*?) -->", (path / "record.svg").read_text())
+    picture = (path / "record.svg").read_text()
+    found = re.findall("<!-- (.*?) -->|<text[^>]*>([^<]*)</text>", picture)
+    return [beside or text for beside, text in found]
 
 
 @pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG\r\n"), ("svg", b"<?xml version")])
