@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent / "aiouffd"
 
 #: The house.  A module imports what stands above it, on its own floor or another.  What it needs

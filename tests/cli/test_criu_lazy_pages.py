@@ -34,7 +34,7 @@ from tests.protocols.criu.restoring import (
 from tests.stand_in_vmm import ROOT
 from tests.targets import DEADLINE, MAP_FIXED, PAGE, Signal, Target, until
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.once]
 
 _PASSED_OVER: Final = {"first_page", "resident"}
 

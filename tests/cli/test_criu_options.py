@@ -22,6 +22,8 @@ SERVER = """
 import argparse, asyncio, os, sys
 from aiouffd.cli import criu_options
 from aiouffd.errors import UffdError
+
+pytestmark = pytest.mark.once
 parser = argparse.ArgumentParser()
 criu_options.add_folder_options(parser)
 criu_options.add_process_options(parser)

@@ -29,6 +29,8 @@ from tests.protocols.criu.checkpoints import PAGE, Made, Memory, anonymous
 from tests.protocols.criu.test_tls import files_of
 from tests.serving import within
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[2]
 START = 0x10000000
 DATA = random.Random(4).randbytes(64 * PAGE)

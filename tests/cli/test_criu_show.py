@@ -14,6 +14,8 @@ from aiouffd.cli import main
 from aiouffd.protocols.criu.images import PagemapEntry, Task
 from tests.protocols.criu.checkpoints import PAGE, Made, Memory, anonymous, lone_task, of_file
 
+pytestmark = pytest.mark.once
+
 BASE = 0x7F00_0000_0000
 
 TASKS = [

@@ -24,7 +24,7 @@ from tests.cli.running_serve import SIZE, command, running
 from tests.control_asking import ask
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm, eventually
 
-pytestmark = pytest.mark.child
+pytestmark = [pytest.mark.child, pytest.mark.once]
 
 
 async def test_sessions_and_drain(tmp_path: Path) -> None:

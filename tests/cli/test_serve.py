@@ -26,6 +26,8 @@ from tests.http_server import ImageServer
 from tests.seekable import seekable
 from tests.stand_in_vmm import PAGE, ROOT, StandInVmm
 
+pytestmark = pytest.mark.once
+
 SIZE: Final = 32 * PAGE
 
 

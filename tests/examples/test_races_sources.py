@@ -11,6 +11,8 @@ import pytest
 
 from compiled import library
 
+pytestmark = pytest.mark.once
+
 PAYLOAD, LONGEST = 64, 255
 RUNS = 20_000
 

@@ -17,6 +17,8 @@ from aiouffd.testing.record import Record
 from aiouffd.testing.touches import Access, Touch
 from tests.touching import ANY_TOUCH, PACKET, PAGE, RING, THREADS, touch
 
+pytestmark = pytest.mark.once
+
 
 def trace(record: Record) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads("".join(perfetto.pieces(record)))

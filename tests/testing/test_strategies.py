@@ -24,6 +24,8 @@ from aiouffd.testing.schedules import (
 from aiouffd.testing.strategies import Fixed, Seeded, Strategy, Systematic
 from tests.testing.simulated import Program, Programs, World, every_order, proceed, run, run_ahead
 
+pytestmark = pytest.mark.once
+
 ACTIONS = st.tuples(st.sampled_from(["read", "write"]), st.sampled_from("xy"))
 
 

@@ -13,6 +13,8 @@ from aiouffd.testing.touch_log import TouchLog
 from aiouffd.testing.touches import Access, Touch
 from tests.touching import HISTORIES, PACKET, PAGE, RING, THREADS, FakeRegion, place, touch
 
+pytestmark = pytest.mark.once
+
 
 def log(touches: list[Touch], *, every: bool = False) -> TouchLog:
     return TouchLog(touches, regions=(PACKET, RING), threads=THREADS, every=every)
