@@ -14,6 +14,8 @@ from aiouffd.cli import criu_options
 from aiouffd.errors import UffdError
 from tests.targets import wait_until
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[2]
 
 #: A server that is ready at once, and ends with status 7 when its standard input, or the file it
@@ -23,7 +25,6 @@ import argparse, asyncio, os, sys
 from aiouffd.cli import criu_options
 from aiouffd.errors import UffdError
 
-pytestmark = pytest.mark.once
 parser = argparse.ArgumentParser()
 criu_options.add_folder_options(parser)
 criu_options.add_process_options(parser)
