@@ -35,12 +35,12 @@ def images(request: pytest.FixtureRequest, stage: Stage, seed: int) -> Path:
     return stage.dump(target)
 
 
-def go(images: Path, seed: int) -> str:
-    """What the target of a checkpoint is to do."""
+def go(images: Path, seed: int, changes: str = "40 1") -> str:
+    """What the target of a checkpoint is to do; a tree with so many changes to its memory."""
     return (
         f"random {seed} 1"
         if len(parse_pstree((images / "pstree.img").read_bytes())) == 1
-        else (f"{seed} 40 1")
+        else f"{seed} {changes}"
     )
 
 
@@ -69,7 +69,8 @@ async def test_restored_from_what_strip_leaves(
     used = sum(path.stat().st_blocks * 512 for path in out.glob("pages-*.img"))
     assert used < sum(path.stat().st_size for path in images.glob("pages-*.img")) / 2
     running = stage.daemon(daemon, images, work=work)
-    restored = stage.restore(out, work=work, go=go(images, seed)).wait()
+    changes = stage.changes(daemon, 40, 1)
+    restored = stage.restore(out, work=work, go=go(images, seed, changes)).wait()
     result = restored.result()
     assert result["right"], result
     running.wait()
@@ -138,7 +139,8 @@ async def test_incremental_checkpoints(stage: Stage, images: Path, daemon: str, 
     stage.start("strip", *OURS, "strip", images, out).wait()
     assert (out / "parent").is_dir()
     running = stage.daemon(daemon, images, work=work)
-    restored = stage.restore(out, work=work, go=go(images, seed)).wait()
+    changes = stage.changes(daemon, 40, 1)
+    restored = stage.restore(out, work=work, go=go(images, seed, changes)).wait()
     result = restored.result()
     assert result["right"], result
     running.wait()
