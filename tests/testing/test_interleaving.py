@@ -325,8 +325,22 @@ def test_the_printed_test_fails_the_same_way(uffd: Harness, tmp_path: Path) -> N
 # --- who waits ---------------------------------------------------------------------------
 
 
+_EARLIER: set[threading.Thread] = set()
+
+
+@pytest.fixture(autouse=True)
+def _left_of_others() -> None:
+    """Know whom earlier tests have left: they are not this one's."""
+    _EARLIER.clear()
+    _EARLIER.update(threading.enumerate())
+
+
 def stuck() -> list[threading.Thread]:
-    return [each for each in threading.enumerate() if each.name.startswith("participant")]
+    return [
+        each
+        for each in threading.enumerate()
+        if each.name.startswith("participant") and each not in _EARLIER
+    ]
 
 
 def set_free(library: ctypes.CDLL) -> None:
