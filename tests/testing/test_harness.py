@@ -30,39 +30,9 @@ from aiouffd.testing import (
     latency,
     trampoline,
 )
-from aiouffd.testing.rules import KINDS
-from tests.native import build
 from tests.targets import wait_until
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-SMALL_KINDS = [kind for kind in KINDS if "huge" not in kind]
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    """touching.c, with the types of what is asked of it."""
-    found = ctypes.CDLL(str(build(Path(__file__).with_name("touching.c"))))
-    for name in ("load", "load_twice", "load_forked"):
-        getattr(found, name).argtypes = (ctypes.c_void_p,)
-    found.store.argtypes = (ctypes.c_void_p, ctypes.c_ubyte)
-    found.store.restype = None
-    found.load_again.argtypes = found.increment.argtypes = (ctypes.c_void_p, ctypes.c_int)
-    found.increment.restype = None
-    found.walk.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
-    found.load8.argtypes = (ctypes.c_void_p,)
-    found.load8.restype = ctypes.c_ulong
-    found.load_until_whole.argtypes = (ctypes.c_void_p, ctypes.POINTER(ctypes.c_ubyte))
-    for name in ("write_out", "read_in"):
-        getattr(found, name).argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong)
-        getattr(found, name).restype = ctypes.c_long
-    return found
-
-
-@pytest.fixture
-def uffd() -> Iterator[Harness]:
-    """A harness."""
-    with Harness(timeout=20) as harness:
-        yield harness
 
 
 @pytest.fixture
@@ -75,13 +45,6 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 CONTENTS = bytes(range(256)) * (2 * PAGE // 256)
-
-
-@pytest.fixture(params=SMALL_KINDS)
-def memory(request: pytest.FixtureRequest) -> str:
-    """Each kind of memory of small pages."""
-    kind: str = request.param
-    return kind
 
 
 # --- freezing ----------------------------------------------------------------------------
